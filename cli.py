@@ -1,0 +1,246 @@
+"""The command line: one thin command per verb. Everything heavy is imported when a command runs, not before."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import click
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+TOKENIZER = Path("checkpoints/tokenizer")
+PRIOR = Path("checkpoints/prior")
+DATA_HELP = "glyphs, a torchvision name (mnist, cifar10, ...), or a folder of images."
+
+
+class ImageSize(click.ParamType):
+    """N or HxW, in pixels."""
+
+    name = "N|HxW"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
+        if isinstance(value, tuple):
+            return value
+        sides = value.lower().split("x")
+        if len(sides) > 2 or not all(side.isdecimal() and int(side) > 0 for side in sides):
+            self.fail(f"expected N or HxW in pixels, such as 64 or 48x64, got {value!r}", param, ctx)
+        return int(sides[0]), int(sides[-1])
+
+
+class PathType(click.Path):
+    """A pathlib.Path; whether it exists is checked where it is used."""
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path)
+
+
+def options(*decorators: Callable[[Command], Command]) -> Callable[[Command], Command]:
+    """Several options as one decorator, shown in the order given."""
+
+    def apply(command: Command) -> Command:
+        for decorator in reversed(decorators):
+            command = decorator(command)
+        return command
+
+    return apply
+
+
+device_option = click.option(
+    "--device", default="auto", show_default=True, metavar="auto|cpu|cuda|mps", help="Where to compute."
+)
+force_option = click.option("--force", is_flag=True, help="Replace what --out holds.")
+data_options = options(
+    click.option("--data", metavar="SOURCE", help=f"{DATA_HELP}  [default: what the tokenizer was trained on]"),
+    click.option("--data-root", metavar="DIR", help="Where a torchvision set lies, or is downloaded to."),
+)
+split_option = click.option(
+    "--split", type=click.Choice(["train", "test"]), default="test", show_default=True, help="Part of the images."
+)
+tokenizer_option = click.option(
+    "--tokenizer", type=PathType(), default=TOKENIZER, show_default=True, help="Folder that train-tokenizer wrote."
+)
+training_options = options(
+    click.option("--steps", type=click.IntRange(min=1), help="Optimizer steps in all.  [default: 2000]"),
+    click.option("--batch-size", type=click.IntRange(min=1), help="Items a step.  [default: 32 images, 64 grids]"),
+    click.option("--lr", type=click.FloatRange(min=0, min_open=True), help="Adam's learning rate.  [default: 0.001]"),
+    click.option("--seed", type=click.IntRange(min=0), help="Seed of everything random.  [default: 0]"),
+    click.option(
+        "--precision",
+        type=click.Choice(["auto", "fp32", "bf16"]),
+        help="Of the networks; auto is bf16 where the processor has it.  [default: auto]",
+    ),
+    device_option,
+    click.option("--resume", is_flag=True, help="Go on with the run in --out, if there is one."),
+    force_option,
+)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+@click.version_option(package_name="codegrid")
+def cli(debug: bool) -> None:
+    """Learn to make new images: a VQ-VAE turns images into grids of codes, a gated PixelCNN draws new grids.
+
+    \b
+    The whole job on the built-in images:
+      codegrid train-tokenizer
+      codegrid train-prior
+      codegrid sample --n 64
+    """
+
+
+@cli.command("train-tokenizer")
+@click.option("--data", metavar="SOURCE", help=f"{DATA_HELP}  [default: glyphs]")
+@click.option("--data-root", metavar="DIR", help="Where a torchvision set lies, or is downloaded to.")
+@click.option("--out", type=PathType(), default=TOKENIZER, show_default=True, help="Folder to write.")
+@click.option("--image-size", type=ImageSize(), help="Resize and centre-crop.  [default: the images' own]")
+@click.option("--channels", type=click.Choice(["1", "3"]), help="Grey or colour.  [default: the images' own]")
+@click.option("--num-codes", type=click.IntRange(min=2), help="K, size of the codebook.  [default: 512]")
+@click.option("--code-dim", type=click.IntRange(min=1), help="D, dimension of its vectors.  [default: 16]")
+@click.option("--downsample", type=click.Choice(["2", "4", "8", "16"]), help="Pixels a code covers.  [default: 4]")
+@click.option("--codebook-update", type=click.Choice(["ema", "gradient"]), help="[default: ema]")
+@training_options
+def train_tokenizer(out: Path, device: str, resume: bool, force: bool, **given: Any) -> None:
+    """Stage one: images to grids of codes, and back."""
+    from pipeline.settings import RunFolder
+    from pipeline.train_tokenizer import train_tokenizer as run
+
+    given |= {name: int(given[name]) for name in ("channels", "downsample") if given[name] is not None}
+    click.echo(f"stage one: a tokenizer for {given['data'] or 'the built-in glyphs'}, into {out}")
+    info = run(RunFolder(out=out, resume=resume, force=force, device=device), given)
+    click.echo(f"done: {info.step:,} steps; {describe(info.metrics)}\nnext: codegrid train-prior")
+
+
+@cli.command("export-codes")
+@tokenizer_option
+@data_options
+@click.option("--out", type=PathType(), default=Path("checkpoints/codes"), show_default=True, help="Folder to write.")
+@click.option("--split", type=click.Choice(["train", "test"]), default="train", show_default=True)
+@click.option("--shard-size", type=click.IntRange(min=1), default=65_536, show_default=True, help="Grids a file.")
+@device_option
+@force_option
+def export_codes(tokenizer: Path, out: Path, **chosen: Any) -> None:
+    """Write the code grids of images as a data set."""
+    from pipeline.export import export_codes as run
+
+    run(tokenizer, out, **chosen)
+
+
+@cli.command("train-prior")
+@click.option("--codes", metavar="DIR", help="Codes to learn.  [default: those of the tokenizer's own images]")
+@click.option("--tokenizer", metavar="DIR", help=f"For codes and pictures.  [default: {TOKENIZER}]")
+@click.option("--out", type=PathType(), default=PRIOR, show_default=True, help="Folder to write.")
+@click.option("--channels", type=click.IntRange(min=1), help="Width of the two stacks.  [default: 64]")
+@click.option("--num-layers", type=click.IntRange(min=1), help="Gated layers.  [default: 10]")
+@click.option("--dropout", type=click.FloatRange(0, 1, max_open=True), help="In training.  [default: 0]")
+@training_options
+def train_prior(out: Path, device: str, resume: bool, force: bool, **given: Any) -> None:
+    """Stage two: the probability of the code grids."""
+    from pipeline.settings import RunFolder
+    from pipeline.train_prior import train_prior as run
+
+    click.echo(f"stage two: a prior over {given['codes'] or 'the codes of the tokenizer'}, into {out}")
+    info = run(RunFolder(out=out, resume=resume, force=force, device=device), given, TOKENIZER)
+    click.echo(f"done: best at step {info.step:,}; {describe(info.metrics)}\nnext: codegrid sample --n 64")
+
+
+@cli.command()
+@click.option("--n", type=click.IntRange(min=1), default=64, show_default=True, help="How many images.")
+@click.option("--out", type=PathType(), default=Path("samples"), show_default=True, help="Folder to write.")
+@click.option("--label", "labels", multiple=True, metavar="NAME|INDEX", help="Class to draw; repeatable, in turn.")
+@click.option("--temperature", type=click.FloatRange(min=0), default=1.0, show_default=True, help="0 is greedy.")
+@click.option("--top-k", type=click.IntRange(min=1), help="Keep the k most likely codes.")
+@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), help="Keep codes up to this probability.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@tokenizer_option
+@click.option("--prior", type=PathType(), default=PRIOR, show_default=True, help="Folder that train-prior wrote.")
+@device_option
+@force_option
+def sample(out: Path, tokenizer: Path, prior: Path, device: str, force: bool, **chosen: Any) -> None:
+    """Draw new images.
+
+    Writes grid.png, images/, codes.npy and sample.json.
+    """
+    from pipeline.generate import ImagePipeline, SampleOptions, sample_to_folder
+
+    images = ImagePipeline.from_pretrained(tokenizer, prior, device)
+    picture = sample_to_folder(images, SampleOptions(**chosen), out, force=force)
+    click.echo(f"{chosen['n']} new images: {picture}")
+
+
+@cli.command()
+@tokenizer_option
+@data_options
+@split_option
+@click.option("--n", type=click.IntRange(min=1), default=16, show_default=True, help="How many images.")
+@click.option("--out", type=PathType(), default=Path("reconstructions.png"), show_default=True, help="PNG to write.")
+@device_option
+@force_option
+def reconstruct(tokenizer: Path, out: Path, **chosen: Any) -> None:
+    """Draw originals above their reconstructions."""
+    from pipeline.generate import reconstruct_to_file
+
+    click.echo(f"originals above reconstructions: {reconstruct_to_file(tokenizer, out, **chosen)}")
+
+
+@cli.command()
+@tokenizer_option
+@click.option("--prior", type=PathType(), help="Also measure this prior.")
+@data_options
+@split_option
+@click.option("--json", "json_file", type=PathType(), help="Also write the numbers to this file.")
+@device_option
+@force_option
+def evaluate(tokenizer: Path, prior: Path | None, json_file: Path | None, force: bool, **chosen: Any) -> None:
+    """Measure reconstruction, codes in use and bits."""
+    from pipeline.evaluate import evaluate as run
+    from pipeline.files import to_json, write_atomic
+    from pipeline.folders import claim_file
+
+    if json_file is not None:
+        claim_file(json_file, force=force, option="--json")
+    numbers = run(tokenizer, prior, **chosen)
+    for name, value in numbers.items():
+        click.echo(f"{name:>14}  {value:.6g}" if isinstance(value, float) else f"{name:>14}  {value}")
+    if json_file is not None:
+        write_atomic(json_file, to_json(numbers))
+
+
+def describe(numbers: dict[str, float]) -> str:
+    """Numbers in one line."""
+    return ", ".join(f"{name} {value:.4g}" for name, value in numbers.items() if name != "step")
+
+
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """Run a command; exit 0 done, 1 it failed, 2 the command line is wrong, 130 on Ctrl-C."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    debug = "--debug" in arguments  # wherever it stands
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    try:
+        cli.main(arguments, prog_name="codegrid", standalone_mode=False)
+    except click.UsageError as error:
+        hint = f" (see {error.ctx.command_path} --help)" if error.ctx else ""
+        fail(error.format_message() + hint, 2)
+    except click.exceptions.Exit as exit_:
+        sys.exit(exit_.exit_code)
+    except click.Abort:
+        sys.exit(130)
+    except Exception as error:  # the boundary to the user: every error becomes one line
+        if debug:
+            raise
+        from pipeline.errors import InputError
+
+        known = isinstance(error, (InputError, ValueError))
+        fail(str(error) if known else f"{type(error).__name__}: {error} (--debug shows where)", 1)
+    sys.exit(0)
+
+
+def fail(message: str, status: int) -> NoReturn:
+    """Print one line and exit."""
+    click.echo(f"Error: {' '.join(message.split())}", err=True)
+    sys.exit(status)
+
+
+if __name__ == "__main__":
+    main()

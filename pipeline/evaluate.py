@@ -1,0 +1,142 @@
+"""The numbers: how well a tokenizer reconstructs, how it uses its codes, and how well a prior predicts them."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from prior import GatedPixelCNN
+from prior.objective import bits_per_dim, grid_bits
+from prior.sampling import evaluating
+from tokenizer import VQVAE
+
+from .checkpoint import check_same_tokenizer, load_prior, load_tokenizer, read_info
+from .device import choose_device
+from .errors import InputError
+from .sources import ImageSplit
+from .stored_images import images_of, part_of
+
+BATCH = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReconstructionNumbers:
+    mse: float  # mean squared error of values in [0,1]
+    psnr: float  # dB, of that mean error
+    nmse: float  # mse / variance of all pixels of the training images
+    codes_used: int  # codes chosen at least once in the whole split
+    perplexity: float  # of the code histogram of the whole split
+
+
+def measure_tokenizer(
+    tokenizer: VQVAE, split: ImageSplit, indices: np.ndarray | None = None, *, progress: bool = False
+) -> ReconstructionNumbers:
+    """Reconstruct every image of a split (or those at `indices`), in float32."""
+    device = next(tokenizer.parameters()).device
+    squared_error, values = 0.0, 0
+    histogram = torch.zeros(tokenizer.config.num_codes, dtype=torch.int64)
+    with torch.no_grad(), evaluating(tokenizer):
+        for rows in _batches(np.arange(len(split)) if indices is None else indices, progress):
+            images = split.batch(rows).to(device)
+            codes = tokenizer.encode(images)
+            error = (tokenizer.decode(codes) - images).double().square().sum()
+            squared_error, values = squared_error + float(error), values + images.numel()
+            histogram += torch.bincount(codes.flatten().cpu(), minlength=len(histogram))
+    mse = squared_error / values
+    return ReconstructionNumbers(
+        mse=mse,
+        psnr=-10 * math.log10(max(mse, 1e-12)),
+        nmse=mse / tokenizer.config.data_variance,
+        codes_used=int((histogram > 0).sum()),
+        perplexity=perplexity(histogram),
+    )
+
+
+def perplexity(histogram: Tensor) -> float:
+    """exp of the entropy of a histogram of codes [K]: how many equally frequent codes would spread as far."""
+    shares = histogram.double() / histogram.sum()
+    return float(torch.special.entr(shares).sum().exp())
+
+
+def measure_prior(prior: GatedPixelCNN, batches: Iterable[tuple[Tensor, Tensor]]) -> float:
+    """Bits per code over all batches of codes [B,H,W] and labels [B]; float32, exact for any batch sizes."""
+    device = next(prior.parameters()).device
+    bits, count = 0.0, 0
+    with torch.no_grad(), evaluating(prior):
+        for codes, labels in batches:
+            codes = codes.to(device)
+            logits = prior(codes, labels.to(device) if prior.config.num_classes else None)
+            bits, count = bits + float(grid_bits(logits, codes).sum()), count + codes.numel()
+    return bits / count
+
+
+def evaluate(
+    tokenizer_folder: Path,
+    prior_folder: Path | None = None,
+    *,
+    data: str | None = None,
+    data_root: str | None = None,
+    split: str = "test",
+    device: str = "auto",
+) -> dict[str, Any]:
+    """All numbers of a tokenizer, and of a prior if one is named, on a split of `data` (by default the tokenizer's).
+
+    Raises:
+        InputError: a checkpoint or the images cannot be used, or the prior was trained on another tokenizer's codes.
+    """
+    where = choose_device(device)
+    info = read_info(tokenizer_folder, "tokenizer")
+    tokenizer = load_tokenizer(tokenizer_folder).to(where)
+    prior = None
+    if prior_folder is not None:
+        prior_info = read_info(prior_folder, "prior")
+        check_same_tokenizer(
+            info.fingerprint,
+            prior_info.tokenizer_fingerprint,
+            f"a prior in {prior_folder}",
+            "name the tokenizer it was trained with, or train the prior again",
+        )
+        prior = load_prior(prior_folder).to(where)
+    images = images_of(info, data=data, data_root=data_root)
+    part = part_of(images, split)
+    numbers = measure_tokenizer(tokenizer, part, progress=True)
+    result = {"data": images.source, "split": split, "images": len(part), **vars(numbers)}
+    if prior is not None:
+        labels = _labels_for(prior, prior_info.class_names, images.class_names, part.labels)
+        bits = measure_prior(prior, _encoded(tokenizer, part, labels, where))
+        shape = (info.preprocessing["channels"], info.preprocessing["height"], info.preprocessing["width"])
+        result |= {"bits_per_code": bits, "bits_per_dim": bits_per_dim(bits, tokenizer.grid(*shape[1:]), shape)}
+    return result
+
+
+def _encoded(
+    tokenizer: VQVAE, split: ImageSplit, labels: np.ndarray, device: torch.device
+) -> Iterable[tuple[Tensor, Tensor]]:
+    for rows in _batches(np.arange(len(split)), progress=True):
+        yield tokenizer.encode(split.batch(rows).to(device)), torch.from_numpy(labels[rows])
+
+
+def _labels_for(prior: GatedPixelCNN, known: list[str], found: tuple[str, ...], labels: np.ndarray) -> np.ndarray:
+    """The labels of a data set in the prior's numbering, matched by class name."""
+    if prior.config.num_classes == 0:
+        return labels
+    unknown = sorted(set(found) - set(known))
+    if unknown or not found or (labels < 0).any():
+        raise InputError(
+            expected=f"images labelled with the prior's classes ({', '.join(known)})",
+            got=f"the class {unknown[0]}" if unknown else "images without labels",
+            do="use images with those classes, or leave --prior away",
+        )
+    return np.array([known.index(name) for name in found], dtype=np.int64)[labels]
+
+
+def _batches(indices: np.ndarray, progress: bool) -> Iterable[np.ndarray]:
+    starts = range(0, len(indices), BATCH)
+    bar = tqdm(starts, unit="batch", desc="evaluating", disable=not progress, leave=False, dynamic_ncols=True)
+    return (indices[start : start + BATCH] for start in bar)

@@ -1,0 +1,44 @@
+"""Ctrl-C and SIGTERM end a run after the step in progress, once it is saved; a second Ctrl-C ends it at once."""
+
+import signal
+import sys
+import threading
+from types import FrameType, TracebackType
+from typing import Any, NoReturn
+
+
+class StopSignal:
+    """Within `with`, `requested` tells whether the user (SIGINT) or the system (SIGTERM) asked to stop."""
+
+    def __init__(self) -> None:
+        self.received = 0
+        self._before: dict[int, Any] = {}
+
+    @property
+    def requested(self) -> bool:
+        return self.received != 0
+
+    def __enter__(self) -> "StopSignal":
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def exit(self, message: str) -> NoReturn:
+        """Raise what ends the program with the right status: 130 after SIGINT, 143 after SIGTERM."""
+        print(f"\n{message}", file=sys.stderr)
+        if self.received == signal.SIGTERM:
+            raise SystemExit(128 + signal.SIGTERM)
+        raise KeyboardInterrupt
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.received = number
+        print("\nstopping after this step; press Ctrl-C again to stop at once", file=sys.stderr)

@@ -1,0 +1,200 @@
+"""Stage two: train a gated PixelCNN on code grids."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from prior import GatedPixelCNN, PriorConfig, sample_codes
+from prior.objective import cross_entropy
+from tokenizer import VQVAE
+
+from .checkpoint import CONFIG, CheckpointInfo, check_same_tokenizer, load_tokenizer, read_info
+from .codes import MANIFEST, CodeDataset, CodeManifest, read_manifest
+from .device import choose_device
+from .evaluate import measure_prior
+from .export import export_codes
+from .images import to_uint8
+from .loop import LoopSettings, run_training, split_rows
+from .pictures import save_grid
+from .settings import RunFolder, claim_run, recorded, saved_run, settle
+from .sources import held_out
+
+PICTURES = 32  # samples in the picture of each evaluation
+EVALUATION_BATCH = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class PriorSettings:
+    """What a user can choose about stage two; the rest of `PriorConfig` follows from the codes."""
+
+    codes: str | None = None  # folder of a code data set; None exports the tokenizer's own images first
+    tokenizer: str | None = None  # folder of the tokenizer; needed to export, and to draw pictures
+    steps: int = 2000
+    batch_size: int = 64
+    lr: float = 1e-3
+    seed: int = 0
+    precision: str = "auto"
+    channels: int = 64
+    num_layers: int = 10
+    kernel_size: int = 3
+    dropout: float = 0.0
+
+
+class Grids(Protocol):
+    """Code grids with labels: what `CodeDataset` is, and what arrays can be made into."""
+
+    def batch(self, indices: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Codes [n,H,W] and labels [n], int64."""
+
+
+class PriorStage:
+    """The prior, as the training loop sees it."""
+
+    score = "bits_per_code"
+
+    def __init__(
+        self, model: GatedPixelCNN, grids: Grids, aside: np.ndarray, draw: Callable[[Path], None] | None = None
+    ) -> None:
+        self.model, self.grids, self._draw = model, grids, draw
+        self.device = next(model.parameters()).device
+        self.train_rows, self.held_out_rows = split_rows(aside)
+        self.num_items = len(self.train_rows)
+
+    def losses(self, indices: np.ndarray) -> dict[str, Tensor]:
+        codes, labels = (part.to(self.device) for part in self.grids.batch(self.train_rows[indices]))
+        return {"loss": cross_entropy(self.model(codes, labels if self.model.config.num_classes else None), codes)}
+
+    def status(self) -> dict[str, float]:
+        return {}
+
+    def evaluate(self) -> dict[str, float]:
+        return {"bits_per_code": measure_prior(self.model, self._held_out_batches())}
+
+    def draw(self, path: Path) -> None:
+        if self._draw is not None:
+            self._draw(path)
+
+    def _held_out_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for start in range(0, len(self.held_out_rows), EVALUATION_BATCH):
+            yield self.grids.batch(self.held_out_rows[start : start + EVALUATION_BATCH])
+
+
+def train_prior(run: RunFolder, given: Mapping[str, Any], default_tokenizer: Path) -> CheckpointInfo:
+    """Train a prior into `run.out`; `given` are fields of `PriorSettings`, None for the default.
+
+    Args:
+        run: where to write.
+        given: the chosen settings.
+        default_tokenizer: the tokenizer when `given` names none and one is needed or fits.
+
+    Raises:
+        InputError: the codes, the tokenizer, a setting or the folder cannot be used, or a loss is not finite.
+    """
+    saved = saved_run(run, "prior")
+    settings = settle(PriorSettings, given, saved)
+    device = choose_device(run.device)
+    tokenizer_folder = _tokenizer_folder(settings, default_tokenizer)
+    if settings.codes is None:
+        assert tokenizer_folder is not None
+        read_info(tokenizer_folder, "tokenizer")
+        claim_run(run, saved)
+        codes_folder = _codes_of_own_images(tokenizer_folder, run.out / "codes", saved, run.device)
+        codes = CodeDataset(codes_folder)
+    else:
+        codes = CodeDataset(settings.codes)
+        claim_run(run, saved)
+    manifest = codes.manifest
+    tokenizer = _matching_tokenizer(
+        tokenizer_folder, manifest, codes.folder, required=settings.tokenizer is not None, device=device
+    )
+
+    torch.manual_seed(settings.seed)
+    labelled = bool(manifest.class_names) and int(codes.labels.min()) >= 0
+    config = PriorConfig(
+        num_codes=manifest.num_codes,
+        num_classes=len(manifest.class_names) if labelled else 0,
+        channels=settings.channels,
+        num_layers=settings.num_layers,
+        kernel_size=settings.kernel_size,
+        dropout=settings.dropout,
+    )
+    model = GatedPixelCNN(config).to(device)
+    draw = _sampler(model, tokenizer, manifest.grid, settings.seed) if tokenizer is not None else None
+    stage = PriorStage(model, codes, held_out(list(codes.names())), draw)
+    info = CheckpointInfo(
+        kind="prior",
+        config=asdict(config),
+        step=0,
+        class_names=list(manifest.class_names) if labelled else [],
+        preprocessing=manifest.image,
+        training={**recorded(settings), "tokenizer": str(tokenizer_folder) if tokenizer_folder else None},
+        tokenizer_fingerprint=manifest.tokenizer_fingerprint,
+    )
+    loop = LoopSettings(
+        steps=settings.steps,
+        batch_size=settings.batch_size,
+        learning_rate=settings.lr,
+        seed=settings.seed,
+        device=device,
+        precision=settings.precision,
+        keep_best=True,
+    )
+    return run_training(stage, info, loop, run.out, resume=saved is not None)
+
+
+def _tokenizer_folder(settings: PriorSettings, default: Path) -> Path | None:
+    if settings.tokenizer is not None:
+        return Path(settings.tokenizer)
+    if settings.codes is None or (default / CONFIG).exists():
+        return default
+    return None
+
+
+def _codes_of_own_images(tokenizer: Path, out: Path, saved: CheckpointInfo | None, device: str) -> Path:
+    """The codes of the images that the tokenizer was trained on, exported into `out` unless they are there already."""
+    fingerprint = read_info(tokenizer, "tokenizer").fingerprint
+    if saved is not None:
+        check_same_tokenizer(
+            saved.tokenizer_fingerprint,
+            fingerprint,
+            f"a tokenizer in {tokenizer}",
+            "train a new prior with another --out",
+        )
+    exported = (out / MANIFEST).exists() and read_manifest(out).tokenizer_fingerprint == fingerprint
+    if not exported:
+        export_codes(tokenizer, out, device=device, force=True)
+    return out
+
+
+def _matching_tokenizer(
+    folder: Path | None, manifest: CodeManifest, codes: Path, *, required: bool, device: torch.device
+) -> VQVAE | None:
+    """The tokenizer that made the codes, for pictures. One that was asked for must match; the default may be absent."""
+    if folder is None:
+        return None
+    fingerprint = read_info(folder, "tokenizer").fingerprint
+    if required or fingerprint == manifest.tokenizer_fingerprint:
+        remedy = f"export them again with export-codes --tokenizer {folder}, or name the tokenizer that made them"
+        check_same_tokenizer(fingerprint, manifest.tokenizer_fingerprint, f"codes in {codes}", remedy)
+        return load_tokenizer(folder).to(device)
+    print(f"note: the tokenizer in {folder} did not make these codes; training goes on without pictures")
+    return None
+
+
+def _sampler(model: GatedPixelCNN, tokenizer: VQVAE, grid: tuple[int, int], seed: int) -> Callable[[Path], None]:
+    """A function that draws PICTURES samples, the classes in turn, and writes them as one picture."""
+
+    def draw(path: Path) -> None:
+        device = next(model.parameters()).device
+        num_classes = model.config.num_classes
+        labels = torch.arange(PICTURES, device=device) % num_classes if num_classes else None
+        generator = torch.Generator().manual_seed(seed)
+        codes = sample_codes(model, PICTURES, grid, labels=labels, generator=generator)
+        save_grid(to_uint8(tokenizer.decode(codes)), path, columns=8)
+
+    return draw

@@ -1,0 +1,147 @@
+"""Stage one: train a VQ-VAE on images."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tokenizer import VQVAE, TokenizerConfig
+
+from .checkpoint import CheckpointInfo
+from .device import choose_device
+from .evaluate import measure_tokenizer
+from .images import to_uint8
+from .loop import LoopSettings, run_training, split_rows
+from .pictures import above_and_below, save_grid
+from .settings import RunFolder, claim_run, recorded, saved_run, settle
+from .sources import ImageSet, ImageSplit, held_out, open_images
+
+PICTURES = 16  # images in the picture of reconstructions
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerSettings:
+    """What a user can choose about stage one; the rest of `TokenizerConfig` follows from the images."""
+
+    data: str = "glyphs"
+    data_root: str | None = None
+    image_size: tuple[int, int] | None = None  # height, width; None takes the source's own
+    channels: int | None = None  # 1 or 3; None takes the source's own
+    steps: int = 2000
+    batch_size: int = 32
+    lr: float = 1e-3
+    seed: int = 0
+    precision: str = "auto"
+    num_codes: int = 512
+    code_dim: int = 16
+    downsample: int = 4
+    hidden_channels: int = 128
+    num_residual_layers: int = 2
+    residual_channels: int = 32
+    codebook_update: str = "ema"
+
+
+class TokenizerStage:
+    """The tokenizer, as the training loop sees it."""
+
+    score = "nmse"
+
+    def __init__(self, model: VQVAE, images: ImageSplit) -> None:
+        self.model, self.images = model, images
+        self.device = next(model.parameters()).device
+        self.train_rows, self.held_out_rows = split_rows(held_out(images.names))
+        self.num_items = len(self.train_rows)
+        self.histogram = torch.zeros(model.config.num_codes, dtype=torch.int64, device=self.device)
+
+    def losses(self, indices: np.ndarray) -> dict[str, Tensor]:
+        result = self.model(self.images.batch(self.train_rows[indices]).to(self.device))
+        self.histogram += torch.bincount(result.codes.flatten(), minlength=len(self.histogram))
+        return {
+            "loss": result.loss,
+            "reconstruction": result.reconstruction_loss,
+            "commitment": result.commitment_loss,
+        }
+
+    def status(self) -> dict[str, float]:
+        used = int((self.histogram > 0).sum())
+        self.histogram.zero_()
+        return {"codes_in_use": used}
+
+    def evaluate(self) -> dict[str, float]:
+        return asdict(measure_tokenizer(self.model, self.images, self.held_out_rows))
+
+    def draw(self, path: Path) -> None:
+        images = self.images.batch(self.held_out_rows[:PICTURES]).to(self.device)
+        again = self.model.decode(self.model.encode(images))
+        columns = min(8, len(images))
+        save_grid(above_and_below(to_uint8(images), to_uint8(again), columns), path, columns=columns)
+
+
+def train_tokenizer(run: RunFolder, given: Mapping[str, Any]) -> CheckpointInfo:
+    """Train a tokenizer into `run.out`; `given` are fields of `TokenizerSettings`, None for the default.
+
+    Raises:
+        InputError: the images, a setting or the folder cannot be used, or a loss is not finite.
+    """
+    saved = saved_run(run, "tokenizer")
+    settings = settle(TokenizerSettings, given, saved)
+    device = choose_device(run.device)
+    images = open_images(
+        settings.data,
+        image_size=(settings.image_size[0], settings.image_size[1]) if settings.image_size else None,
+        channels=settings.channels,
+        data_root=settings.data_root,
+        multiple_of=settings.downsample,
+    )
+    claim_run(run, saved)
+    torch.manual_seed(settings.seed)
+    config = config_for(settings, images) if saved is None else TokenizerConfig(**saved.config)
+    stage = TokenizerStage(VQVAE(config).to(device), images.train)
+    info = CheckpointInfo(
+        kind="tokenizer",
+        config=asdict(config),
+        step=0,
+        class_names=list(images.class_names),
+        preprocessing=asdict(images.preprocessing),
+        training={**recorded(settings), "data": images.source, "data_root": images.data_root},
+    )
+    loop = LoopSettings(
+        steps=settings.steps,
+        batch_size=settings.batch_size,
+        learning_rate=settings.lr,
+        seed=settings.seed,
+        device=device,
+        precision=settings.precision,
+    )
+    return run_training(stage, info, loop, run.out, resume=saved is not None)
+
+
+def config_for(settings: TokenizerSettings, images: ImageSet) -> TokenizerConfig:
+    """The configuration of the model: what was chosen, and what the training images say."""
+    return TokenizerConfig(
+        in_channels=images.preprocessing.channels,
+        hidden_channels=settings.hidden_channels,
+        num_residual_layers=settings.num_residual_layers,
+        residual_channels=settings.residual_channels,
+        downsample=settings.downsample,
+        num_codes=settings.num_codes,
+        code_dim=settings.code_dim,
+        codebook_update=settings.codebook_update,  # type: ignore[arg-type]
+        data_variance=pixel_variance(images.train),
+    )
+
+
+def pixel_variance(images: ImageSplit, at_once: int = 1024) -> float:
+    """Variance of all values of all images, on [0,1], from their exact histogram."""
+    histogram = np.zeros(256, dtype=np.int64)
+    for start in range(0, len(images), at_once):
+        rows = np.arange(start, min(start + at_once, len(images)))
+        histogram += np.bincount(to_uint8(images.batch(rows)).numpy().ravel(), minlength=256)
+    values = np.arange(256) / 255
+    shares = histogram / histogram.sum()
+    mean = float(shares @ values)
+    return max(float(shares @ (values - mean) ** 2), 1e-6)  # images of one colour have no variance

@@ -1,0 +1,10 @@
+"""Stage two: the probability of a grid of codes, and drawing new ones (gated PixelCNN).
+
+Depends on torch and einops alone.
+"""
+
+from .config import PriorConfig
+from .model import GatedPixelCNN
+from .sampling import sample_codes
+
+__all__ = ["GatedPixelCNN", "PriorConfig", "sample_codes"]

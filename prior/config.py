@@ -1,0 +1,36 @@
+"""What defines a prior: the codes it is over, and the shape of its network."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class PriorConfig:
+    """The configuration of a `GatedPixelCNN`.
+
+    Raises:
+        ValueError: a field is out of its range; the message names the field, its value and what is allowed.
+    """
+
+    num_codes: int  # K, values a code can take
+    num_classes: int = 0  # labels it is conditioned on; 0 for none
+    channels: int = 64  # width of each of the two stacks
+    num_layers: int = 10  # gated layers, the first (type A) included
+    kernel_size: int = 3  # of every layer after the first; odd
+    first_kernel_size: int = 7  # of the type A layer; odd, 3 or more
+    output_channels: int = 256  # between the two 1x1 layers that end in K logits
+    dropout: float = 0.0  # share of the activations dropped after each gate of the horizontal stack, in training
+
+    def __post_init__(self) -> None:
+        _require(self.num_codes >= 2, self, "num_codes", "at least 2")
+        _require(self.num_classes >= 0, self, "num_classes", "0 or more")
+        for name in ("channels", "num_layers", "output_channels"):
+            _require(getattr(self, name) >= 1, self, name, "at least 1")
+        _require(self.kernel_size >= 1 and self.kernel_size % 2 == 1, self, "kernel_size", "an odd number")
+        first = self.first_kernel_size
+        _require(first >= 3 and first % 2 == 1, self, "first_kernel_size", "an odd number of 3 or more")
+        _require(0 <= self.dropout < 1, self, "dropout", "from 0 to below 1")
+
+
+def _require(holds: bool, config: PriorConfig, field: str, allowed: str) -> None:
+    if not holds:
+        raise ValueError(f"PriorConfig.{field}: expected {allowed}, got {getattr(config, field)!r}")

@@ -1,0 +1,68 @@
+"""The gated PixelCNN: p(codes | label) = product over the positions of the grid of p(code | codes before it, label).
+
+"Before" is raster order: all rows above, and what is left in the same row.
+
+Legend: B batch, C channels, H W grid, K codes.
+
+[1] van den Oord et al. 2016, Conditional Image Generation with PixelCNN Decoders, arXiv:1606.05328
+"""
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from .config import PriorConfig
+from .layers import GatedLayer
+
+
+class GatedPixelCNN(nn.Module):
+    """Codes [B,H,W] (and labels [B]) -> logits [B,K,H,W]; those at (i, j) depend on codes before (i, j) alone."""
+
+    def __init__(self, config: PriorConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.num_codes, config.channels)
+        self.layers = nn.ModuleList(
+            GatedLayer(
+                config.channels,
+                config.kernel_size if index else config.first_kernel_size,
+                num_classes=config.num_classes,
+                first=index == 0,
+                dropout=config.dropout,
+            )
+            for index in range(config.num_layers)
+        )
+        self.to_logits = nn.Sequential(
+            nn.ReLU(),
+            nn.Conv2d(config.channels, config.output_channels, kernel_size=1),
+            nn.ReLU(),
+            nn.Conv2d(config.output_channels, config.num_codes, kernel_size=1),
+        )
+
+    def forward(self, codes: Tensor, labels: Tensor | None = None) -> Tensor:
+        """The logits [B,K,H,W] of every position, given the codes [B,H,W] before it and the labels [B].
+
+        Raises:
+            ValueError: codes that are not [B,H,W], or labels that do not fit the configuration.
+        """
+        if codes.ndim != 3:
+            raise ValueError(f"expected codes [B,H,W], got the shape {list(codes.shape)}")
+        self.check_labels(labels, len(codes))
+        vertical = horizontal = rearrange(self.embedding(codes.long()), "b h w c -> b c h w")
+        for layer in self.layers:
+            vertical, horizontal = layer(vertical, horizontal, labels)
+        return self.to_logits(horizontal)
+
+    def check_labels(self, labels: Tensor | None, batch: int) -> None:
+        """Raise ValueError unless `labels` are [batch] in [0,num_classes), or None for a prior without classes."""
+        num_classes = self.config.num_classes
+        if num_classes == 0:
+            if labels is not None:
+                raise ValueError("this prior was trained without labels: expected None, got labels")
+            return
+        if labels is None:
+            raise ValueError(f"this prior knows {num_classes} classes: expected labels [B], got None")
+        if labels.shape != (batch,):
+            raise ValueError(f"expected one label for each of {batch} grids, got the shape {list(labels.shape)}")
+        if not torch.compiler.is_compiling() and not bool(((labels >= 0) & (labels < num_classes)).all()):
+            raise ValueError(f"expected labels from 0 to {num_classes - 1}, got {sorted(set(labels.tolist()))}")

@@ -1,0 +1,40 @@
+"""The loss of the prior, and the number it is compared by.
+
+Legend: B batch, H W grid, K codes.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def cross_entropy(logits: Tensor, codes: Tensor) -> Tensor:
+    """Mean of -ln p(code) over every position of logits [B,K,H,W] and codes [B,H,W], in nats; computed in float32."""
+    return F.cross_entropy(_at_least_float32(logits), codes.long())
+
+
+def grid_bits(logits: Tensor, codes: Tensor) -> Tensor:
+    """-log2 p(grid) of each grid, [B] float64, from logits [B,K,H,W] and codes [B,H,W].
+
+    Summed over a data set and divided by its number of codes this is bits per code, exact for any batch sizes; a
+    uniform model scores log2 K.
+    """
+    nats = F.cross_entropy(_at_least_float32(logits), codes.long(), reduction="none")
+    return nats.double().sum(dim=(1, 2)) / math.log(2)
+
+
+def bits_per_dim(bits_per_code: float, grid: tuple[int, int], image: tuple[int, int, int]) -> float:
+    """Bits per code as bits per colour value of the image: bits_per_code * H W / (C H' W').
+
+    Args:
+        bits_per_code: of the prior.
+        grid: H, W.
+        image: C, H', W'.
+    """
+    return bits_per_code * math.prod(grid) / math.prod(image)
+
+
+def _at_least_float32(logits: Tensor) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))

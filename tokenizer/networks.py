@@ -1,0 +1,91 @@
+"""Encoder and decoder of the VQ-VAE: the convolutional network of sonnet's example [2] for the paper's section 4.1 [1].
+
+    images -> [4x4 stride-2 conv, ReLU] x log2(downsample) -> 3x3 conv -> residual stack -> 1x1 conv -> vectors
+    vectors -> 3x3 conv -> residual stack -> [4x4 stride-2 transposed conv] x log2(downsample) -> images
+
+Departures: any power of two from 2 to 16 as `downsample` (the sources have 4); the images enter and leave in [0, 1]
+and are centred on 0 inside.
+
+Legend: B batch, C image channels, H' W' image, H W grid of codes (H = H' / downsample), D code dimension.
+
+[1] van den Oord et al. 2017, Neural Discrete Representation Learning, arXiv:1711.00937
+[2] github.com/google-deepmind/sonnet, examples/vqvae_example.ipynb
+"""
+
+import itertools
+
+from torch import Tensor, nn
+
+from .config import TokenizerConfig
+
+
+class ResidualBlock(nn.Module):
+    """x + conv1x1(relu(conv3x3(relu(x))))"""
+
+    def __init__(self, channels: int, residual_channels: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.ReLU(),
+            nn.Conv2d(channels, residual_channels, kernel_size=3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(residual_channels, channels, kernel_size=1),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.layers(x)
+
+
+def residual_stack(config: TokenizerConfig) -> list[nn.Module]:
+    """The residual blocks and the ReLU that closes them."""
+    blocks = [
+        ResidualBlock(config.hidden_channels, config.residual_channels) for _ in range(config.num_residual_layers)
+    ]
+    return [*blocks, nn.ReLU()]
+
+
+class Encoder(nn.Module):
+    """Images [B,C,H',W'] in [0,1] -> vectors [B,D,H,W]."""
+
+    def __init__(self, config: TokenizerConfig) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        widths = _pyramid(config)
+        for width_in, width_out in itertools.pairwise(widths):
+            layers += [nn.Conv2d(width_in, width_out, kernel_size=4, stride=2, padding=1), nn.ReLU()]
+        hidden = config.hidden_channels
+        layers += [nn.Conv2d(hidden, hidden, kernel_size=3, padding=1), *residual_stack(config)]
+        layers += [nn.Conv2d(hidden, config.code_dim, kernel_size=1)]
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.layers(images - 0.5)
+
+
+class Decoder(nn.Module):
+    """Vectors [B,D,H,W] -> images [B,C,H',W'], about [0,1] but not clamped to it."""
+
+    def __init__(self, config: TokenizerConfig) -> None:
+        super().__init__()
+        hidden = config.hidden_channels
+        layers: list[nn.Module] = [nn.Conv2d(config.code_dim, hidden, kernel_size=3, padding=1)]
+        layers += residual_stack(config)
+        widths = _pyramid(config)[::-1]
+        for width_in, width_out in itertools.pairwise(widths):
+            layers += [
+                nn.ConvTranspose2d(width_in, width_out, kernel_size=4, stride=2, padding=1),
+                nn.ReLU(),
+            ]
+        self.layers = nn.Sequential(*layers[:-1])  # no ReLU on the pixels
+
+    def forward(self, vectors: Tensor) -> Tensor:
+        return self.layers(vectors) + 0.5
+
+
+def _pyramid(config: TokenizerConfig) -> list[int]:
+    """Channels at each resolution, from the pixels down to the grid; the first stride-2 layer has half the hidden ones.
+
+    downsample 2: C, hidden;  4: C, hidden/2, hidden;  8: C, hidden/2, hidden, hidden
+    """
+    hidden, layers = config.hidden_channels, config.num_downsampling_layers
+    first = [hidden // 2] if layers > 1 else []
+    return [config.in_channels, *first, *[hidden] * (layers - len(first))]
