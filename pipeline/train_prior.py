@@ -22,7 +22,7 @@ from .images import to_uint8
 from .loop import LoopSettings, run_training, split_rows
 from .pictures import save_grid
 from .settings import RunFolder, claim_run, recorded, saved_run, settle
-from .sources import held_out
+from .splits import held_out
 
 PICTURES = 32  # samples in the picture of each evaluation
 EVALUATION_BATCH = 256

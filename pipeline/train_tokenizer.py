@@ -18,7 +18,8 @@ from .images import to_uint8
 from .loop import LoopSettings, run_training, split_rows
 from .pictures import above_and_below, save_grid
 from .settings import RunFolder, claim_run, recorded, saved_run, settle
-from .sources import ImageSet, ImageSplit, held_out, open_images
+from .sources import ImageSet, ImageSplit, open_images
+from .splits import held_out
 
 PICTURES = 16  # images in the picture of reconstructions
 

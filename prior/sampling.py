@@ -1,4 +1,4 @@
-"""Drawing grids of codes from a prior, position by position in raster order.
+"""Drawing grids of codes from a prior, position by position in raster order, at the cost of one forward pass.
 
 Each sample has a random number of its own for each position, so a sample depends on the generator's state and on its
 own index alone: not on how many are drawn with it. Choosing a code from logits is one pure function (`choose_codes`),
@@ -15,6 +15,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from .incremental import IncrementalPrior
 from .model import GatedPixelCNN
 
 UNKNOWN = -1  # in `known`: a position that the prior is to draw
@@ -60,18 +61,22 @@ def sample_codes(
     prior.check_labels(labels, num_samples)
     device = next(prior.parameters()).device
     labels = None if labels is None else labels.to(device)
-    codes = _start(prior, num_samples, grid, known).to(device)
+    codes = _start(prior, num_samples, grid, known)
+    to_draw = (codes == UNKNOWN).any(dim=0).tolist()
     numbers = sample_numbers(num_samples, grid, generator).to(device)
+    codes = codes.to(device)
     with evaluating(prior):
+        network = IncrementalPrior(prior, num_samples, width, labels)
         for row in range(height):
+            network.start_row()
             for column in range(width):
-                drawn = codes[:, row, column] == UNKNOWN
-                if drawn.any():
-                    logits = prior(codes[:, : row + 1].clamp_min(0), labels)[:, :, row, column]
-                    chosen = choose_codes(
-                        logits, numbers[:, row, column], temperature=temperature, top_k=top_k, top_p=top_p
-                    )
-                    codes[:, row, column] = torch.where(drawn, chosen, codes[:, row, column])
+                features = network.features(column)
+                if to_draw[row][column]:
+                    logits, number = network.logits(features), numbers[:, row, column]
+                    drawn = choose_codes(logits, number, temperature=temperature, top_k=top_k, top_p=top_p)
+                    kept = codes[:, row, column]
+                    codes[:, row, column] = torch.where(kept == UNKNOWN, drawn, kept)
+                network.put(column, codes[:, row, column])
             if on_row is not None:
                 on_row(row + 1)
     return codes
@@ -100,18 +105,18 @@ def code_probabilities(
     logits: Tensor, *, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None
 ) -> Tensor:
     """The distribution [n,K] float64 that is drawn from: temperature, then top-k, then top-p of what is left [1]."""
-    scaled = logits.double() / temperature
-    if top_k is not None and top_k < scaled.shape[1]:
-        kept = torch.zeros_like(scaled, dtype=torch.bool).scatter_(1, scaled.topk(top_k, dim=1).indices, True)
-        scaled = scaled.masked_fill(~kept, -torch.inf)
-    probabilities = scaled.softmax(dim=1)
-    if top_p is not None and top_p < 1:
-        ordered, order = probabilities.sort(dim=1, descending=True, stable=True)
+    below_best = logits.double() - logits.double().amax(dim=1, keepdim=True)
+    probabilities = (below_best / temperature).softmax(dim=1)
+    if top_k is None and top_p is None:
+        return probabilities
+    ordered, order = probabilities.sort(dim=1, descending=True, stable=True)  # of equals, the lowest code first
+    if top_k is not None:
+        ordered[:, top_k:] = 0
+    if top_p is not None:
         before = ordered.cumsum(dim=1) - ordered  # the first is always kept: nothing stands before it
-        kept = torch.zeros_like(probabilities, dtype=torch.bool).scatter_(1, order, before < top_p)
-        probabilities = probabilities.masked_fill(~kept, 0)
-        probabilities = probabilities / probabilities.sum(dim=1, keepdim=True)
-    return probabilities
+        ordered = ordered.masked_fill(before >= top_p * ordered.sum(dim=1, keepdim=True), 0)
+    ordered = ordered / ordered.sum(dim=1, keepdim=True)
+    return torch.zeros_like(ordered).scatter_(1, order, ordered)
 
 
 def sample_numbers(num_samples: int, grid: tuple[int, int], generator: torch.Generator | None) -> Tensor:

@@ -1,0 +1,46 @@
+"""Which images are set aside: each name decides for itself, by its hash, the same on every system.
+
+So adding images moves none of the others from one side to the other. A name is taken as a path in Unicode NFC with `/`
+between its parts, whatever the system writes.
+
+N names.
+"""
+
+import hashlib
+import unicodedata
+from collections.abc import Sequence
+
+import numpy as np
+
+
+def held_out(names: Sequence[str], fraction: float = 0.05) -> np.ndarray:
+    """Which of the training images to validate on: bool [N], about `fraction` of them.
+
+    Where the hashes would choose none or all of two or more, the one with the smallest is chosen; of a single image,
+    none is.
+    """
+    chosen = by_hash(names, fraction, "validation")
+    return chosen if len(names) > 1 else np.zeros(len(names), bool)
+
+
+def by_hash(names: Sequence[str], fraction: float, salt: str) -> np.ndarray:
+    """About `fraction` of the names, and of two or more never none and never all: bool [N].
+
+    Another `salt` chooses independently of this one.
+    """
+    scores = np.array([_score(name, salt) for name in names])
+    chosen = scores < fraction
+    if len(names) > 1 and (chosen.all() or not chosen.any()):
+        chosen = np.arange(len(names)) == scores.argmin()
+    return chosen
+
+
+def _score(name: str, salt: str) -> float:
+    """Uniform in [0, 1)."""
+    text = f"{salt}/{_normal(name)}".encode("utf-8", "surrogatepass")
+    return int.from_bytes(hashlib.sha256(text).digest()[:8], "big") / 2**64
+
+
+def _normal(name: str) -> str:
+    """A path as every system would write it."""
+    return unicodedata.normalize("NFC", name.replace("\\", "/"))
