@@ -7,6 +7,8 @@ from typing import Any, NoReturn, TypeVar
 
 import click
 
+__version__ = "0.1.0"
+
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 TOKENIZER = Path("checkpoints/tokenizer")
@@ -61,9 +63,11 @@ tokenizer_option = click.option(
     "--tokenizer", type=PathType(), default=TOKENIZER, show_default=True, help="Folder that train-tokenizer wrote."
 )
 training_options = options(
-    click.option("--steps", type=click.IntRange(min=1), help="Optimizer steps in all.  [default: 2000]"),
-    click.option("--batch-size", type=click.IntRange(min=1), help="Items a step.  [default: 32 images, 64 grids]"),
-    click.option("--lr", type=click.FloatRange(min=0, min_open=True), help="Adam's learning rate.  [default: 0.001]"),
+    click.option("--steps", type=click.IntRange(min=1), help="In all.  [default: 1500 in stage one, 2000 in two]"),
+    click.option("--batch-size", type=click.IntRange(min=1), help="Items a step.  [default: 32]"),
+    click.option(
+        "--lr", type=click.FloatRange(min=0, min_open=True), help="Adam's.  [default: 0.001 in stage one, 0.002 in two]"
+    ),
     click.option("--seed", type=click.IntRange(min=0), help="Seed of everything random.  [default: 0]"),
     click.option(
         "--precision",
@@ -76,10 +80,13 @@ training_options = options(
 )
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}, invoke_without_command=True
+)
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
-@click.version_option(package_name="codegrid")
-def cli(debug: bool) -> None:
+@click.version_option(__version__)
+@click.pass_context
+def cli(ctx: click.Context, debug: bool) -> None:
     """Learn to make new images: a VQ-VAE turns images into grids of codes, a gated PixelCNN draws new grids.
 
     \b
@@ -88,6 +95,8 @@ def cli(debug: bool) -> None:
       codegrid train-prior
       codegrid sample --n 64
     """
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help())
 
 
 @cli.command("train-tokenizer")
@@ -132,7 +141,7 @@ def export_codes(tokenizer: Path, out: Path, **chosen: Any) -> None:
 @click.option("--tokenizer", metavar="DIR", help=f"For codes and pictures.  [default: {TOKENIZER}]")
 @click.option("--out", type=PathType(), default=PRIOR, show_default=True, help="Folder to write.")
 @click.option("--channels", type=click.IntRange(min=1), help="Width of the two stacks.  [default: 64]")
-@click.option("--num-layers", type=click.IntRange(min=1), help="Gated layers.  [default: 10]")
+@click.option("--num-layers", type=click.IntRange(min=1), help="Gated layers.  [default: 6]")
 @click.option("--dropout", type=click.FloatRange(0, 1, max_open=True), help="In training.  [default: 0]")
 @training_options
 def train_prior(out: Path, device: str, resume: bool, force: bool, **given: Any) -> None:

@@ -23,7 +23,7 @@ from prior import GatedPixelCNN, PriorConfig
 from tokenizer import VQVAE, TokenizerConfig
 
 from .errors import InputError
-from .files import current, sha256, to_json, write_together
+from .files import current, read_current, sha256, to_json, write_together
 
 FORMAT_VERSION = 1
 MODEL, CONFIG, TRAINING = "model.safetensors", "config.json", "training.safetensors"
@@ -78,9 +78,9 @@ def read_info(folder: str | Path, kind: str) -> CheckpointInfo:
         InputError: no checkpoint there, another kind or format version, or a file that is not what it should be.
     """
     folder = Path(folder)
-    path = current(folder, CONFIG)
+    path = folder / CONFIG
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(read_current(folder, CONFIG))
     except (FileNotFoundError, NotADirectoryError):
         found = "a folder without config.json" if folder.is_dir() else "no such folder"
         raise InputError(
@@ -110,7 +110,7 @@ def load_training(folder: Path) -> TrainingState:
         with safetensors.safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
             return TrainingState(tensors=tensors, values=json.loads(file.metadata()["values"]))
-    except (OSError, safetensors.SafetensorError) as error:
+    except (OSError, safetensors.SafetensorError, TypeError, KeyError, ValueError) as error:
         raise InputError(
             expected=f"the training state {path}",
             got=f"a file that cannot be read ({error})",
@@ -186,7 +186,7 @@ def _read_whole(folder: Path, kind: str, attempts: int = 5) -> tuple[CheckpointI
     for _ in range(attempts):
         info = read_info(folder, kind)
         try:
-            data = current(folder, MODEL).read_bytes()
+            data = read_current(folder, MODEL)
         except FileNotFoundError:
             data = b""
         if sha256(data) == info.fingerprint:

@@ -122,6 +122,9 @@ class CodeDataset(Dataset[tuple[Tensor, int]]):
 
     def batch(self, indices: np.ndarray) -> tuple[Tensor, Tensor]:
         """Codes [n,H,W] and labels [n], both int64, of the rows `indices` [n], gathered shard by shard."""
+        if len(indices) and not -len(self) <= indices.min() <= indices.max() < len(self):
+            raise IndexError(f"expected indices from {-len(self)} to {len(self) - 1}, got {indices}")
+        indices = indices % len(self)
         codes = np.empty((len(indices), *self.manifest.grid), dtype=np.int64)
         labels = np.empty(len(indices), dtype=np.int64)
         shard_of = np.searchsorted(self._ends, indices, side="right")
@@ -146,7 +149,7 @@ class CodeDataset(Dataset[tuple[Tensor, int]]):
         expected = (int(self.manifest.shards[index]["count"]), *row_shape)
         try:
             array = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, EOFError) as error:
             raise InputError(
                 expected=f"the shard {path}", got=" ".join(str(error).split()), do="export the codes again"
             ) from None

@@ -17,12 +17,17 @@ def choose_device(name: str) -> torch.device:
         if torch.cuda.is_available():
             return torch.device("cuda")
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    device = torch.device(name)
-    missing = (device.type == "cuda" and not torch.cuda.is_available()) or (
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise InputError(expected="auto, cpu, cuda, cuda:1 or mps as device", got=name, do="choose one of them")
+    missing = (device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()) or (
         device.type == "mps" and not torch.backends.mps.is_available()
     )
     if missing:
-        raise InputError(expected=f"a {device.type} device", got="none on this machine", do="use --device cpu")
+        raise InputError(expected=f"the device {name}", got="none on this machine", do="use --device cpu")
     return device
 
 

@@ -36,7 +36,15 @@ def write_together(folder: Path, files: Mapping[str, bytes]) -> None:
 def current(folder: Path, name: str) -> Path:
     """The path that holds the committed content of `name`, also after a kill in the middle of `write_together`."""
     new = folder / f"{name}.new"
-    return new if (folder / COMMIT).exists() and new.exists() else folder / name
+    return new if name in _committed(folder) and new.exists() else folder / name
+
+
+def read_current(folder: Path, name: str) -> bytes:
+    """That content, also while a writer is renaming it. Raises FileNotFoundError if there is none."""
+    try:
+        return current(folder, name).read_bytes()
+    except FileNotFoundError:  # renamed since it was chosen
+        return current(folder, name).read_bytes()
 
 
 def to_json(value: Any) -> bytes:
@@ -58,6 +66,15 @@ def _complete(folder: Path) -> None:
         if new.exists():
             os.replace(new, folder / name)
     commit.unlink()
+
+
+def _committed(folder: Path) -> list[str]:
+    """The names in a commit whose renames may not all be done."""
+    try:
+        names: list[str] = json.loads((folder / COMMIT).read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    return names
 
 
 def _write_flushed(path: Path, data: bytes) -> None:

@@ -8,8 +8,18 @@ from .errors import InputError
 from .files import COMMIT
 
 
-def claim_folder(folder: Path, *, force: bool, ours: Sequence[str], hint: str = "") -> None:
+def claim_folder(folder: Path, *, force: bool, ours: Sequence[str]) -> None:
     """Make `folder` and see that it is empty; with `force`, clear it of the files named in `ours` (glob patterns).
+
+    Raises:
+        InputError: it holds something and `force` is off, it is a file, or it cannot be written.
+    """
+    check_free(folder, force=force)
+    clear(folder, ours)
+
+
+def check_free(folder: Path, *, force: bool, hint: str = "") -> None:
+    """Make `folder` and see that it is empty, unless `force`. What it holds stays.
 
     Raises:
         InputError: it holds something and `force` is off, it is a file, or it cannot be written.
@@ -21,6 +31,10 @@ def claim_folder(folder: Path, *, force: bool, ours: Sequence[str], hint: str = 
             do=f"name another folder, or use {hint}--force to replace what is there",
         )
     check_writable(folder)
+
+
+def clear(folder: Path, ours: Sequence[str]) -> None:
+    """Remove the files named in `ours` (glob patterns)."""
     for pattern in (*ours, *(f"{name}.new" for name in ours), COMMIT):
         for path in folder.glob(pattern):
             shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -128,10 +128,12 @@ class ImagePipeline:
             if labels is not None:
                 raise InputError(
                     expected="no label, because this prior was trained without them",
-                    got=f"{next(iter(labels))!r}",
+                    got=", ".join(str(label) for label in labels) or "an empty list",
                     do="leave the label away, or train on a folder with one subfolder a class",
                 )
             return None
+        if labels is not None and len(labels) == 0:
+            raise InputError(expected="at least one label", got="none", do="leave the labels away for all in turn")
         chosen = range(len(self.class_names)) if labels is None else [self._label(item) for item in labels]
         return torch.tensor([chosen[i % len(chosen)] for i in range(n)])
 
@@ -148,8 +150,8 @@ class ImagePipeline:
     def _label(self, label: str | int | Tensor) -> int:
         """The index of a class given by name or index; a name that looks like an index is a name first."""
         names = self.class_names
-        if str(label) in names and not isinstance(label, (int, Tensor)):
-            return names.index(str(label))
+        if isinstance(label, str) and label in names:
+            return names.index(label)
         try:
             index = int(label)
         except ValueError:

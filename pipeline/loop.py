@@ -6,6 +6,7 @@ a run that is stopped and resumed ends, on a CPU, with the same bytes as one tha
 """
 
 import math
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -17,9 +18,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .checkpoint import CheckpointInfo, TrainingState, load_training, load_weights, save_checkpoint
+from .checkpoint import CONFIG, CheckpointInfo, TrainingState, load_training, load_weights, read_info, save_checkpoint
 from .device import autocast
 from .errors import InputError
+from .files import current
 from .interrupt import StopSignal
 from .metrics_log import MetricsLog
 
@@ -74,9 +76,9 @@ def run_training(
         SystemExit: SIGTERM, after saving.
     """
     trainer = _Trainer(stage, info, settings, folder)
-    if resume:
-        trainer.restore(load_training(folder))
-    with StopSignal() as stop:
+    with trainer.bar, StopSignal() as stop:  # closing the bar ends its line, so that an error has one of its own
+        if resume:
+            trainer.restore(load_training(folder))
         while trainer.step < settings.steps:
             trainer.advance()
             if stop.requested:
@@ -134,7 +136,8 @@ class _Trainer:
         self.order = DataOrder(stage.num_items, settings.batch_size, settings.seed)
         self.optimizer = torch.optim.Adam(stage.model.parameters(), lr=settings.learning_rate, fused=True)
         self.log = MetricsLog(folder / "metrics.jsonl")
-        self.bar = tqdm(total=settings.steps, unit="step", dynamic_ncols=True, mininterval=1.0, smoothing=0.05)
+        interval = 1.0 if sys.stderr.isatty() else 15.0  # a log file needs no moving bar
+        self.bar = tqdm(total=settings.steps, unit="step", dynamic_ncols=True, mininterval=interval, smoothing=0.05)
         self.sums: dict[str, Tensor] = {}
         self.summed = 0
         self.saved_at = time.monotonic()
@@ -164,14 +167,14 @@ class _Trainer:
             self.save()
 
     def finish(self) -> CheckpointInfo:
-        self.bar.close()
-        return self.info
+        return self.info if self.info.fingerprint else read_info(self.folder, self.info.kind)
 
     def save(self) -> None:
         """Write the checkpoint: the weights to use, and all that a resumed run needs."""
         weights = self.best_weights if self.best_weights is not None else self.stage.model.state_dict()
         state = self._state()
-        info = replace(self.info, step=int(self.best.get("step", self.step)), metrics=self.best)
+        step = int(self.best["step"]) if self.best_weights is not None else self.step
+        info = replace(self.info, step=step, metrics=self.best)
         self.info = save_checkpoint(self.folder, info, weights, state)
         self.saved_at = time.monotonic()
 
@@ -209,6 +212,7 @@ class _Trainer:
             numbers = self.stage.evaluate()
             self.stage.draw(self.folder / "pictures" / f"step-{self.step:07d}.png")
         self.log.write(self.step, "held_out", numbers)
+        self._check_finite({name: torch.tensor(value) for name, value in numbers.items()})
         score = self.stage.score
         if not self.settings.keep_best or not self.best or numbers[score] < self.best[score]:
             self.best = {"step": self.step, **numbers}
@@ -232,17 +236,17 @@ class _Trainer:
     def _check_finite(self, losses: Mapping[str, Tensor]) -> None:
         wrong = [name for name, loss in losses.items() if not bool(torch.isfinite(loss))]
         if wrong:
-            self.bar.close()
+            kept = f"the last good state is kept in {self.folder}" if current(self.folder, CONFIG).exists() else ""
             raise InputError(
                 expected="finite losses",
                 got=f"{wrong[0]} = {losses[wrong[0]].item()} at step {self.step:,}",
-                do=f"lower --lr (now {self.settings.learning_rate:g}); the last good state is kept in {self.folder}",
+                do=f"lower --lr (now {self.settings.learning_rate:g}); {kept or 'nothing was saved yet'}",
             )
 
     def _due(self, times: int) -> bool:
         """Whether this step is one of `times` even shares of the run, or its end."""
-        every = max(1, self.settings.steps // times)
-        return self.step % every == 0 or self.step == self.settings.steps
+        steps = self.settings.steps
+        return self.step * times // steps > (self.step - 1) * times // steps
 
 
 def _unflatten(tensors: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -28,7 +28,7 @@ class MetricsLog:
         """Forget what was logged after `step` and a line cut short by a kill: a resumed run does those steps again."""
         if not self.path.exists():
             return
-        kept = [line for line in self.path.read_text("utf-8").splitlines(keepends=True) if _step_of(line) <= step]
+        kept = [f"{line}\n" for line in self.path.read_text("utf-8").splitlines() if _step_of(line) <= step]
         write_atomic(self.path, "".join(kept).encode())
 
 

@@ -1,17 +1,20 @@
 """The settings of a training run: what was given, what the resumed run was started with, and the defaults."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from .checkpoint import CONFIG, TRAINING, CheckpointInfo, read_info
+from .checkpoint import CONFIG, MODEL, TRAINING, CheckpointInfo, read_info
 from .errors import InputError
 from .files import current
-from .folders import claim_folder
+from .folders import check_free, clear
+from .sources import IMAGE_SOURCES
 
-RUN_FILES = ("model.safetensors", CONFIG, TRAINING, "metrics.jsonl", "pictures")
-MAY_CHANGE = frozenset({"steps", "precision", "data_root"})  # on --resume
+RUN_FILES = (MODEL, CONFIG, TRAINING, "metrics.jsonl", "pictures/step-*.png")
+MAY_CHANGE = frozenset({"steps", "precision", "data_root", "tokenizer"})  # on --resume; fingerprints tell tokenizers
+PATHS = frozenset({"data", "codes"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +25,10 @@ class RunFolder:
     resume: bool = False
     force: bool = False
     device: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.resume and self.force:
+            raise InputError(expected="--resume or --force", got="both", do="leave one away")
 
 
 Settings = TypeVar("Settings")
@@ -35,9 +42,19 @@ def saved_run(run: RunFolder, kind: str) -> CheckpointInfo | None:
 
 
 def claim_run(run: RunFolder, saved: CheckpointInfo | None) -> None:
-    """Make the run folder ready: cleared for a new run, left alone for a resumed one. Raises InputError."""
+    """Make the run folder; a new run needs an empty one or --force. What it holds stays. Raises InputError.
+
+    What a run left that was killed before its first save may be replaced by --resume alone.
+    """
     if saved is None:
-        claim_folder(run.out, force=run.force or run.resume, ours=RUN_FILES, hint="--resume to continue or ")
+        unsaved = not any((run.out / name).exists() for name in (MODEL, TRAINING))
+        check_free(run.out, force=run.force or (run.resume and unsaved), hint="--resume to continue or ")
+
+
+def clear_run(run: RunFolder, saved: CheckpointInfo | None) -> None:
+    """Remove what an older run left, unless it is resumed; called last, when nothing can be refused any more."""
+    if saved is None:
+        clear(run.out, RUN_FILES)
 
 
 def settle(kind: type[Settings], given: Mapping[str, Any], saved: CheckpointInfo | None) -> Settings:
@@ -52,18 +69,26 @@ def settle(kind: type[Settings], given: Mapping[str, Any], saved: CheckpointInfo
     known = {f.name for f in fields(kind)}  # type: ignore[arg-type]
     before = {name: value for name, value in saved.training.items() if name in known}
     for name, value in chosen.items():
-        if name not in MAY_CHANGE and name in before and _plain(value) != _plain(before[name]):
+        if name not in MAY_CHANGE and name in before and not _same(name, value, before[name]):
             raise InputError(
                 expected=f"--resume with {name.replace('_', '-')} {before[name]}, as the run was started",
                 got=f"{value}",
                 do="leave the option away, or start a new run with another --out",
             )
-    return kind(**{**before, **chosen})
+    changed = {name: value for name, value in chosen.items() if name in MAY_CHANGE}
+    return kind(**{**before, **changed})
 
 
 def recorded(settings: Any) -> dict[str, Any]:
     """The settings as `config.json` keeps them."""
     return {name: _plain(value) for name, value in asdict(settings).items()}
+
+
+def _same(name: str, given: Any, before: Any) -> bool:
+    """Whether two values of a setting mean the same; of paths, that both lead to one place."""
+    if name in PATHS and before is not None and not {given, before} & set(IMAGE_SOURCES):
+        given, before = (os.path.abspath(os.path.expanduser(path)) for path in (given, before))
+    return bool(_plain(given) == _plain(before))
 
 
 def _plain(value: Any) -> Any:

@@ -1,5 +1,6 @@
 """Stage two: train a gated PixelCNN on code grids."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from .export import export_codes
 from .images import to_uint8
 from .loop import LoopSettings, run_training, split_rows
 from .pictures import save_grid
-from .settings import RunFolder, claim_run, recorded, saved_run, settle
+from .settings import RunFolder, claim_run, clear_run, recorded, saved_run, settle
 from .splits import held_out
 
 PICTURES = 32  # samples in the picture of each evaluation
@@ -35,12 +36,12 @@ class PriorSettings:
     codes: str | None = None  # folder of a code data set; None exports the tokenizer's own images first
     tokenizer: str | None = None  # folder of the tokenizer; needed to export, and to draw pictures
     steps: int = 2000
-    batch_size: int = 64
-    lr: float = 1e-3
+    batch_size: int = 32
+    lr: float = 2e-3
     seed: int = 0
     precision: str = "auto"
     channels: int = 64
-    num_layers: int = 10
+    num_layers: int = 6
     kernel_size: int = 3
     dropout: float = 0.0
 
@@ -109,11 +110,19 @@ def train_prior(run: RunFolder, given: Mapping[str, Any], default_tokenizer: Pat
         codes = CodeDataset(settings.codes)
         claim_run(run, saved)
     manifest = codes.manifest
+    if saved is not None:
+        check_same_tokenizer(
+            saved.tokenizer_fingerprint,
+            manifest.tokenizer_fingerprint,
+            f"codes in {codes.folder}",
+            "train a new prior with another --out",
+        )
     tokenizer = _matching_tokenizer(
         tokenizer_folder, manifest, codes.folder, required=settings.tokenizer is not None, device=device
     )
 
     torch.manual_seed(settings.seed)
+    asked = settings.tokenizer is not None
     labelled = bool(manifest.class_names) and int(codes.labels.min()) >= 0
     config = PriorConfig(
         num_codes=manifest.num_codes,
@@ -126,13 +135,21 @@ def train_prior(run: RunFolder, given: Mapping[str, Any], default_tokenizer: Pat
     model = GatedPixelCNN(config).to(device)
     draw = _sampler(model, tokenizer, manifest.grid, settings.seed) if tokenizer is not None else None
     stage = PriorStage(model, codes, held_out(list(codes.names())), draw)
+    print(
+        f"{len(codes):,} grids of {manifest.grid[0]}x{manifest.grid[1]} codes to learn from "
+        f"({len(stage.held_out_rows):,} of them held out to check on), {config.num_classes or 'no'} classes\n"
+        f"bits_per_code is what a code costs given those before it (guessing costs {math.log2(config.num_codes):.2f})"
+    )
     info = CheckpointInfo(
         kind="prior",
         config=asdict(config),
         step=0,
         class_names=list(manifest.class_names) if labelled else [],
         preprocessing=manifest.image,
-        training={**recorded(settings), "tokenizer": str(tokenizer_folder) if tokenizer_folder else None},
+        training={
+            **recorded(settings),
+            "tokenizer": str(tokenizer_folder) if asked or settings.codes is None else None,
+        },
         tokenizer_fingerprint=manifest.tokenizer_fingerprint,
     )
     loop = LoopSettings(
@@ -144,6 +161,7 @@ def train_prior(run: RunFolder, given: Mapping[str, Any], default_tokenizer: Pat
         precision=settings.precision,
         keep_best=True,
     )
+    clear_run(run, saved)
     return run_training(stage, info, loop, run.out, resume=saved is not None)
 
 

@@ -17,7 +17,7 @@ from .evaluate import measure_tokenizer
 from .images import to_uint8
 from .loop import LoopSettings, run_training, split_rows
 from .pictures import above_and_below, save_grid
-from .settings import RunFolder, claim_run, recorded, saved_run, settle
+from .settings import RunFolder, claim_run, clear_run, recorded, saved_run, settle
 from .sources import ImageSet, ImageSplit, open_images
 from .splits import held_out
 
@@ -32,7 +32,7 @@ class TokenizerSettings:
     data_root: str | None = None
     image_size: tuple[int, int] | None = None  # height, width; None takes the source's own
     channels: int | None = None  # 1 or 3; None takes the source's own
-    steps: int = 2000
+    steps: int = 1500
     batch_size: int = 32
     lr: float = 1e-3
     seed: int = 0
@@ -102,6 +102,7 @@ def train_tokenizer(run: RunFolder, given: Mapping[str, Any]) -> CheckpointInfo:
     torch.manual_seed(settings.seed)
     config = config_for(settings, images) if saved is None else TokenizerConfig(**saved.config)
     stage = TokenizerStage(VQVAE(config).to(device), images.train)
+    print(explanation(stage, images, config))
     info = CheckpointInfo(
         kind="tokenizer",
         config=asdict(config),
@@ -118,7 +119,21 @@ def train_tokenizer(run: RunFolder, given: Mapping[str, Any]) -> CheckpointInfo:
         device=device,
         precision=settings.precision,
     )
+    clear_run(run, saved)
     return run_training(stage, info, loop, run.out, resume=saved is not None)
+
+
+def explanation(stage: TokenizerStage, images: ImageSet, config: TokenizerConfig) -> str:
+    """What is about to happen, in words."""
+    size = images.preprocessing
+    height, width = stage.model.grid(size.height, size.width)
+    labels = f", {len(images.class_names)} classes" if images.class_names else ""
+    aside = f"{len(stage.held_out_rows):,} of them held out to check on"
+    return (
+        f"{len(images.train):,} images to learn from, {aside}{labels}\n"
+        f"each image of {size.height}x{size.width}x{size.channels} becomes {height}x{width} codes, "
+        f"each one of {config.num_codes}; nmse is the error of the way back (1 is a grey blur, 0 perfect)"
+    )
 
 
 def config_for(settings: TokenizerSettings, images: ImageSet) -> TokenizerConfig:

@@ -14,7 +14,7 @@ class PriorConfig:
     num_codes: int  # K, values a code can take
     num_classes: int = 0  # labels it is conditioned on; 0 for none
     channels: int = 64  # width of each of the two stacks
-    num_layers: int = 10  # gated layers, the first (type A) included
+    num_layers: int = 6  # gated layers, the first (type A) included
     kernel_size: int = 3  # of every layer after the first; odd
     first_kernel_size: int = 7  # of the type A layer; odd, 3 or more
     output_channels: int = 256  # between the two 1x1 layers that end in K logits

@@ -3,6 +3,7 @@
 [1] van den Oord et al. 2017, Neural Discrete Representation Learning, arXiv:1711.00937, eq. 3
 """
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -18,4 +19,5 @@ def reconstruction_loss(decoded: Tensor, images: Tensor, data_variance: float) -
         images: [B,C,H',W'] in [0,1].
         data_variance: above 0.
     """
-    return F.mse_loss(decoded.float(), images.float()) / data_variance
+    precision = torch.promote_types(decoded.dtype, torch.float32)
+    return F.mse_loss(decoded.to(precision), images.to(precision)) / data_variance

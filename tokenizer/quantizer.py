@@ -52,6 +52,9 @@ class VectorQuantizer(nn.Module):
         commitment_weight: beta, on the encoder's term only.
         ema_decay: gamma, the share of the old average kept at each step (a gradient codebook averages counts alone).
         revival_threshold: a code used less than this share of the mean use is dead and revived; 0 never revives.
+
+    Raises:
+        ValueError: an unknown `codebook_update`.
     """
 
     codebook: Tensor  # [K,D]
@@ -71,6 +74,8 @@ class VectorQuantizer(nn.Module):
         revival_threshold: float = 0.02,
     ) -> None:
         super().__init__()
+        if codebook_update not in ("ema", "gradient"):
+            raise ValueError(f"codebook_update: expected 'ema' or 'gradient', got {codebook_update!r}")
         self.num_codes, self.code_dim = num_codes, code_dim
         self.codebook_update = codebook_update
         self.commitment_weight = commitment_weight
@@ -133,10 +138,11 @@ class VectorQuantizer(nn.Module):
         Raises:
             ValueError: a code outside [0,K).
         """
+        codes = codes.long()  # K itself may not fit into the type of the codes
         if codes.numel() and bool(((codes < 0) | (codes >= self.num_codes)).any()):  # CPU-GPU sync
             found = f"{int(codes.min())} to {int(codes.max())}"
             raise ValueError(f"expected codes from 0 to {self.num_codes - 1}, got codes from {found}")
-        return self._look_up(codes.long())
+        return self._look_up(codes)
 
     @torch.no_grad()
     def set_codebook(self, vectors: Tensor) -> None:
@@ -161,7 +167,8 @@ class VectorQuantizer(nn.Module):
         """The codebook becomes K different vectors of the batch [N,D]; with fewer than K, the rest lie close by."""
         found = draw_distinct(vectors, self.num_codes)
         copies = found[torch.arange(self.num_codes - len(found), device=found.device) % len(found)]
-        nearby = copies + torch.randn_like(copies) * (0.01 * vectors.std(correction=0) + 1e-4)
+        nearness = 0.01 * vectors.std(correction=0) + 1e-3 * vectors.abs().amax().clamp_min(0.1)
+        nearby = copies + nearness * torch.randn_like(copies)
         self.set_codebook(torch.cat([found, nearby]))
         every = torch.arange(self.num_codes, device=vectors.device)
         self._restart_counts(every, len(vectors) / self.num_codes)
