@@ -56,7 +56,7 @@ def write_shard(
     folder: Path, index: int, codes: np.ndarray, labels: np.ndarray, names: Sequence[str]
 ) -> dict[str, Any]:
     """Write one shard, each file whole or not at all; returns its entry in the manifest."""
-    contents = [_npy(codes), _npy(labels.astype(np.int64)), to_json(list(names))]
+    contents = [npy_bytes(codes), npy_bytes(labels.astype(np.int64)), to_json(list(names))]
     files = {}
     for pattern, data in zip(SHARD_FILES, contents, strict=True):
         write_atomic(folder / pattern.format(index), data)
@@ -142,7 +142,13 @@ class CodeDataset(Dataset[tuple[Tensor, int]]):
     def names(self) -> Iterator[str]:
         """The names of the images, in the order of the rows."""
         for index in range(len(self._ends)):
-            yield from json.loads((self.folder / SHARD_FILES[2].format(index)).read_bytes())
+            path = self.folder / SHARD_FILES[2].format(index)
+            try:
+                yield from json.loads(path.read_bytes())
+            except (OSError, ValueError) as error:
+                raise InputError(
+                    expected=f"the names {path}", got=" ".join(str(error).split()), do="export the codes again"
+                ) from None
 
     def _open(self, kind: int, index: int, row_shape: tuple[int, ...]) -> np.ndarray:
         path = self.folder / SHARD_FILES[kind].format(index)
@@ -162,7 +168,8 @@ class CodeDataset(Dataset[tuple[Tensor, int]]):
         return array
 
 
-def _npy(array: np.ndarray) -> bytes:
+def npy_bytes(array: np.ndarray) -> bytes:
+    """The content of the `.npy` file of an array."""
     buffer = io.BytesIO()
     np.save(buffer, array, allow_pickle=False)
     return buffer.getvalue()

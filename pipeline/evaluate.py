@@ -45,7 +45,7 @@ def measure_tokenizer(
         for rows in _batches(np.arange(len(split)) if indices is None else indices, progress):
             images = split.batch(rows).to(device)
             codes = tokenizer.encode(images)
-            error = (tokenizer.decode(codes) - images).double().square().sum()
+            error = (tokenizer.decode(codes) - images).square().sum(dim=(1, 2, 3)).cpu().double().sum()
             squared_error, values = squared_error + float(error), values + images.numel()
             histogram += torch.bincount(codes.flatten().cpu(), minlength=len(histogram))
     mse = squared_error / values

@@ -16,6 +16,7 @@ from prior.sampling import check_choice
 from tokenizer import VQVAE
 
 from .checkpoint import CheckpointInfo, check_same_tokenizer, load_prior, load_tokenizer, read_info
+from .codes import npy_bytes
 from .device import choose_device
 from .errors import InputError
 from .files import to_json, write_atomic
@@ -25,7 +26,7 @@ from .pictures import above_and_below, save_grid, save_png
 from .stored_images import images_of, part_of
 
 DECODE_BATCH = 256
-SAMPLE_FILES = ("grid.png", "images", "codes.npy", "sample.json")
+SAMPLE_FILES = ("grid.png", "images/[0-9]*.png", "codes.npy", "sample.json")
 
 
 class Sampled(NamedTuple):
@@ -206,10 +207,9 @@ def sample_to_folder(pipeline: ImagePipeline, options: SampleOptions, out: Path,
             top_p=options.top_p,
             on_row=lambda row: bar.update(),
         )
-    (out / "images").mkdir(exist_ok=True)
     for index, image in enumerate(images):
         save_png(image, out / "images" / f"{index:05d}.png")
-    np.save(out / "codes.npy", codes.cpu().numpy(), allow_pickle=False)
+    write_atomic(out / "codes.npy", npy_bytes(codes.cpu().numpy()))
     names = None if labels is None else [pipeline.class_names[i] for i in labels.tolist()]
     record = {
         "labels": None if labels is None else labels.tolist(),

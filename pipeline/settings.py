@@ -12,7 +12,7 @@ from .files import current
 from .folders import check_free, clear
 from .sources import IMAGE_SOURCES
 
-RUN_FILES = (MODEL, CONFIG, TRAINING, "metrics.jsonl", "pictures/step-*.png")
+LOGS = ("metrics.jsonl", "pictures/step-*.png")
 MAY_CHANGE = frozenset({"steps", "precision", "data_root", "tokenizer"})  # on --resume; fingerprints tell tokenizers
 PATHS = frozenset({"data", "codes"})
 
@@ -52,9 +52,12 @@ def claim_run(run: RunFolder, saved: CheckpointInfo | None) -> None:
 
 
 def clear_run(run: RunFolder, saved: CheckpointInfo | None) -> None:
-    """Remove what an older run left, unless it is resumed; called last, when nothing can be refused any more."""
+    """Remove what an older run logged, unless it is resumed; called last, when nothing can be refused any more.
+
+    Its checkpoint stays until the first save of the new run takes its place.
+    """
     if saved is None:
-        clear(run.out, RUN_FILES)
+        clear(run.out, LOGS)
 
 
 def settle(kind: type[Settings], given: Mapping[str, Any], saved: CheckpointInfo | None) -> Settings:
@@ -75,7 +78,7 @@ def settle(kind: type[Settings], given: Mapping[str, Any], saved: CheckpointInfo
                 got=f"{value}",
                 do="leave the option away, or start a new run with another --out",
             )
-    changed = {name: value for name, value in chosen.items() if name in MAY_CHANGE}
+    changed = {name: value for name, value in chosen.items() if name in MAY_CHANGE or name not in before}
     return kind(**{**before, **changed})
 
 

@@ -16,13 +16,13 @@ def cross_entropy(logits: Tensor, codes: Tensor) -> Tensor:
 
 
 def grid_bits(logits: Tensor, codes: Tensor) -> Tensor:
-    """-log2 p(grid) of each grid, [B] float64, from logits [B,K,H,W] and codes [B,H,W].
+    """-log2 p(grid) of each grid, [B] float64 on the CPU, from logits [B,K,H,W] and codes [B,H,W].
 
     Summed over a data set and divided by its number of codes this is bits per code, exact for any batch sizes; a
     uniform model scores log2 K.
     """
     nats = F.cross_entropy(_at_least_float32(logits), codes.long(), reduction="none")
-    return nats.double().sum(dim=(1, 2)) / math.log(2)
+    return nats.cpu().double().sum(dim=(1, 2)) / math.log(2)  # some devices have no float64
 
 
 def bits_per_dim(bits_per_code: float, grid: tuple[int, int], image: tuple[int, int, int]) -> float:

@@ -63,7 +63,8 @@ def sample_codes(
     labels = None if labels is None else labels.to(device)
     codes = _start(prior, num_samples, grid, known)
     to_draw = (codes == UNKNOWN).any(dim=0).tolist()
-    numbers = sample_numbers(num_samples, grid, generator).to(device)
+    chooser = torch.device("cpu") if device.type == "mps" else device  # which has no float64
+    numbers = sample_numbers(num_samples, grid, generator).to(chooser)
     codes = codes.to(device)
     with evaluating(prior):
         network = IncrementalPrior(prior, num_samples, width, labels)
@@ -72,10 +73,10 @@ def sample_codes(
             for column in range(width):
                 features = network.features(column)
                 if to_draw[row][column]:
-                    logits, number = network.logits(features), numbers[:, row, column]
+                    logits, number = network.logits(features).to(chooser), numbers[:, row, column]
                     drawn = choose_codes(logits, number, temperature=temperature, top_k=top_k, top_p=top_p)
                     kept = codes[:, row, column]
-                    codes[:, row, column] = torch.where(kept == UNKNOWN, drawn, kept)
+                    codes[:, row, column] = torch.where(kept == UNKNOWN, drawn.to(device), kept)
                 network.put(column, codes[:, row, column])
             if on_row is not None:
                 on_row(row + 1)

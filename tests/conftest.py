@@ -1,0 +1,101 @@
+"""Fixtures for all tests: a cache of their own, a folder of labelled images, a small trained run, the command line."""
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import cli
+from pipeline.export import export_codes
+from pipeline.settings import RunFolder
+from pipeline.train_prior import train_prior
+from pipeline.train_tokenizer import train_tokenizer
+
+from .support import HEIGHT, WIDTH, Outcome, fill_with_cells
+
+CLASS_NAMES = ("disc", "line", "été")  # in code point order, as the program has them
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache_and_one_thread(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CODEGRID_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("OMP_NUM_THREADS", "1")  # of the processes that tests start
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        yield
+        torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """12 RGB pictures, 8 high and 12 wide, in 3 classes; a space and an accent in the folder's name."""
+    folder = tmp_path_factory.mktemp("images") / "twelve pictures à voir"
+    rows, columns = np.mgrid[:HEIGHT, :WIDTH]
+    random = np.random.default_rng(0)
+    for number in range(12):
+        name = CLASS_NAMES[number % 3]
+        top, left = random.integers(2, 6), random.integers(3, 9)
+        inside = {
+            "disc": (rows - top) ** 2 + (columns - left) ** 2 < 7,
+            "été": (abs(rows - top) < 2) & (abs(columns - left) < 3),
+            "line": columns == left,
+        }[name]
+        ground, figure = random.integers(0, 100, 3), random.integers(150, 256, 3)
+        path = folder / name / f"{number:02d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.where(inside[..., None], figure, ground).astype(np.uint8)).save(path)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def grey_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """20 grey pictures of the levels that `brightness_tokenizer` knows, in 3 classes."""
+    names = [f"{kind}/{i}.png" for kind in CLASS_NAMES for i in range(7)][:20]
+    return fill_with_cells(tmp_path_factory.mktemp("grey") / "levels", names)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A run of both stages that took a moment."""
+
+    images: Path
+    tokenizer: Path
+    codes: Path
+    prior: Path
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory, image_folder: Path) -> Trained:
+    folder = tmp_path_factory.mktemp("trained")
+    made = Trained(image_folder, folder / "tokenizer", folder / "codes", folder / "prior")
+    small = {"hidden_channels": 8, "residual_channels": 4, "num_residual_layers": 1, "num_codes": 16, "code_dim": 4}
+    common = {"steps": 3, "precision": "fp32"}
+    train_tokenizer(RunFolder(out=made.tokenizer, device="cpu"), {"data": str(image_folder), **small, **common})
+    export_codes(made.tokenizer, made.codes, shard_size=4, device="cpu")
+    given = {"codes": str(made.codes), "tokenizer": str(made.tokenizer), "channels": 4, "num_layers": 2, **common}
+    train_prior(RunFolder(out=made.prior, device="cpu"), given, made.tokenizer)
+    return made
+
+
+Codegrid = Callable[..., Outcome]
+
+
+@pytest.fixture
+def codegrid(capsys: pytest.CaptureFixture[str]) -> Codegrid:
+    """`codegrid("sample", "--n", 3) -> Outcome`: the whole program, in this process."""
+
+    def run(*arguments: object) -> Outcome:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            cli.main([os.fspath(a) if isinstance(a, Path) else str(a) for a in arguments])
+        captured = capsys.readouterr()
+        assert isinstance(ended.value.code, int)
+        return Outcome(ended.value.code, captured.out, captured.err)
+
+    return run

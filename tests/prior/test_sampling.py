@@ -1,0 +1,399 @@
+"""Drawing: against a sampler that runs the whole network at every position, and against distributions known exactly."""
+
+import math
+from collections.abc import Callable
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from prior import GatedPixelCNN, sample_codes
+from prior.objective import grid_bits
+from prior.sampling import choose_codes, code_probabilities, sample_numbers
+
+from .oracles import (
+    Grid,
+    chi_square_tail,
+    choose_slowly,
+    generator,
+    probabilities_slowly,
+    sample_slowly,
+    tiny_prior,
+)
+
+SURE = 1e-3  # a test of a distribution fails one seed in a thousand; the seeds here are fixed
+
+
+# The network run on everything at every position draws the same codes.
+
+
+@pytest.mark.parametrize("num_samples", [1, 5])
+@pytest.mark.parametrize("grid", [(1, 1), (1, 9), (9, 1), (7, 7), (8, 16), (16, 8)])
+def test_the_slow_sampler_draws_the_same_codes(grid: Grid, num_samples: int) -> None:
+    prior = tiny_prior(num_classes=3, seed=1)
+    labels = torch.arange(num_samples) % 3
+    found = sample_codes(prior, num_samples, grid, labels=labels, generator=generator(2))
+    assert torch.equal(found, sample_slowly(prior, num_samples, grid, labels=labels, seed=2))
+    assert found.dtype == torch.int64
+    assert math.prod(grid) < 9 or len(found.unique()) > 2  # not one code for ever
+
+
+@pytest.mark.parametrize(("first", "kernel", "layers"), [(3, 3, 1), (7, 3, 4), (3, 5, 3), (5, 1, 2), (7, 7, 2)])
+def test_the_slow_sampler_draws_the_same_codes_with_any_kernels(first: int, kernel: int, layers: int) -> None:
+    prior = tiny_prior(first_kernel_size=first, kernel_size=kernel, num_layers=layers)
+    found = sample_codes(prior, 2, (5, 7), generator=generator(3))
+    assert torch.equal(found, sample_slowly(prior, 2, (5, 7), seed=3))
+
+
+@pytest.mark.parametrize(
+    "choice", [{"temperature": 0.0}, {"temperature": 1.7}, {"top_k": 2}, {"top_p": 0.7}, {"top_k": 3, "top_p": 0.8}]
+)
+def test_the_slow_sampler_draws_the_same_codes_with_any_choice(choice: dict[str, Any]) -> None:
+    prior = tiny_prior()
+    found = sample_codes(prior, 3, (3, 5), generator=generator(4), **choice)
+    assert torch.equal(found, sample_slowly(prior, 3, (3, 5), seed=4, **choice))
+
+
+@pytest.mark.parametrize("grid", [(4, 6), (6, 4)])
+def test_the_slow_sampler_draws_the_same_codes_around_known_ones(grid: Grid) -> None:
+    """Known: anything, a row, a column, the end alone, all, nothing; in one batch, and in batches of one kind."""
+    prior = tiny_prior()
+    codes = torch.randint(5, (6, *grid), generator=generator(5))
+    chosen = torch.zeros(6, *grid, dtype=torch.bool)
+    chosen[0] = torch.rand(grid, generator=generator(6)) < 0.5
+    chosen[1, 1], chosen[2, :, 2], chosen[3, -1, -1], chosen[4] = True, True, True, True
+    mixed = torch.where(chosen, codes, -1)
+    for known in (mixed, *(kind.repeat(2, 1, 1) for kind in mixed)):
+        found = sample_codes(prior, len(known), grid, known=known, generator=generator(7))
+        assert torch.equal(found, sample_slowly(prior, len(known), grid, known=known, seed=7))
+        assert torch.equal(found[known >= 0], known[known >= 0])
+
+
+def test_a_float32_prior_draws_what_the_slow_sampler_draws() -> None:
+    prior = tiny_prior().float()
+    found = sample_codes(prior, 3, (5, 7), generator=generator(8))
+    assert torch.equal(found, sample_slowly(prior, 3, (5, 7), seed=8))
+
+
+# The draws have the distribution of the prior.
+
+
+@torch.no_grad()
+def all_grids(prior: GatedPixelCNN, grid: Grid, labels: Tensor | None = None) -> tuple[Tensor, list[float]]:
+    """Every grid there is, and the probability of each."""
+    num_codes = prior.config.num_codes
+    everything = torch.tensor(list(product(range(num_codes), repeat=math.prod(grid)))).view(-1, *grid)
+    logits = prior(everything, None if labels is None else labels.expand(len(everything)))
+    return everything, torch.exp2(-grid_bits(logits, everything)).tolist()
+
+
+def count(drawn: Tensor, num_codes: int) -> list[int]:
+    """How often each grid was drawn, in the order of `all_grids`."""
+    places = num_codes ** torch.arange(drawn[0].numel() - 1, -1, -1)
+    numbers = (drawn.flatten(1) * places).sum(dim=1)
+    return torch.bincount(numbers, minlength=num_codes ** len(places)).tolist()
+
+
+@pytest.mark.parametrize("grid", [(1, 2), (2, 1)])
+def test_grids_are_drawn_with_the_joint_probability_of_their_codes(grid: Grid) -> None:
+    prior = tiny_prior(num_codes=3, seed=39)
+    everything, joint = all_grids(prior, grid)
+    counts = count(sample_codes(prior, 4000, grid, generator=generator(0)), 3)
+    assert chi_square_tail(counts, joint) > SURE
+    first, second = (
+        [sum(p for g, p in zip(everything.flatten(1).tolist(), joint, strict=True) if g[at] == k) for k in range(3)]
+        for at in (0, 1)
+    )
+    independent = [a * b for a in first for b in second]
+    assert chi_square_tail(counts, independent) < 1e-9  # the second code was drawn given the first
+
+
+def test_labels_choose_the_distribution() -> None:
+    prior = tiny_prior(num_codes=3, seed=50, num_classes=2)
+    labels = torch.arange(4000) % 2
+    drawn = sample_codes(prior, 4000, (1, 2), labels=labels, generator=generator(1))
+    for label in (0, 1):
+        counts = count(drawn[labels == label], 3)
+        assert chi_square_tail(counts, all_grids(prior, (1, 2), torch.tensor(label))[1]) > SURE
+        assert chi_square_tail(counts, all_grids(prior, (1, 2), torch.tensor(1 - label))[1]) < 1e-9
+
+
+def test_known_codes_condition_those_after_them_and_not_those_before() -> None:
+    prior = tiny_prior(num_codes=3, seed=39)
+    _, joint = all_grids(prior, (1, 2))
+    free = sample_codes(prior, 3000, (1, 2), generator=generator(2))
+    for code in range(3):
+        known = torch.full((3000, 1, 2), -1)
+        known[:, 0, 0] = code
+        drawn = sample_codes(prior, 3000, (1, 2), known=known, generator=generator(2))
+        given_first = [p / sum(joint[3 * code : 3 * code + 3]) for p in joint[3 * code : 3 * code + 3]]
+        assert (drawn[:, 0, 0] == code).all()
+        assert chi_square_tail(drawn[:, 0, 1].bincount(minlength=3).tolist(), given_first) > SURE
+        drawn = sample_codes(prior, 3000, (1, 2), known=known.flip(2), generator=generator(2))
+        assert (drawn[:, 0, 1] == code).all()
+        assert torch.equal(drawn[:, 0, 0], free[:, 0, 0])
+
+
+def test_the_histogram_of_one_position_is_its_softmax() -> None:
+    prior = tiny_prior()
+    shares = prior(torch.zeros(1, 1, 1, dtype=torch.long))[0, :, 0, 0].softmax(dim=0).tolist()
+    counts = sample_codes(prior, 4000, (1, 1), generator=generator(3)).flatten().bincount(minlength=5).tolist()
+    assert chi_square_tail(counts, shares) > SURE
+    assert chi_square_tail(counts, [0.2] * 5) < 1e-9
+
+
+def test_the_numbers_are_uniform_and_unrelated() -> None:
+    numbers = sample_numbers(4000, (1, 2), generator(4)).flatten(1)
+    assert numbers.dtype == torch.float64
+    assert ((numbers >= 0) & (numbers < 1)).all()
+    thirds = (numbers * 3).long()
+    within, between = thirds[:, 0] * 3 + thirds[:, 1], thirds[:-1, 0] * 3 + thirds[1:, 0]
+    for pairs in (within, between):
+        assert chi_square_tail(pairs.bincount(minlength=9).tolist(), [1 / 9] * 9) > SURE
+
+
+# From logits to a code.
+
+HALVES = torch.tensor([[0.125, 0.5, 0.125, 0.25]], dtype=torch.float64).log()
+
+
+@pytest.mark.parametrize(
+    ("choice", "expected"),
+    [
+        ({}, [1 / 8, 1 / 2, 1 / 8, 1 / 4]),
+        ({"temperature": 0.5}, [1 / 22, 16 / 22, 1 / 22, 4 / 22]),  # p^2
+        ({"temperature": 1 / 3}, [1 / 74, 64 / 74, 1 / 74, 8 / 74]),  # p^3
+        ({"temperature": 1e6}, [1 / 4, 1 / 4, 1 / 4, 1 / 4]),
+        ({"top_k": 1}, [0, 1, 0, 0]),
+        ({"top_k": 2}, [0, 2 / 3, 0, 1 / 3]),
+        ({"top_k": 4}, [1 / 8, 1 / 2, 1 / 8, 1 / 4]),
+        ({"top_k": 99}, [1 / 8, 1 / 2, 1 / 8, 1 / 4]),
+        ({"top_p": 1e-9}, [0, 1, 0, 0]),
+        ({"top_p": 0.49}, [0, 1, 0, 0]),
+        ({"top_p": 0.51}, [0, 2 / 3, 0, 1 / 3]),
+        ({"top_p": 0.74}, [0, 2 / 3, 0, 1 / 3]),
+        ({"top_p": 0.76}, [1 / 7, 4 / 7, 0, 2 / 7]),
+        ({"top_p": 0.9}, [1 / 8, 1 / 2, 1 / 8, 1 / 4]),
+        ({"top_p": 1.0}, [1 / 8, 1 / 2, 1 / 8, 1 / 4]),
+        ({"top_k": 2, "top_p": 0.6}, [0, 1, 0, 0]),  # of the two left, the first holds 2/3
+        ({"temperature": 0.5, "top_p": 0.7}, [0, 1, 0, 0]),  # of the squares, it holds 16/22
+        ({"temperature": 0.5, "top_k": 2, "top_p": 0.9}, [0, 4 / 5, 0, 1 / 5]),
+    ],
+)
+def test_probabilities_in_closed_form(choice: dict[str, Any], expected: list[float]) -> None:
+    found = code_probabilities(HALVES, **choice)
+    torch.testing.assert_close(found, torch.tensor([expected], dtype=torch.float64), atol=1e-6, rtol=1e-9)
+    assert (found > 0).tolist() == [[share > 0 for share in expected]]
+
+
+@pytest.mark.parametrize(
+    "choice", [{}, {"temperature": 0.3}, {"top_k": 4}, {"top_p": 0.6}, {"temperature": 2.0, "top_k": 5, "top_p": 0.8}]
+)
+def test_probabilities_and_choices_are_those_of_the_slow_way(choice: dict[str, Any]) -> None:
+    logits = 2 * torch.randn(40, 7, dtype=torch.float64, generator=generator(5))
+    numbers = torch.rand(40, dtype=torch.float64, generator=generator(6))
+    expected = [probabilities_slowly(row, **choice) for row in logits.tolist()]
+    torch.testing.assert_close(code_probabilities(logits, **choice), torch.tensor(expected, dtype=torch.float64))
+    chosen = [
+        choose_slowly(row, number, **choice) for row, number in zip(logits.tolist(), numbers.tolist(), strict=True)
+    ]
+    assert choose_codes(logits, numbers, **choice).tolist() == chosen
+    assert len(set(chosen)) > 3
+
+
+@pytest.mark.parametrize("choice", [{"temperature": 0}, {"top_k": 1}, {"top_p": 1e-12}, {"temperature": 1e-4}])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_every_way_to_the_most_likely_code(choice: dict[str, Any], dtype: torch.dtype) -> None:
+    logits = 3 * torch.randn(200, 9, dtype=dtype, generator=generator(7))
+    numbers = torch.rand(200, dtype=torch.float64, generator=generator(8))
+    assert torch.equal(choose_codes(logits, numbers, **choice), logits.argmax(dim=1))
+
+
+@pytest.mark.parametrize("choice", [{"top_k": 1}, {"top_p": 1e-12}])
+def test_of_equally_likely_codes_every_way_takes_the_one_greedy_takes(choice: dict[str, Any]) -> None:
+    logits = torch.randint(3, (200, 16), generator=generator(9)).double()
+    numbers = torch.rand(200, dtype=torch.float64, generator=generator(10))
+    assert torch.equal(choose_codes(logits, numbers, **choice), choose_codes(logits, numbers, temperature=0))
+
+
+@pytest.mark.parametrize("temperature", [1e-30, 1e-307, 5e-324])
+def test_no_temperature_is_too_low(temperature: float) -> None:
+    logits = torch.tensor([[1.0, 30.0, -5.0]])
+    assert code_probabilities(logits, temperature=temperature).tolist() == [[0, 1, 0]]
+
+
+def test_numbers_are_places_on_the_shares_laid_end_to_end() -> None:
+    almost = 1 - 2.0**-53
+    cuts = [(0.0, 0), (0.12, 0), (0.13, 1), (0.62, 1), (0.63, 2), (0.74, 2), (0.76, 3), (almost, 3)]
+    numbers = torch.tensor([number for number, _ in cuts], dtype=torch.float64)
+    assert choose_codes(HALVES.expand(8, 4), numbers).tolist() == [code for _, code in cuts]
+
+
+@pytest.mark.parametrize("possible", [[0, 1], [1], [2, 3], [0, 3], [1, 2]])
+def test_an_impossible_code_is_never_chosen(possible: list[int]) -> None:
+    logits = torch.full((5, 4), -math.inf)
+    logits[:, possible] = 0.1
+    numbers = torch.tensor([0.0, 2.0**-53, 0.5, 0.999, 1 - 2.0**-53], dtype=torch.float64)
+    assert set(choose_codes(logits, numbers).tolist()) == set(possible)
+
+
+def test_code_k_is_drawn_as_code_k() -> None:
+    """All 1000 of them, by the logits and by what is known."""
+    logits = 50 * torch.eye(1000)
+    assert choose_codes(logits, torch.full((1000,), 0.5)).tolist() == list(range(1000))
+    known = torch.arange(1000).view(1, 25, 40)
+    assert torch.equal(sample_codes(tiny_prior(num_codes=1000, num_layers=1), 1, (25, 40), known=known), known)
+
+
+def test_greedy_ignores_the_numbers() -> None:
+    prior = tiny_prior()
+    drawn = [sample_codes(prior, 2, (3, 5), temperature=0, generator=generator(seed)) for seed in (0, 1)]
+    assert torch.equal(drawn[0], drawn[1])
+    assert torch.equal(drawn[0][0], drawn[0][1])
+    logits = prior(drawn[0])
+    assert torch.equal(logits.argmax(dim=1), drawn[0])
+    for same in ({"top_k": 1}, {"top_p": 1e-12}):
+        assert torch.equal(sample_codes(prior, 2, (3, 5), generator=generator(2), **same), drawn[0])
+
+
+# Seeds and batches.
+
+
+def test_the_seed_decides() -> None:
+    prior = tiny_prior()
+    drawn = [sample_codes(prior, 2, (3, 5), generator=generator(seed)) for seed in (0, 0, 1)]
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
+
+
+def test_a_generator_goes_on() -> None:
+    prior, source = tiny_prior(), generator(0)
+    drawn = [sample_codes(prior, 2, (3, 5), generator=source) for _ in range(2)]
+    assert not torch.equal(drawn[0], drawn[1])
+
+
+def test_without_a_generator_torch_decides() -> None:
+    prior, drawn = tiny_prior(), []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        drawn.append(sample_codes(prior, 2, (3, 5)))
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
+
+
+@pytest.mark.parametrize("num_samples", [1, 3, 63, 64, 65])
+def test_a_sample_depends_on_its_index_and_not_on_their_number(num_samples: int) -> None:
+    prior = tiny_prior(num_classes=3)
+    most = sample_codes(prior, 70, (3, 5), labels=torch.arange(70) % 3, generator=generator(0))
+    labels = torch.arange(num_samples) % 3
+    drawn = sample_codes(prior, num_samples, (3, 5), labels=labels, generator=generator(0))
+    assert drawn.shape == (num_samples, 3, 5)
+    assert torch.equal(drawn, most[:num_samples])
+    assert len(most.unique(dim=0)) > 60  # the samples differ
+
+
+def test_a_sample_knows_nothing_of_the_others() -> None:
+    prior = tiny_prior(num_classes=3).train()
+    known = torch.full((4, 3, 5), -1)
+    plain = sample_codes(prior, 4, (3, 5), labels=torch.tensor([1, 0, 0, 0]), known=known, generator=generator(0))
+    known[1:, :2] = 3
+    other = sample_codes(prior, 4, (3, 5), labels=torch.tensor([1, 2, 2, 2]), known=known, generator=generator(0))
+    assert torch.equal(plain[0], other[0])
+    assert not torch.equal(plain[1:, 2], other[1:, 2])
+
+
+def test_the_caller_keeps_the_known_codes_as_they_were() -> None:
+    known = torch.full((1, 2, 3), -1)
+    known[0, 0, 1] = 4
+    before = known.clone()
+    assert sample_codes(tiny_prior(), 1, (2, 3), known=known).min() >= 0
+    assert torch.equal(known, before)
+
+
+# What happens around it.
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_inside_there_is_no_gradient_and_no_training(training: bool) -> None:
+    prior = tiny_prior(dropout=0.9).train(training)
+    inside = []
+    drawn = sample_codes(
+        prior,
+        2,
+        (3, 5),
+        generator=generator(0),
+        on_row=lambda row: inside.append((row, torch.is_grad_enabled(), any(m.training for m in prior.modules()))),
+    )
+    assert inside == [(1, False, False), (2, False, False), (3, False, False)]
+    assert all(module.training == training for module in prior.modules())
+    assert torch.is_grad_enabled()
+    assert torch.equal(drawn, sample_slowly(prior.eval(), 2, (3, 5), seed=0))  # no dropout acted
+    assert all(parameter.grad is None for parameter in prior.parameters())
+
+
+def test_the_mode_comes_back_when_it_is_interrupted() -> None:
+    def interrupt(row: int) -> None:
+        raise KeyboardInterrupt
+
+    prior = tiny_prior().train()
+    with pytest.raises(KeyboardInterrupt):
+        sample_codes(prior, 1, (2, 3), on_row=interrupt)
+    assert all(module.training for module in prior.modules())
+    assert torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize("grid", [(1, 1), (1, 6), (6, 1), (3, 5)])
+@pytest.mark.parametrize("fill", [-1, 2])
+def test_rows_are_reported_once_each(grid: Grid, fill: int) -> None:
+    """Also those in which nothing is left to draw."""
+    rows: list[int] = []
+    known = torch.full((2, *grid), fill)
+    drawn = sample_codes(tiny_prior(), 2, grid, known=known, on_row=rows.append)
+    assert rows == list(range(1, grid[0] + 1))
+    assert drawn.shape == (2, *grid)
+    assert drawn.dtype == torch.int64
+    assert drawn.min() >= 0
+    assert drawn.max() < 5
+
+
+UNKNOWN = torch.full((2, 3, 4), -1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_samples": 0}, "at least 1 sample .*, got 0 of 3x4"),
+        ({"num_samples": -1}, "at least 1 sample .*, got -1 of 3x4"),
+        ({"grid": (0, 4)}, "at least 1x1, got 2 of 0x4"),
+        ({"grid": (3, 0)}, "at least 1x1, got 2 of 3x0"),
+        ({"temperature": -0.1}, "temperature: expected 0 or more, got -0.1"),
+        ({"temperature": math.nan}, "temperature: expected 0 or more, got nan"),
+        ({"top_k": 0}, "top_k: expected at least 1, got 0"),
+        ({"top_k": -3}, "top_k: expected at least 1, got -3"),
+        ({"top_p": 0.0}, r"top_p: expected above 0 and at most 1, got 0\.0"),
+        ({"top_p": 1.1}, r"top_p: expected above 0 and at most 1, got 1\.1"),
+        ({"top_p": math.nan}, "top_p: expected above 0 and at most 1, got nan"),
+        ({"labels": None}, "3 classes: expected labels"),
+        ({"labels": torch.zeros(3, dtype=torch.long)}, "one label for each of 2 grids"),
+        ({"labels": torch.zeros(2, 1, dtype=torch.long)}, "one label for each of 2 grids"),
+        ({"labels": torch.tensor([0, 3])}, r"labels from 0 to 2, got \[0, 3\]"),
+        ({"labels": torch.tensor([-1, 0])}, r"labels from 0 to 2, got \[-1, 0\]"),
+        ({"known": UNKNOWN[:1]}, r"known: expected the shape \[2, 3, 4\], got \[1, 3, 4\]"),
+        ({"known": UNKNOWN[0]}, r"known: expected the shape \[2, 3, 4\], got \[3, 4\]"),
+        ({"known": UNKNOWN.mT}, r"known: expected the shape \[2, 3, 4\], got \[2, 4, 3\]"),
+        ({"known": UNKNOWN + 6}, "known: expected codes from 0 to 4, or -1, got 5 to 5"),
+        ({"known": UNKNOWN - 1}, "known: expected codes from 0 to 4, or -1, got -2 to -2"),
+    ],
+)
+def test_bad_arguments_are_refused(arguments: dict[str, Any], message: str) -> None:
+    fields: dict[str, Any] = {"num_samples": 2, "grid": (3, 4), "labels": torch.tensor([0, 2]), **arguments}
+    draw: Callable[..., Tensor] = sample_codes
+    with pytest.raises(ValueError, match=message):
+        draw(tiny_prior(num_classes=3), **fields)
+
+
+def test_a_prior_without_classes_refuses_labels() -> None:
+    with pytest.raises(ValueError, match="without labels"):
+        sample_codes(tiny_prior(), 2, (3, 4), labels=torch.zeros(2, dtype=torch.long))

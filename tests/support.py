@@ -1,0 +1,148 @@
+"""What the tests of the pipeline share: images a reader checks by eye, and a tokenizer whose codes are known.
+
+A "brightness" tokenizer is a real `VQVAE` with weights set by hand: the code of a cell of 2x2 pixels is the level
+nearest to the mean of the cell, and a code decodes to a cell of that level. With 16 codes, grey value 17 k is code k.
+"""
+
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+
+from pipeline.checkpoint import CheckpointInfo, TrainingState, save_checkpoint
+from prior import GatedPixelCNN, PriorConfig
+from tokenizer import VQVAE, TokenizerConfig
+
+HEIGHT, WIDTH, CELL = 8, 12, 2  # pixels
+GRID = (HEIGHT // CELL, WIDTH // CELL)
+LEVELS = 16
+STEP = 255 // (LEVELS - 1)  # grey values between two levels
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a command left behind."""
+
+    status: int
+    out: str
+    err: str
+
+    @property
+    def error_lines(self) -> list[str]:
+        """The lines on standard error that are no progress bar."""
+        written = re.sub(r"\x1b\[\d*[A-Z]", "", self.err)  # how tqdm moves the cursor
+        lines = [line.strip() for line in re.split(r"[\r\n]", written)]
+        return [line for line in lines if line and not re.search(r"\d+(%\||(image|step|row|batch) )", line)]
+
+
+def brightness_tokenizer(num_codes: int = LEVELS, *, data_variance: float = 1.0) -> VQVAE:
+    """Grey images; code k of a 2x2 cell stands for the brightness k / (num_codes - 1)."""
+    config = TokenizerConfig(
+        in_channels=1,
+        hidden_channels=2,
+        num_residual_layers=0,
+        residual_channels=1,
+        downsample=CELL,
+        num_codes=num_codes,
+        code_dim=1,
+        data_variance=data_variance,
+    )
+    model = VQVAE(config).eval()
+    down, mix, to_code = (layer for layer in model.encoder.modules() if isinstance(layer, nn.Conv2d))
+    mix_again, up = (layer for layer in model.decoder.modules() if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+        down.weight[0, 0, 1:3, 1:3] = 0.25  # of the 4x4 kernel, what lies inside the cell
+        down.bias[0] = 0.5  # type: ignore[index]
+        up.weight[0, 0, 1:3, 1:3] = 1
+        up.bias[0] = -0.5  # type: ignore[index]
+        mix.weight[0, 0, 1, 1] = mix_again.weight[0, 0, 1, 1] = to_code.weight[0, 0, 0, 0] = 1
+    model.quantizer.set_codebook(torch.linspace(0, 1, num_codes)[:, None])
+    return model
+
+
+def cells_of(path: Path) -> np.ndarray:
+    """The oracle of `brightness_tokenizer`: the codes [H,W] of a picture whose cells are of one level each."""
+    pixels = np.asarray(Image.open(path))
+    assert pixels.shape == (HEIGHT, WIDTH)
+    return pixels[::CELL, ::CELL] // STEP
+
+
+def draw_cells(path: Path, codes: np.ndarray) -> None:
+    """A grey picture with a cell of level k for each code k of [H,W]."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.kron(codes, np.ones((CELL, CELL), dtype=np.int64)) * STEP
+    Image.fromarray(pixels.astype(np.uint8)).save(path)
+
+
+def fill_with_cells(folder: Path, names: Sequence[str], seed: int = 0) -> Path:
+    """Pictures of random levels, each another."""
+    random = np.random.default_rng(seed)
+    for name in names:
+        draw_cells(folder / name, random.integers(0, LEVELS, GRID))
+    return folder
+
+
+def save_tokenizer(
+    folder: Path,
+    model: VQVAE,
+    data: Path | str = "glyphs",
+    class_names: Sequence[str] = (),
+    state: TrainingState | None = None,
+) -> CheckpointInfo:
+    info = CheckpointInfo(
+        kind="tokenizer",
+        config=asdict(model.config),
+        step=7,
+        class_names=list(class_names),
+        preprocessing={"height": HEIGHT, "width": WIDTH, "channels": model.config.in_channels},
+        training={"data": str(data), "data_root": None},
+    )
+    return save_checkpoint(folder, info, model.state_dict(), state)
+
+
+def tiny_prior(num_codes: int = LEVELS, num_classes: int = 0, seed: int = 0) -> GatedPixelCNN:
+    """Random weights, larger than fresh ones, so that its distributions are far from uniform."""
+    torch.manual_seed(seed)
+    config = PriorConfig(
+        num_codes=num_codes, num_classes=num_classes, channels=4, num_layers=2, output_channels=8, first_kernel_size=3
+    )
+    model = GatedPixelCNN(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3)
+    return model
+
+
+def save_prior(
+    folder: Path, model: GatedPixelCNN, tokenizer_fingerprint: str, class_names: Sequence[str] = ()
+) -> CheckpointInfo:
+    info = CheckpointInfo(
+        kind="prior",
+        config=asdict(model.config),
+        step=5,
+        class_names=list(class_names),
+        preprocessing={"height": HEIGHT, "width": WIDTH, "channels": 1},
+        training={"codes": None},
+        tokenizer_fingerprint=tokenizer_fingerprint,
+    )
+    return save_checkpoint(folder, info, model.state_dict())
+
+
+def digest_of(folder: Path) -> dict[str, str]:
+    """The SHA-256 of every file below a folder (or of one file), by name."""
+    files = [folder] if folder.is_file() else sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def bits_of(model: nn.Module) -> dict[str, Any]:
+    """Every parameter and buffer as bytes, to compare bit for bit."""
+    return {name: tensor.detach().cpu().numpy().tobytes() for name, tensor in model.state_dict().items()}

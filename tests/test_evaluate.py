@@ -1,0 +1,275 @@
+"""The numbers, against slow oracles that read the pictures themselves."""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pipeline import evaluate as module
+from pipeline.checkpoint import read_info, save_checkpoint
+from pipeline.errors import InputError
+from pipeline.evaluate import evaluate, measure_prior, measure_tokenizer, perplexity
+from pipeline.sources import ImageSplit, open_images
+from pipeline.train_tokenizer import TokenizerSettings, config_for, pixel_variance
+from prior import GatedPixelCNN
+from prior.objective import bits_per_dim
+
+from .conftest import CLASS_NAMES, Trained
+from .support import (
+    CELL,
+    GRID,
+    HEIGHT,
+    LEVELS,
+    STEP,
+    WIDTH,
+    bits_of,
+    brightness_tokenizer,
+    cells_of,
+    save_prior,
+    save_tokenizer,
+    tiny_prior,
+)
+
+
+@pytest.fixture
+def noise(tmp_path: Path) -> Path:
+    """15 grey pictures of random pixels, far from what can be reconstructed; no mean lies between two levels."""
+    random = np.random.default_rng(0)
+    for i in range(15):
+        path = tmp_path / "noise" / f"{i:02d}.png"
+        path.parent.mkdir(exist_ok=True)
+        pixels = random.integers(0, 256, (HEIGHT, WIDTH), dtype=np.uint8)
+        sums = np.rint(means_of_cells(pixels[None])[0] * CELL**2).astype(int)
+        pixels[::CELL, ::CELL] ^= (sums % (4 * STEP) == 2 * STEP).astype(np.uint8)
+        Image.fromarray(pixels).save(path)
+    return tmp_path / "noise"
+
+
+def pixels_of(folder: Path, split: ImageSplit) -> np.ndarray:
+    """[n,H',W'] on [0,1] in float64, read by Pillow alone."""
+    return np.stack([np.asarray(Image.open(folder / name)) for name in split.names]) / 255
+
+
+def means_of_cells(pixels: np.ndarray) -> np.ndarray:
+    """[n,H',W'] -> [n,H,W]"""
+    return pixels.reshape(len(pixels), GRID[0], CELL, GRID[1], CELL).mean(axis=(2, 4))
+
+
+# The tokenizer's
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_all_numbers_of_a_tokenizer_against_numpy(tmp_path: Path, noise: Path, split: str) -> None:
+    """E12: the histogram is of the whole split; nmse is in units of the variance of all training pixels."""
+    images = open_images(str(noise))
+    part = images.train if split == "train" else images.test
+    pixels = pixels_of(noise, part)
+    variance = pixels_of(noise, images.train).var()
+    model = brightness_tokenizer(data_variance=pixel_variance(images.train))
+    save_tokenizer(tmp_path / "tokenizer", model, noise)
+
+    scaled = means_of_cells(pixels) * (LEVELS - 1)
+    assert abs(scaled % 1 - 0.5).min() > 1e-4  # no mean lies between two levels
+    codes = np.rint(scaled).astype(int)
+    decoded = np.kron(codes / (LEVELS - 1), np.ones((1, CELL, CELL)))
+    mse = ((decoded - pixels) ** 2).mean()
+    shares = np.bincount(codes.ravel()) / codes.size
+    entropy = -sum(share * math.log(share) for share in shares if share)
+
+    numbers = evaluate(tmp_path / "tokenizer", split=split, device="cpu")
+    assert numbers["mse"] == pytest.approx(mse, rel=1e-5)
+    assert numbers["psnr"] == pytest.approx(10 * math.log10(1 / mse), rel=1e-5)
+    assert numbers["nmse"] == pytest.approx(mse / variance, rel=1e-5)
+    assert numbers["codes_used"] == len(np.unique(codes))
+    assert numbers["perplexity"] == pytest.approx(math.exp(entropy), rel=1e-9)
+    assert numbers["images"] == len(pixels)
+    assert numbers["split"] == split
+
+
+@pytest.mark.parametrize("at_once", [1, 4, 1024])
+def test_the_variance_is_that_of_all_training_pixels(noise: Path, at_once: int) -> None:
+    images = open_images(str(noise))
+    expected = pixels_of(noise, images.train).var()
+    assert pixel_variance(images.train, at_once) == pytest.approx(expected, rel=1e-9)
+    config = config_for(TokenizerSettings(num_codes=8, downsample=2), images)
+    assert config.data_variance == pytest.approx(expected, rel=1e-9)
+    assert (config.in_channels, config.num_codes, config.downsample) == (1, 8, 2)
+
+
+def test_predicting_the_mean_scores_one(noise: Path) -> None:
+    """Q9: error and variance are on the same scale."""
+    images = open_images(str(noise))
+    model = brightness_tokenizer(data_variance=pixel_variance(images.train))
+    mean = float(pixels_of(noise, images.train).mean())
+    model.quantizer.set_codebook(torch.full((LEVELS, 1), mean))
+    numbers = measure_tokenizer(model, images.train)
+    assert numbers.nmse == pytest.approx(1, rel=1e-5)
+    assert (numbers.codes_used, numbers.perplexity) == (1, 1)
+
+
+def test_a_perfect_reconstruction_has_no_error(grey_folder: Path) -> None:
+    images = open_images(str(grey_folder))
+    numbers = measure_tokenizer(brightness_tokenizer(), images.train)
+    assert numbers.mse < 1e-12
+    assert 110 < numbers.psnr < math.inf
+
+
+def test_a_picture_of_one_colour_has_a_variance_to_divide_by() -> None:
+    split = ImageSplit(np.full((2, 1, 4, 6), 77, dtype=np.uint8), np.array([-1, -1]), ("a", "b"))
+    assert pixel_variance(split) > 0
+
+
+def test_the_batch_size_changes_nothing(trained: Trained, noise: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """E12 and P18, with a last batch that is smaller."""
+    images, tokenizer = open_images(str(noise)), brightness_tokenizer()
+    found = []
+    for size in (1, 4, 5, 256):
+        monkeypatch.setattr(module, "BATCH", size)
+        both = evaluate(trained.tokenizer, trained.prior, split="train", device="cpu")
+        found.append([*vars(measure_tokenizer(tokenizer, images.train)).values(), *list(both.values())[3:]])
+    assert len(found[0]) == 5 + 7
+    for others in found[1:]:
+        assert others == pytest.approx(found[0], rel=1e-6)
+
+
+def test_some_rows_alone(noise: Path) -> None:
+    images, model = open_images(str(noise)), brightness_tokenizer()
+    rows = np.array([5, 2, 7])
+    split = ImageSplit(images.train.images[rows], images.train.labels[rows], ("a", "b", "c"))
+    assert measure_tokenizer(model, images.train, rows) == measure_tokenizer(model, split)
+
+
+@pytest.mark.parametrize("histogram", [[4, 0, 0, 0], [3, 3, 3, 3], [1, 2, 3, 4], [1, 0, 999, 0]])
+def test_perplexity_against_a_sum(histogram: list[int]) -> None:
+    total = sum(histogram)
+    expected = math.prod((count / total) ** -(count / total) for count in histogram if count)
+    assert perplexity(torch.tensor(histogram)) == pytest.approx(expected, rel=1e-12)
+
+
+def test_measuring_changes_neither_the_model_nor_its_mode(noise: Path) -> None:
+    model, split = brightness_tokenizer().train(), open_images(str(noise)).train
+    before, state = bits_of(model), torch.get_rng_state()
+    measure_tokenizer(model, split)
+    assert bits_of(model) == before
+    assert model.training
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+# The prior's
+
+
+@torch.no_grad()
+def bits_one_by_one(model: GatedPixelCNN, codes: torch.Tensor, labels: torch.Tensor | None) -> float:
+    """-log2 of each code's probability, looked up one at a time, divided by their number."""
+    bits = []
+    for i, grid in enumerate(codes):
+        shares = model(grid[None], None if labels is None else labels[i : i + 1])[0].double().softmax(dim=0)
+        for row in range(grid.shape[0]):
+            for column in range(grid.shape[1]):
+                bits.append(-math.log2(float(shares[grid[row, column], row, column])))
+    return sum(bits) / len(bits)
+
+
+def test_bits_per_code_against_one_probability_at_a_time() -> None:
+    """P18: exact for any batches, the last one smaller."""
+    model = tiny_prior(num_classes=3)
+    codes, labels = torch.randint(LEVELS, (5, *GRID)), torch.tensor([0, 1, 2, 0, 1])
+    expected = bits_one_by_one(model, codes, labels)
+    assert abs(expected - math.log2(LEVELS)) > 0.01  # not the uniform model
+    for size in (1, 2, 5):
+        batches = zip(codes.split(size), labels.split(size), strict=True)
+        assert measure_prior(model, batches) == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_uniform_prior_needs_log2_of_the_number_of_codes() -> None:
+    model = tiny_prior()
+    with torch.no_grad():
+        for parameter in model.to_logits.parameters():
+            parameter.zero_()
+    batches = [(torch.randint(LEVELS, (2, *GRID)), torch.tensor([-1, -1]))]
+    assert measure_prior(model, batches) == pytest.approx(math.log2(LEVELS), rel=1e-6)
+
+
+def test_bits_of_a_checkpoint_by_hand(tmp_path: Path, grey_folder: Path) -> None:
+    """P19 and P12: labels matched by class name, though the prior has them in another order; bits_per_dim from it."""
+    tokenizer, prior = tmp_path / "tokenizer", tmp_path / "prior"
+    fingerprint = save_tokenizer(tokenizer, brightness_tokenizer(), grey_folder, CLASS_NAMES).fingerprint
+    order = [CLASS_NAMES[2], CLASS_NAMES[0], CLASS_NAMES[1]]
+    model = tiny_prior(num_classes=3)
+    save_prior(prior, model, fingerprint, order)
+
+    part = open_images(str(grey_folder)).train
+    codes = torch.from_numpy(np.stack([cells_of(grey_folder / name) for name in part.names])).long()
+    labels = torch.tensor([order.index(name.partition("/")[0]) for name in part.names])
+    expected = bits_one_by_one(model, codes, labels)
+    assert bits_one_by_one(model, codes, torch.from_numpy(part.labels)) != pytest.approx(expected, rel=1e-4)
+
+    numbers = evaluate(tokenizer, prior, split="train", device="cpu")
+    assert numbers["bits_per_code"] == pytest.approx(expected, rel=1e-5)
+    assert numbers["bits_per_dim"] == pytest.approx(expected * (4 * 6) / (1 * 8 * 12), rel=1e-5)
+
+
+def test_bits_per_dim_of_a_colour_image_that_is_not_square() -> None:
+    assert bits_per_dim(6.0, (4, 6), (3, 16, 24)) == pytest.approx(6 * 24 / 1152)
+
+
+def test_the_keys_are_those_of_the_contract(trained: Trained) -> None:
+    keys = {"mse", "psnr", "nmse", "codes_used", "perplexity"}
+    alone, both = evaluate(trained.tokenizer, device="cpu"), evaluate(trained.tokenizer, trained.prior, device="cpu")
+    assert set(alone) == keys | {"data", "split", "images"}
+    assert set(both) == set(alone) | {"bits_per_code", "bits_per_dim"}
+    assert {name: both[name] for name in alone} == alone
+    assert json.loads(json.dumps(both, allow_nan=False)) == both
+
+
+# What is refused
+
+
+def test_a_prior_of_another_tokenizer(tmp_path: Path, grey_folder: Path) -> None:
+    own = save_tokenizer(tmp_path / "tokenizer", brightness_tokenizer(), grey_folder).fingerprint
+    save_prior(tmp_path / "prior", tiny_prior(), "e" * 64)
+    with pytest.raises(InputError) as error:
+        evaluate(tmp_path / "tokenizer", tmp_path / "prior", device="cpu")
+    assert own in str(error.value)
+    assert "e" * 64 in str(error.value)
+
+
+def test_classes_that_the_prior_does_not_know(tmp_path: Path, grey_folder: Path, noise: Path) -> None:
+    own = save_tokenizer(tmp_path / "tokenizer", brightness_tokenizer(), grey_folder).fingerprint
+    save_prior(tmp_path / "prior", tiny_prior(num_classes=2), own, ["disc", "line"])
+    with pytest.raises(InputError, match="got the class été; use images with those classes, or leave --prior away"):
+        evaluate(tmp_path / "tokenizer", tmp_path / "prior", device="cpu")
+    with pytest.raises(InputError, match="got images without labels"):
+        evaluate(tmp_path / "tokenizer", tmp_path / "prior", data=str(noise), device="cpu")
+
+
+def test_an_empty_test_part(tmp_path: Path) -> None:
+    (tmp_path / "one").mkdir()
+    Image.new("L", (WIDTH, HEIGHT)).save(tmp_path / "one" / "1.png")
+    save_tokenizer(tmp_path / "tokenizer", brightness_tokenizer(), tmp_path / "one")
+    with pytest.raises(InputError, match=r"expected images in the test part of .*, got none; use the other --split"):
+        evaluate(tmp_path / "tokenizer", device="cpu")
+    assert evaluate(tmp_path / "tokenizer", split="train", device="cpu")["images"] == 1
+
+
+def test_other_images_than_the_tokenizers_own(tmp_path: Path, grey_folder: Path, noise: Path) -> None:
+    model = brightness_tokenizer()
+    save_tokenizer(tmp_path / "tokenizer", model, grey_folder)
+    numbers = evaluate(tmp_path / "tokenizer", data=str(noise), split="train", device="cpu")
+    assert numbers["data"] == str(noise)
+    assert numbers["mse"] == pytest.approx(measure_tokenizer(model, open_images(str(noise)).train).mse)
+    assert numbers["mse"] > 0.01  # its own are reconstructed perfectly
+
+
+def test_the_recorded_images_have_moved(tmp_path: Path, grey_folder: Path) -> None:
+    save_tokenizer(tmp_path / "tokenizer", brightness_tokenizer(), grey_folder)
+    info = read_info(tmp_path / "tokenizer", "tokenizer")
+    gone = str(tmp_path / "gone")
+    save_checkpoint(tmp_path / "tokenizer", replace(info, training={"data": gone}), brightness_tokenizer().state_dict())
+    with pytest.raises(InputError, match=f"got '{gone}', which is neither"):
+        evaluate(tmp_path / "tokenizer", device="cpu")

@@ -1,0 +1,85 @@
+"""G1: what the README says can be done, can be done."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+
+import cli
+from pipeline.export import export_codes
+from pipeline.glyphs import CLASS_NAMES
+
+from .support import brightness_tokenizer, fill_with_cells, save_prior, save_tokenizer, tiny_prior
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text("utf-8")
+PROGRAMS = ("codegrid ", "python cli.py ")
+PYTHON = re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+INDENTED = [line.partition(" #")[0].strip() for line in README.splitlines() if line.startswith("    ")]
+INLINE = re.findall(r"`([^`\n]+)`", README)
+COMMANDS = [line for line in [*INDENTED, *INLINE] if line.startswith(PROGRAMS)]
+IN_TABLES = [line for line in INLINE if line.split()[0] in cli.cli.commands]
+
+
+def arguments_of(line: str) -> list[str]:
+    for program in PROGRAMS:
+        line = line.removeprefix(program)
+    return shlex.split(line)
+
+
+def test_there_is_something_to_check() -> None:
+    assert len(COMMANDS) >= 3
+    assert PYTHON
+    assert {arguments_of(line)[0] for line in [*COMMANDS, *IN_TABLES]} >= {"train-tokenizer", "train-prior", "sample"}
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_a_command_line_is_one_that_the_program_takes(line: str) -> None:
+    """Parsed with every value checked, but not run."""
+    arguments = arguments_of(line)
+    if arguments[0] in ("...", "--help"):
+        return
+    command = cli.cli.commands[arguments[0]]
+    command.make_context(arguments[0], arguments[1:])
+
+
+@pytest.mark.parametrize("line", IN_TABLES)
+def test_an_option_in_a_table_is_one_that_the_command_has(line: str) -> None:
+    name, *words = line.split()
+    known = {option for parameter in cli.cli.commands[name].params for option in parameter.opts}
+    assert {word for word in words if word.startswith("--")} <= known
+
+
+def test_an_option_anywhere_is_one_that_some_command_has() -> None:
+    known = {option for command in cli.cli.commands.values() for p in command.params for option in p.opts}
+    named = {word for line in INLINE for word in re.findall(r"(?<!\S)--[a-z][a-z-]*", line)}
+    assert named <= known | {"--help", "--debug", "--version"}
+
+
+def test_the_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All blocks in order, in one namespace, where a user would have the checkpoints."""
+    monkeypatch.chdir(tmp_path)
+    images = fill_with_cells(tmp_path / "images", [f"{name}/{i}.png" for name in CLASS_NAMES for i in range(2)])
+    tokenizer, prior = Path("checkpoints/tokenizer"), Path("checkpoints/prior")
+    fingerprint = save_tokenizer(tokenizer, brightness_tokenizer(), images, CLASS_NAMES).fingerprint
+    save_prior(prior, tiny_prior(num_classes=len(CLASS_NAMES)), fingerprint, CLASS_NAMES)
+    export_codes(tokenizer, prior / "codes", device="cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    namespace: dict[str, object] = {}
+    for number, block in enumerate(PYTHON):
+        exec(compile(block, f"README.md, block {number}", "exec"), namespace)
+
+
+def test_make_targets_exist() -> None:
+    named = {word for line in [*INDENTED, *INLINE] for word in re.findall(r"^make ([a-z]+)$", line)}
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE))
+    assert named
+    assert named <= targets
+
+
+def test_links_to_files_of_the_project_lead_somewhere() -> None:
+    links = re.findall(r"\]\(([^)#]+)\)", README)
+    missing = [link for link in links if "://" not in link and not (ROOT / link).exists()]
+    assert missing == []
