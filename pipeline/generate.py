@@ -216,8 +216,10 @@ def sample_to_folder(pipeline: ImagePipeline, options: SampleOptions, out: Path,
         "class_names": names,
         "seed": options.seed,
         "options": {k: v for k, v in vars(options).items() if k not in ("labels", "seed")},
-        "tokenizer_fingerprint": pipeline.tokenizer_info.fingerprint,
-        "prior_fingerprint": pipeline.prior_info.fingerprint,
+        "fingerprints": {
+            "tokenizer": pipeline.tokenizer_info.fingerprint,
+            "prior": pipeline.prior_info.fingerprint,
+        },
         "versions": pipeline.prior_info.versions,
     }
     write_atomic(out / "sample.json", to_json(record))

@@ -81,14 +81,14 @@ def check_samples(samples: Path, checkpoints: Path, n: int) -> None:
     assert codes.shape == (n, HEIGHT // 4, WIDTH // 4)
     assert codes.dtype == np.int64
     record = json.loads((samples / "sample.json").read_text("utf-8"))
-    assert {"labels", "seed", "options", "tokenizer_fingerprint", "prior_fingerprint"} <= set(record)
+    assert {"labels", "seed", "options", "fingerprints"} <= set(record)
     assert record["labels"] == [i % 3 for i in range(n)]
     assert record["class_names"] == [CLASS_NAMES[i % 3] for i in range(n)]
     assert record["seed"] == 0
     assert record["options"] == {"n": n, "temperature": 1.0, "top_k": None, "top_p": None}
     for stage in ("tokenizer", "prior"):
         weights = digest_of(checkpoints / stage)["model.safetensors"]
-        assert record[f"{stage}_fingerprint"] == weights
+        assert record["fingerprints"][stage] == weights
 
 
 def test_each_command_says_what_comes_next(
