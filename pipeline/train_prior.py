@@ -15,7 +15,7 @@ from prior.objective import cross_entropy
 from tokenizer import VQVAE
 
 from .checkpoint import CONFIG, CheckpointInfo, check_same_tokenizer, load_tokenizer, read_info
-from .codes import MANIFEST, CodeDataset, CodeManifest, read_manifest
+from .codes import MANIFEST, CodeDataset, read_manifest
 from .device import choose_device
 from .evaluate import measure_prior
 from .export import export_codes
@@ -100,57 +100,27 @@ def train_prior(run: RunFolder, given: Mapping[str, Any], default_tokenizer: Pat
     settings = settle(PriorSettings, given, saved)
     device = choose_device(run.device)
     tokenizer_folder = _tokenizer_folder(settings, default_tokenizer)
-    if settings.codes is None:
-        assert tokenizer_folder is not None
-        read_info(tokenizer_folder, "tokenizer")
-        claim_run(run, saved)
-        codes_folder = _codes_of_own_images(tokenizer_folder, run.out / "codes", saved, run.device)
-        codes = CodeDataset(codes_folder)
-    else:
-        codes = CodeDataset(settings.codes)
-        claim_run(run, saved)
-    manifest = codes.manifest
-    if saved is not None:
-        check_same_tokenizer(
-            saved.tokenizer_fingerprint,
-            manifest.tokenizer_fingerprint,
-            f"codes in {codes.folder}",
-            "train a new prior with another --out",
-        )
-    tokenizer = _matching_tokenizer(
-        tokenizer_folder, manifest, codes.folder, required=settings.tokenizer is not None, device=device
-    )
+    codes = _open_codes(run, saved, settings, tokenizer_folder)
+    required = settings.tokenizer is not None
+    tokenizer = _matching_tokenizer(tokenizer_folder, codes, required=required, device=device)
 
     torch.manual_seed(settings.seed)
-    asked = settings.tokenizer is not None
-    labelled = bool(manifest.class_names) and int(codes.labels.min()) >= 0
-    config = PriorConfig(
-        num_codes=manifest.num_codes,
-        num_classes=len(manifest.class_names) if labelled else 0,
-        channels=settings.channels,
-        num_layers=settings.num_layers,
-        kernel_size=settings.kernel_size,
-        dropout=settings.dropout,
-    )
+    config = config_for(settings, codes) if saved is None else PriorConfig(**saved.config)
     model = GatedPixelCNN(config).to(device)
-    draw = _sampler(model, tokenizer, manifest.grid, settings.seed) if tokenizer is not None else None
+    draw = None if tokenizer is None else _sampler(model, tokenizer, codes.manifest.grid, settings.seed)
     stage = PriorStage(model, codes, held_out(list(codes.names())), draw)
-    print(
-        f"{len(codes):,} grids of {manifest.grid[0]}x{manifest.grid[1]} codes to learn from "
-        f"({len(stage.held_out_rows):,} of them held out to check on), {config.num_classes or 'no'} classes\n"
-        f"bits_per_code is what a code costs given those before it (guessing costs {math.log2(config.num_codes):.2f})"
-    )
+    print(explanation(stage, codes))
     info = CheckpointInfo(
         kind="prior",
         config=asdict(config),
         step=0,
-        class_names=list(manifest.class_names) if labelled else [],
-        preprocessing=manifest.image,
+        class_names=list(codes.manifest.class_names) if config.num_classes else [],
+        preprocessing=codes.manifest.image,
         training={
             **recorded(settings),
-            "tokenizer": str(tokenizer_folder) if asked or settings.codes is None else None,
+            "tokenizer": str(tokenizer_folder) if required or settings.codes is None else None,
         },
-        tokenizer_fingerprint=manifest.tokenizer_fingerprint,
+        tokenizer_fingerprint=codes.manifest.tokenizer_fingerprint,
     )
     loop = LoopSettings(
         steps=settings.steps,
@@ -163,6 +133,52 @@ def train_prior(run: RunFolder, given: Mapping[str, Any], default_tokenizer: Pat
     )
     clear_run(run, saved)
     return run_training(stage, info, loop, run.out, resume=saved is not None)
+
+
+def config_for(settings: PriorSettings, codes: CodeDataset) -> PriorConfig:
+    """The configuration of the model: what was chosen, and what the codes say. Labels count if every grid has one."""
+    manifest = codes.manifest
+    labelled = bool(manifest.class_names) and int(codes.labels.min()) >= 0
+    return PriorConfig(
+        num_codes=manifest.num_codes,
+        num_classes=len(manifest.class_names) if labelled else 0,
+        channels=settings.channels,
+        num_layers=settings.num_layers,
+        kernel_size=settings.kernel_size,
+        dropout=settings.dropout,
+    )
+
+
+def explanation(stage: PriorStage, codes: CodeDataset) -> str:
+    """What is about to happen, in words."""
+    config, (height, width) = stage.model.config, codes.manifest.grid
+    return (
+        f"{len(codes):,} grids of {height}x{width} codes to learn from, "
+        f"{len(stage.held_out_rows):,} of them held out to check on, {config.num_classes or 'no'} classes\n"
+        f"bits_per_code is what a code costs given those before it (guessing costs {math.log2(config.num_codes):.2f})"
+    )
+
+
+def _open_codes(
+    run: RunFolder, saved: CheckpointInfo | None, settings: PriorSettings, tokenizer: Path | None
+) -> CodeDataset:
+    """The codes to learn, exported first if none were named; `run.out` is claimed on the way."""
+    if settings.codes is not None:
+        codes = CodeDataset(settings.codes)
+        claim_run(run, saved)
+    else:
+        assert tokenizer is not None
+        read_info(tokenizer, "tokenizer")
+        claim_run(run, saved)
+        codes = CodeDataset(_codes_of_own_images(tokenizer, run.out / "codes", saved, run.device))
+    if saved is not None:
+        check_same_tokenizer(
+            saved.tokenizer_fingerprint,
+            codes.manifest.tokenizer_fingerprint,
+            f"codes in {codes.folder}",
+            "train a new prior with another --out",
+        )
+    return codes
 
 
 def _tokenizer_folder(settings: PriorSettings, default: Path) -> Path | None:
@@ -190,15 +206,15 @@ def _codes_of_own_images(tokenizer: Path, out: Path, saved: CheckpointInfo | Non
 
 
 def _matching_tokenizer(
-    folder: Path | None, manifest: CodeManifest, codes: Path, *, required: bool, device: torch.device
+    folder: Path | None, codes: CodeDataset, *, required: bool, device: torch.device
 ) -> VQVAE | None:
     """The tokenizer that made the codes, for pictures. One that was asked for must match; the default may be absent."""
     if folder is None:
         return None
-    fingerprint = read_info(folder, "tokenizer").fingerprint
-    if required or fingerprint == manifest.tokenizer_fingerprint:
+    fingerprint, made_by = read_info(folder, "tokenizer").fingerprint, codes.manifest.tokenizer_fingerprint
+    if required or fingerprint == made_by:
         remedy = f"export them again with export-codes --tokenizer {folder}, or name the tokenizer that made them"
-        check_same_tokenizer(fingerprint, manifest.tokenizer_fingerprint, f"codes in {codes}", remedy)
+        check_same_tokenizer(fingerprint, made_by, f"codes in {codes.folder}", remedy)
         return load_tokenizer(folder).to(device)
     print(f"note: the tokenizer in {folder} did not make these codes; training goes on without pictures")
     return None
