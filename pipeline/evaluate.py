@@ -19,6 +19,7 @@ from tokenizer import VQVAE
 from .checkpoint import check_same_tokenizer, load_prior, load_tokenizer, read_info
 from .device import choose_device
 from .errors import InputError
+from .health import codebook_health, perplexity
 from .sources import ImageSplit
 from .stored_images import images_of, part_of
 
@@ -38,6 +39,13 @@ def measure_tokenizer(
     tokenizer: VQVAE, split: ImageSplit, indices: np.ndarray | None = None, *, progress: bool = False
 ) -> ReconstructionNumbers:
     """Reconstruct every image of a split (or those at `indices`), in float32."""
+    return measure_with_histogram(tokenizer, split, indices, progress=progress)[0]
+
+
+def measure_with_histogram(
+    tokenizer: VQVAE, split: ImageSplit, indices: np.ndarray | None = None, *, progress: bool = False
+) -> tuple[ReconstructionNumbers, Tensor]:
+    """The numbers, and the histogram [K] of all codes, on the CPU."""
     device = next(tokenizer.parameters()).device
     squared_error, values = 0.0, 0
     histogram = torch.zeros(tokenizer.config.num_codes, dtype=torch.int64)
@@ -49,19 +57,14 @@ def measure_tokenizer(
             squared_error, values = squared_error + float(error), values + images.numel()
             histogram += torch.bincount(codes.flatten().cpu(), minlength=len(histogram))
     mse = squared_error / values
-    return ReconstructionNumbers(
+    numbers = ReconstructionNumbers(
         mse=mse,
         psnr=-10 * math.log10(max(mse, 1e-12)),
         nmse=mse / tokenizer.config.data_variance,
         codes_used=int((histogram > 0).sum()),
         perplexity=perplexity(histogram),
     )
-
-
-def perplexity(histogram: Tensor) -> float:
-    """exp of the entropy of a histogram of codes [K]: how many equally frequent codes would spread as far."""
-    shares = histogram.double() / histogram.sum()
-    return float(torch.special.entr(shares).sum().exp())
+    return numbers, histogram
 
 
 def measure_prior(prior: GatedPixelCNN, batches: Iterable[tuple[Tensor, Tensor]]) -> float:
@@ -105,8 +108,9 @@ def evaluate(
         prior = load_prior(prior_folder).to(where)
     images = images_of(info, data=data, data_root=data_root)
     part = part_of(images, split)
-    numbers = measure_tokenizer(tokenizer, part, progress=True)
+    numbers, histogram = measure_with_histogram(tokenizer, part, progress=True)
     result = {"data": images.source, "split": split, "images": len(part), **vars(numbers)}
+    result["codebook"] = codebook_health(histogram).verdict
     if prior is not None:
         labels = _labels_for(prior, prior_info.class_names, images.class_names, part.labels)
         bits = measure_prior(prior, _encoded(tokenizer, part, labels, where))

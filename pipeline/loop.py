@@ -35,6 +35,7 @@ class Stage(Protocol):
 
     num_items: int  # training items; a batch is drawn from range(num_items)
     score: str  # key of `evaluate()` that is best when lowest
+    remark: str  # what the last evaluation means, in words; empty for nothing
 
     @property
     def model(self) -> nn.Module:
@@ -51,6 +52,12 @@ class Stage(Protocol):
 
     def draw(self, path: Path) -> None:
         """A picture of what the model can do by now."""
+
+    def state(self) -> dict[str, Tensor]:
+        """What its numbers need to go on after a resume, beside the model."""
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Put that back."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,6 +191,7 @@ class _Trainer:
         self.best = dict(state.values["best"])
         parts = _unflatten(state.tensors)
         self.stage.model.load_state_dict(parts["model"])
+        self.stage.load_state(parts.get("stage", {}))
         if self.settings.keep_best and self.best:
             self.best_weights = load_weights(self.folder)  # saved together with the state
         groups = self.optimizer.state_dict()["param_groups"]
@@ -200,6 +208,7 @@ class _Trainer:
         tensors = {f"model/{name}": tensor for name, tensor in self.stage.model.state_dict().items()}
         for index, moments in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer/{index}/{name}": tensor for name, tensor in moments.items()}
+        tensors |= {f"stage/{name}": tensor for name, tensor in self.stage.state().items()}
         tensors["random/cpu"] = torch.get_rng_state()
         if self.settings.device.type == "cuda":
             tensors["random/cuda"] = torch.cuda.get_rng_state()
@@ -218,7 +227,8 @@ class _Trainer:
             self.best = {"step": self.step, **numbers}
             if self.settings.keep_best:
                 self.best_weights = {k: v.detach().clone() for k, v in self.stage.model.state_dict().items()}
-        self.bar.write(f"step {self.step:,}: " + _words(numbers))
+        remark = f"\n  {self.stage.remark}" if self.stage.remark else ""
+        self.bar.write(f"step {self.step:,}: {_words(numbers)}{remark}")
 
     def _report(self, losses: Mapping[str, Tensor], rate: float) -> None:
         self._check_finite(losses)

@@ -57,6 +57,7 @@ class PriorStage:
     """The prior, as the training loop sees it."""
 
     score = "bits_per_code"
+    remark = ""
 
     def __init__(
         self, model: GatedPixelCNN, grids: Grids, aside: np.ndarray, draw: Callable[[Path], None] | None = None
@@ -79,6 +80,12 @@ class PriorStage:
     def draw(self, path: Path) -> None:
         if self._draw is not None:
             self._draw(path)
+
+    def state(self) -> dict[str, Tensor]:
+        return {}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        pass
 
     def _held_out_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         for start in range(0, len(self.held_out_rows), EVALUATION_BATCH):

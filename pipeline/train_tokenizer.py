@@ -12,16 +12,19 @@ from torch import Tensor
 from tokenizer import VQVAE, TokenizerConfig
 
 from .checkpoint import CheckpointInfo
+from .codebook_picture import codebook_picture
 from .device import choose_device
-from .evaluate import measure_tokenizer
+from .evaluate import measure_with_histogram
+from .health import codebook_health
 from .images import to_uint8
 from .loop import LoopSettings, run_training, split_rows
-from .pictures import above_and_below, save_grid
+from .pictures import above_and_below, save_grid, save_png
 from .settings import RunFolder, claim_run, clear_run, recorded, saved_run, settle
 from .sources import ImageSet, ImageSplit, open_images
 from .splits import held_out
 
 PICTURES = 16  # images in the picture of reconstructions
+CHANGES_SEEN_IN = 256  # held-out images that tell how many codes changed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,11 +59,15 @@ class TokenizerStage:
         self.device = next(model.parameters()).device
         self.train_rows, self.held_out_rows = split_rows(held_out(images.names))
         self.num_items = len(self.train_rows)
-        self.histogram = torch.zeros(model.config.num_codes, dtype=torch.int64, device=self.device)
+        self.recent = torch.zeros(model.config.num_codes, dtype=torch.int64, device=self.device)  # uses since `status`
+        self.use = torch.zeros_like(self.recent)  # uses by all held-out images
+        self.revived = torch.tensor(0)  # the quantizer's count at the last `status`
+        self.codes: Tensor | None = None  # of some held-out images at the last evaluation
+        self.remark = ""
 
     def losses(self, indices: np.ndarray) -> dict[str, Tensor]:
         result = self.model(self.images.batch(self.train_rows[indices]).to(self.device))
-        self.histogram += torch.bincount(result.codes.flatten(), minlength=len(self.histogram))
+        self.recent += torch.bincount(result.codes.flatten(), minlength=len(self.recent))
         return {
             "loss": result.loss,
             "reconstruction": result.reconstruction_loss,
@@ -68,18 +75,35 @@ class TokenizerStage:
         }
 
     def status(self) -> dict[str, float]:
-        used = int((self.histogram > 0).sum())
-        self.histogram.zero_()
-        return {"codes_in_use": used}
+        before, self.revived = self.revived, self.model.quantizer.revived.cpu().clone()
+        used = int((self.recent > 0).sum())
+        self.recent.zero_()
+        return {"codes_in_use": used, "revived": int(self.revived - before)}
 
     def evaluate(self) -> dict[str, float]:
-        return asdict(measure_tokenizer(self.model, self.images, self.held_out_rows))
+        numbers, self.use = measure_with_histogram(self.model, self.images, self.held_out_rows)
+        self.remark = codebook_health(self.use).verdict
+        return asdict(numbers) | {"codes_changed": self._share_of_changed_codes()}
 
     def draw(self, path: Path) -> None:
+        save_png(codebook_picture(self.model, self.use), path.with_stem(f"{path.stem}-codebook"))
         images = self.images.batch(self.held_out_rows[:PICTURES]).to(self.device)
         again = self.model.decode(self.model.encode(images))
         columns = min(8, len(images))
         save_grid(above_and_below(to_uint8(images), to_uint8(again), columns), path, columns=columns)
+
+    def _share_of_changed_codes(self) -> float:
+        """The share of positions of some held-out images whose nearest code is another than at the last evaluation."""
+        images = self.images.batch(self.held_out_rows[:CHANGES_SEEN_IN]).to(self.device)
+        before, self.codes = self.codes, self.model.encode(images)
+        return 1.0 if before is None else float((before != self.codes).float().mean())
+
+    def state(self) -> dict[str, Tensor]:
+        return {"revived": self.revived} | ({} if self.codes is None else {"codes": self.codes})
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        self.revived = state["revived"]
+        self.codes = state["codes"].to(self.device) if "codes" in state else None
 
 
 def train_tokenizer(run: RunFolder, given: Mapping[str, Any]) -> CheckpointInfo:

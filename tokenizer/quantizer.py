@@ -61,6 +61,7 @@ class VectorQuantizer(nn.Module):
     counts: Tensor  # [K] moving average of how many vectors of a batch chose each code
     sums: Tensor  # [K,D] moving average of their sum; codebook = sums / counts (ema only)
     started: Tensor  # [] bool, whether the codebook has been set
+    revived: Tensor  # [] int64, codes revived so far
     updates: Tensor  # [] updates since it started on data; infinite if it was set by hand
 
     def __init__(
@@ -89,6 +90,7 @@ class VectorQuantizer(nn.Module):
             self.register_buffer("sums", codebook.clone())
         self.register_buffer("counts", torch.ones(num_codes))
         self.register_buffer("started", torch.tensor(False))
+        self.register_buffer("revived", torch.tensor(0))
         self.register_buffer("updates", torch.tensor(torch.inf))
 
     def forward(self, z: Tensor) -> QuantizerOutput:
@@ -199,6 +201,7 @@ class VectorQuantizer(nn.Module):
         dead = dead[: len(found)]
         self.codebook[dead] = found
         self._restart_counts(dead, mean_use)
+        self.revived += len(dead)
 
     def _restart_counts(self, rows: Tensor, count: float | Tensor) -> None:
         self.counts[rows] = count
