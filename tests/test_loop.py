@@ -337,7 +337,11 @@ def test_four_steps_are_two_and_two_more(tmp_path: Path, command: list[object], 
     assert codegrid(*command, "--out", parts, "--steps", 4, "--resume").status == 0
     same_run(whole, parts)
     no_step_twice(parts, 4)
-    assert {tensor.dtype for tensor in load_weights(parts).values()} <= {torch.float32, torch.bool, torch.int64}  # never bf16
+    assert {tensor.dtype for tensor in load_weights(parts).values()} <= {
+        torch.float32,
+        torch.bool,
+        torch.int64,
+    }  # never bf16
     assert codegrid(*command, "--out", parts, "--steps", 5, "--resume").status == 0
     assert load_training(parts).values["step"] == 5
 

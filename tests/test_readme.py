@@ -83,3 +83,10 @@ def test_links_to_files_of_the_project_lead_somewhere() -> None:
     links = re.findall(r"\]\(([^)#]+)\)", README)
     missing = [link for link in links if "://" not in link and not (ROOT / link).exists()]
     assert missing == []
+
+
+def test_the_tests_that_the_list_of_traps_names_exist() -> None:
+    named = set(re.findall(r"`(test_\w+)`", (ROOT / "tests" / "README.md").read_text("utf-8")))
+    files = [path.read_text("utf-8") for path in (ROOT / "tests").rglob("test_*.py")]
+    assert len(named) > 40
+    assert named <= {name for text in files for name in re.findall(r"^def (test_\w+)", text, re.MULTILINE)}
