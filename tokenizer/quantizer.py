@@ -222,9 +222,16 @@ def nearest_codes(vectors: Tensor, codebook: Tensor, *, at_once: int = DISTANCES
     argmin_k |z - e_k|^2 = argmin_k |e_k|^2 - 2 z e_k, one matrix product for every `at_once` distances.
     """
     squared_norms = codebook.square().sum(dim=1)
-    rows = max(1, at_once // len(codebook))
-    chunks = [torch.addmm(squared_norms, chunk, codebook.T, alpha=-2).argmin(dim=1) for chunk in vectors.split(rows)]
-    return torch.cat(chunks)
+    rows = min(len(vectors), max(1, at_once // len(codebook)))
+    table = vectors.new_empty(
+        rows, len(codebook)
+    )  # used again for each chunk: freeing and taking it fragments the heap
+    codes = torch.empty(len(vectors), dtype=torch.int64, device=vectors.device)
+    for start in range(0, len(vectors), max(1, rows)):
+        chunk = vectors[start : start + rows]
+        distances = torch.addmm(squared_norms, chunk, codebook.T, alpha=-2, out=table[: len(chunk)])
+        torch.argmin(distances, dim=1, out=codes[start : start + len(chunk)])
+    return codes
 
 
 def code_statistics(vectors: Tensor, codes: Tensor, num_codes: int) -> tuple[Tensor, Tensor]:

@@ -247,6 +247,7 @@ def test_a_revived_code_stays_where_it_was_put(update: CodebookUpdate) -> None:
         if quantizer.codebook[3].norm() < 100:
             break
     revived = quantizer.codebook[3].detach().clone()
+    assert int(quantizer.revived) == 1
     assert tuple(revived.tolist()) in {tuple(row) for row in batch.tolist()}
     elsewhere = centres[(centres - revived).norm(dim=1) > 10] + 0.1
     for _ in range(2):

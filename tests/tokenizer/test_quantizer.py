@@ -5,7 +5,10 @@ How the codebook moves is in `test_codebook_learning.py`.
 Legend: B batch, D code dimension, S one to three positions, N = B * prod(S) vectors, K codes.
 """
 
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -374,3 +377,23 @@ def test_set_codebook_refuses_what_is_no_codebook(update: CodebookUpdate) -> Non
 def test_an_unknown_way_to_learn_is_refused() -> None:
     with pytest.raises(ValueError, match="codebook_update"):
         VectorQuantizer(5, 3, codebook_update="EMA")  # type: ignore[arg-type]
+
+
+PEAK = """
+import resource, torch
+from tokenizer.quantizer import nearest_codes
+torch.set_num_threads(1)
+vectors, codebook = torch.randn(4096, 64), torch.randn(65_536, 64)
+nearest_codes(vectors[:64], codebook[:64])
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+nearest_codes(vectors, codebook)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in kB on Linux alone")
+def test_the_memory_of_a_search_is_that_of_one_chunk() -> None:
+    """In a process of its own: 64 chunks of 16 MB, which a table freed and taken anew for each kept all at once."""
+    root = Path(__file__).parents[2]
+    found = subprocess.run([sys.executable, "-c", PEAK], cwd=root, capture_output=True, text=True, check=True)
+    assert int(found.stdout) < 100_000  # kB

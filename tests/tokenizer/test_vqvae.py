@@ -49,7 +49,8 @@ def test_two_steps_with_every_option(update: CodebookUpdate, downsample: int, in
     assert result.codes.min() >= 0
     assert result.codes.max() < 8
     for name, tensor in model.state_dict().items():
-        assert not torch.equal(tensor, before[name]), f"{name} has not learned"
+        if name != "quantizer.revived":  # nothing dies in two steps
+            assert not torch.equal(tensor, before[name]), f"{name} has not learned"
     assert model.decode(model.encode(images)).shape == images.shape
 
 
