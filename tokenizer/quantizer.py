@@ -216,6 +216,7 @@ class VectorQuantizer(nn.Module):
             raise ValueError("expected finite vectors to quantize, got nan or inf; lower the learning rate")
 
 
+@torch.no_grad()
 def nearest_codes(vectors: Tensor, codebook: Tensor, *, at_once: int = DISTANCES_AT_ONCE) -> Tensor:
     """The index [N] of the nearest of `codebook` [K,D] for each of `vectors` [N,D]; of equals, the lowest index.
 
