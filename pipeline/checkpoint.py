@@ -9,7 +9,7 @@ The fingerprint is the SHA-256 of the file `model.safetensors`: `sha256sum` give
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -20,12 +20,12 @@ import safetensors.torch
 from torch import Tensor, nn
 
 from prior import GatedPixelCNN, PriorConfig
-from tokenizer import VQVAE, TokenizerConfig
+from tokenizer import VQVAE, Baseline, TokenizerConfig, build_model
 
 from .errors import InputError
 from .files import current, read_current, sha256, to_json, write_together
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 2: Muon, the encoder without its 3x3 convolution
 MODEL, CONFIG, TRAINING = "model.safetensors", "config.json", "training.safetensors"
 TRAIN_COMMAND = {"tokenizer": "train-tokenizer", "prior": "train-prior"}
 
@@ -94,8 +94,25 @@ def read_info(folder: str | Path, kind: str) -> CheckpointInfo:
 
 
 def load_tokenizer(folder: str | Path, *, device: str = "cpu") -> VQVAE:
-    """The tokenizer of a checkpoint folder, in `eval()` mode. Raises InputError if there is none that is whole."""
-    return _load(Path(folder), "tokenizer", TokenizerConfig, VQVAE).to(device)
+    """The tokenizer of a checkpoint folder, in `eval()` mode.
+
+    Raises:
+        InputError: there is none that is whole, or it is a baseline without codes.
+    """
+    model = load_autoencoder(folder, device=device)
+    if not isinstance(model, VQVAE):
+        raise InputError(
+            expected=f"a tokenizer with codes in {folder}",
+            got=f"one with --bottleneck {model.config.bottleneck}, which has none",
+            do="name one that was trained with --bottleneck vq",
+        )
+    return model
+
+
+def load_autoencoder(folder: str | Path, *, device: str = "cpu") -> VQVAE | Baseline:
+    """What train-tokenizer wrote, with codes or without, in `eval()` mode. Raises InputError if none is whole."""
+    model: VQVAE | Baseline = _load(Path(folder), "tokenizer", TokenizerConfig, build_model)
+    return model.to(device)
 
 
 def load_prior(folder: str | Path, *, device: str = "cpu") -> GatedPixelCNN:
@@ -167,10 +184,10 @@ def _parse_info(content: Any, kind: str, path: Path) -> CheckpointInfo:
     return info
 
 
-def _load(folder: Path, kind: str, config_type: type[Config], model_type: type[Any]) -> Any:
+def _load(folder: Path, kind: str, config_type: type[Config], build: Callable[[Config], nn.Module]) -> Any:
     info, data = _read_whole(folder, kind)
     try:
-        model: nn.Module = model_type(config_type(**info.config))
+        model = build(config_type(**info.config))
         model.load_state_dict(safetensors.torch.load(data))
     except (safetensors.SafetensorError, RuntimeError, TypeError, ValueError) as error:
         raise InputError(

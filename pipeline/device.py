@@ -3,6 +3,7 @@
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+from torch import nn
 
 from .errors import InputError
 
@@ -39,6 +40,15 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[obj
     if precision == "bf16" or (precision == "auto" and has_fast_bf16(device)):
         return torch.autocast(device.type, dtype=torch.bfloat16)
     return nullcontext()
+
+
+def compile_networks(*networks: nn.Module) -> None:
+    """Compile the forward and backward of each, in place; the first steps take a minute, the names of weights stay.
+
+    What they compute stays the same, but for the rounding of fused operations.
+    """
+    for network in networks:
+        network.compile()
 
 
 def has_fast_bf16(device: torch.device) -> bool:

@@ -24,6 +24,7 @@ from .errors import InputError
 from .files import current
 from .interrupt import StopSignal
 from .metrics_log import MetricsLog
+from .optimizer import Optimizers
 
 SAVE_EVERY_SECONDS = 60.0
 WARMUP_STEPS = 100
@@ -64,10 +65,11 @@ class Stage(Protocol):
 class LoopSettings:
     steps: int  # in all, those before a resume included
     batch_size: int
-    learning_rate: float  # Adam's, after the warm-up
+    learning_rate: float  # after the warm-up
     seed: int
     device: torch.device
     precision: str  # "auto", "fp32" or "bf16"
+    optimizer: str = "muon"  # or "adam"
     evaluations: int = 8  # over the whole run, the last at its end
     keep_best: bool = False  # model.safetensors holds the weights of the best evaluation, not the last weights
 
@@ -141,7 +143,7 @@ class _Trainer:
         self.best: dict[str, float] = {}
         self.best_weights: dict[str, Tensor] | None = None
         self.order = DataOrder(stage.num_items, settings.batch_size, settings.seed)
-        self.optimizer = torch.optim.Adam(stage.model.parameters(), lr=settings.learning_rate, fused=True)
+        self.optimizers = Optimizers(stage.model, settings.optimizer, settings.learning_rate)
         self.log = MetricsLog(folder / "metrics.jsonl")
         interval = 1.0 if sys.stderr.isatty() else 15.0  # a log file needs no moving bar
         self.bar = tqdm(total=settings.steps, unit="step", dynamic_ncols=True, mininterval=interval, smoothing=0.05)
@@ -152,16 +154,14 @@ class _Trainer:
     def advance(self) -> None:
         """One step of the optimizer, and what is due after it."""
         rate = learning_rate_at(self.step, self.settings)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
         self.stage.model.train()
         with autocast(self.settings.device, self.settings.precision):
             losses = self.stage.losses(self.order.batch(self.step))
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizers.zero_grad()
         losses["loss"].backward()
         if self.settings.device.type == "cpu":
             self._check_finite(losses)
-        self.optimizer.step()
+        self.optimizers.step(rate)
         self.step += 1
         self.bar.update()
         self._add(losses)
@@ -194,9 +194,7 @@ class _Trainer:
         self.stage.load_state(parts.get("stage", {}))
         if self.settings.keep_best and self.best:
             self.best_weights = load_weights(self.folder)  # saved together with the state
-        groups = self.optimizer.state_dict()["param_groups"]
-        moments = {int(i): tensors for i, tensors in _unflatten(parts.get("optimizer", {})).items()}
-        self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
+        self.optimizers.load_tensors(parts.get("optimizer", {}))
         torch.set_rng_state(parts["random"]["cpu"])
         if self.settings.device.type == "cuda" and "cuda" in parts["random"]:
             torch.cuda.set_rng_state(parts["random"]["cuda"])
@@ -206,8 +204,7 @@ class _Trainer:
 
     def _state(self) -> TrainingState:
         tensors = {f"model/{name}": tensor for name, tensor in self.stage.model.state_dict().items()}
-        for index, moments in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer/{index}/{name}": tensor for name, tensor in moments.items()}
+        tensors |= {f"optimizer/{name}": tensor for name, tensor in self.optimizers.tensors().items()}
         tensors |= {f"stage/{name}": tensor for name, tensor in self.stage.state().items()}
         tensors["random/cpu"] = torch.get_rng_state()
         if self.settings.device.type == "cuda":

@@ -13,7 +13,9 @@ from .folders import check_free, clear
 from .sources import IMAGE_SOURCES
 
 LOGS = ("metrics.jsonl", "pictures/step-*.png")
-MAY_CHANGE = frozenset({"steps", "precision", "data_root", "tokenizer"})  # on --resume; fingerprints tell tokenizers
+MAY_CHANGE = frozenset(
+    {"steps", "precision", "compile", "data_root", "tokenizer"}
+)  # on --resume; fingerprints tell tokenizers
 PATHS = frozenset({"data", "codes"})
 
 

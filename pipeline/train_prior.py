@@ -16,7 +16,7 @@ from tokenizer import VQVAE
 
 from .checkpoint import CONFIG, CheckpointInfo, check_same_tokenizer, load_tokenizer, read_info
 from .codes import MANIFEST, CodeDataset, read_manifest
-from .device import choose_device
+from .device import choose_device, compile_networks
 from .evaluate import measure_prior
 from .export import export_codes
 from .images import to_uint8
@@ -40,6 +40,8 @@ class PriorSettings:
     lr: float = 2e-3
     seed: int = 0
     precision: str = "auto"
+    optimizer: str = "muon"
+    compile: bool = False
     channels: int = 64
     num_layers: int = 6
     kernel_size: int = 3
@@ -114,6 +116,8 @@ def train_prior(run: RunFolder, given: Mapping[str, Any], default_tokenizer: Pat
     torch.manual_seed(settings.seed)
     config = config_for(settings, codes) if saved is None else PriorConfig(**saved.config)
     model = GatedPixelCNN(config).to(device)
+    if settings.compile:
+        compile_networks(model)
     draw = None if tokenizer is None else _sampler(model, tokenizer, codes.manifest.grid, settings.seed)
     stage = PriorStage(model, codes, held_out(list(codes.names())), draw)
     print(explanation(stage, codes))
@@ -136,6 +140,7 @@ def train_prior(run: RunFolder, given: Mapping[str, Any], default_tokenizer: Pat
         seed=settings.seed,
         device=device,
         precision=settings.precision,
+        optimizer=settings.optimizer,
         keep_best=True,
     )
     clear_run(run, saved)
@@ -170,12 +175,14 @@ def _open_codes(
     run: RunFolder, saved: CheckpointInfo | None, settings: PriorSettings, tokenizer: Path | None
 ) -> CodeDataset:
     """The codes to learn, exported first if none were named; `run.out` is claimed on the way."""
+    if settings.tokenizer is not None or settings.codes is None:
+        assert tokenizer is not None
+        load_tokenizer(tokenizer)  # one without codes is refused before anything is written
     if settings.codes is not None:
         codes = CodeDataset(settings.codes)
         claim_run(run, saved)
     else:
         assert tokenizer is not None
-        read_info(tokenizer, "tokenizer")
         claim_run(run, saved)
         codes = CodeDataset(_codes_of_own_images(tokenizer, run.out / "codes", saved, run.device))
     if saved is not None:

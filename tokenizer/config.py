@@ -1,14 +1,16 @@
 """What defines a tokenizer: the shape of its network and how its codebook learns."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
 CodebookUpdate = Literal["ema", "gradient"]
+Bottleneck = Literal["vq", "vae", "ae"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerConfig:
-    """The configuration of a `VQVAE`.
+    """The configuration of a `VQVAE`, or of one of the baselines without codes (`Baseline`).
 
     Raises:
         ValueError: a field is out of its range; the message names the field, its value and what is allowed.
@@ -16,16 +18,18 @@ class TokenizerConfig:
 
     in_channels: int = 3  # C of the images: 1 grey, 3 colour
     hidden_channels: int = 128  # channels of the residual stacks
-    num_residual_layers: int = 2  # 3x3 -> 1x1 blocks in the encoder, and as many in the decoder
+    num_residual_layers: int = 4  # 3x3 -> 1x1 blocks in the encoder, and as many in the decoder
     residual_channels: int = 32  # channels inside a residual block
     downsample: int = 4  # pixels a code covers along each side: 2, 4, 8 or 16
     num_codes: int = 512  # K, vectors in the codebook
-    code_dim: int = 16  # D, their dimension; few dimensions keep all codes in use
+    code_dim: int = 8  # D, their dimension; few dimensions keep all codes in use
     codebook_update: CodebookUpdate = "ema"  # moving averages [1, appendix A.1] or gradient [1, eq. 3]
     commitment_weight: float = 0.25  # beta of [1, eq. 3]
     ema_decay: float = 0.99  # gamma of [1, appendix A.1]
     revival_threshold: float = 0.02  # a code used less than this share of the mean use is dead; 0 keeps the dead
     data_variance: float = 1.0  # variance of all pixels of the training images; divides the squared error
+    bottleneck: Bottleneck = "vq"  # codes; or, to compare with: "vae" a Gaussian, "ae" nothing
+    kl_weight: float = 0.1  # of the "vae": its decoder is a Gaussian of kl_weight / 2 of the data's variance
 
     def __post_init__(self) -> None:
         for name in ("in_channels", "hidden_channels", "residual_channels", "code_dim"):
@@ -39,6 +43,13 @@ class TokenizerConfig:
         _require(0 < self.ema_decay < 1, self, "ema_decay", "between 0 and 1, exclusive")
         _require(0 <= self.revival_threshold < 1, self, "revival_threshold", "from 0 to below 1")
         _require(self.data_variance > 0, self, "data_variance", "above 0")
+        _require(self.bottleneck in ("vq", "vae", "ae"), self, "bottleneck", "'vq', 'vae' or 'ae'")
+        _require(0 <= self.kl_weight < math.inf, self, "kl_weight", "0 or more, and finite")
+
+    @property
+    def encoder_channels(self) -> int:
+        """Channels that the encoder hands to the bottleneck: `code_dim`, or as many means and log-variances."""
+        return 2 * self.code_dim if self.bottleneck == "vae" else self.code_dim
 
     @property
     def num_downsampling_layers(self) -> int:

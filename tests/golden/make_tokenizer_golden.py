@@ -28,7 +28,7 @@ MARGIN = 5e-5  # between the squared distances to the two nearest codes: no roun
 
 
 def trained_vqvae() -> VQVAE:
-    torch.manual_seed(0)
+    torch.manual_seed(3)
     model, images = VQVAE(CONFIG), tiles(3) * torch.rand(8, 3, 1, 1)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     for _ in range(50):

@@ -16,10 +16,23 @@ def small_config(**fields: int) -> TokenizerConfig:
     return TokenizerConfig(**{**small, **fields})  # type: ignore[arg-type]
 
 
+SILU = ()  # in a list of layers
+
+
+def layers_of(network: nn.Module) -> list[tuple[int, ...]]:
+    """(channels in, channels out, kernel size, stride) of each convolution, SILU between, in the order of running."""
+    layers: list[tuple[int, ...]] = []
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
+            layers.append((module.in_channels, module.out_channels, module.kernel_size[0], module.stride[0]))
+        elif not list(module.children()):
+            assert type(module) is nn.SiLU
+            layers.append(SILU)
+    return layers
+
+
 def convolutions(network: nn.Module) -> list[tuple[int, ...]]:
-    """(channels in, channels out, kernel size, stride) in the order in which they run."""
-    layers = [layer for layer in network.modules() if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d)]
-    return [(layer.in_channels, layer.out_channels, layer.kernel_size[0], layer.stride[0]) for layer in layers]
+    return [layer for layer in layers_of(network) if layer != SILU]
 
 
 @pytest.mark.parametrize("downsample", [2, 4, 8, 16])
@@ -32,15 +45,14 @@ def test_shapes(in_channels: int, downsample: int) -> None:
     assert Decoder(config)(vectors).shape == images.shape
 
 
-def test_the_default_is_the_network_of_the_paper() -> None:
-    """Two 4x4 stride-2 layers, two residual blocks of 3x3, ReLU, 1x1 [1, section 4.1]; 128 channels, 32 inside [2]."""
-    residual = [(128, 32, 3, 1), (32, 128, 1, 1)] * 2
-    config = TokenizerConfig()
-    assert convolutions(Encoder(config)) == [
-        (3, 64, 4, 2), (64, 128, 4, 2), (128, 128, 3, 1), *residual, (128, config.code_dim, 1, 1)
+def test_the_default_layers() -> None:
+    """Those of the paper [1, section 4.1] and its example [2], but for the departures that networks.py tells of."""
+    residual = [SILU, (128, 32, 3, 1), SILU, (32, 128, 1, 1)] * 4
+    assert layers_of(Encoder(TokenizerConfig())) == [
+        (3, 64, 4, 2), SILU, (64, 128, 4, 2), SILU, *residual, SILU, (128, 8, 1, 1)
     ]  # fmt: skip
-    assert convolutions(Decoder(config)) == [
-        (config.code_dim, 128, 3, 1), *residual, (128, 64, 4, 2), (64, 3, 4, 2)
+    assert layers_of(Decoder(TokenizerConfig())) == [
+        (8, 128, 3, 1), *residual, SILU, (128, 64, 4, 2), SILU, (64, 3, 4, 2)
     ]  # fmt: skip
 
 
@@ -66,8 +78,8 @@ def test_residual_block_adds_to_its_input() -> None:
     torch.manual_seed(0)
     block, x = ResidualBlock(4, 2), torch.randn(2, 4, 3, 5)
     weights = dict(block.named_parameters())
-    inside = nn.functional.conv2d(x.clamp_min(0), weights["layers.1.weight"], weights["layers.1.bias"], padding=1)
-    added = nn.functional.conv2d(inside.clamp_min(0), weights["layers.3.weight"], weights["layers.3.bias"])
+    inside = nn.functional.conv2d(x * x.sigmoid(), weights["layers.1.weight"], weights["layers.1.bias"], padding=1)
+    added = nn.functional.conv2d(inside * inside.sigmoid(), weights["layers.3.weight"], weights["layers.3.bias"])
     assert added.abs().min() > 0
     expected, before = x + added, x.clone()
     torch.testing.assert_close(block(x), expected)
@@ -92,42 +104,45 @@ def test_a_shift_by_one_code_is_a_shift_by_downsample_pixels(downsample: int) ->
     torch.testing.assert_close(moved[:, :, inner, inner], pixels[:, :, before[0], before[1]])
 
 
-def reach(downsample: int, place: int, pixels: int) -> list[bool]:
-    """Which pixels of a line a code sees: its cell and one to each side (3x3), `downsample` - 1 more (4x4 stride 2).
+def reach(downsample: int, place: int, around: int, pixels: int) -> torch.Tensor:
+    """Which pixels of a line a code sees: its cell, `around` more to each side (one for every 3x3 in a row), and
+    `downsample` - 1 pixels beyond (4x4 stride 2).
 
-    downsample 4, code 2:  . 1111 1111 2222 3333 333 . .   pixels 1 to 18
+    downsample 4, code 2, around 1:  . 1111 1111 2222 3333 333 . .   pixels 1 to 18
     """
-    first, last = downsample * (place - 1) - (downsample - 1), downsample * (place + 2) - 1 + (downsample - 1)
-    return [first <= pixel <= last for pixel in range(pixels)]
+    first, last = downsample * (place - around) - (downsample - 1), downsample * (place + around + 2) - 2
+    return torch.tensor([first <= pixel <= last for pixel in range(pixels)])
 
 
+@pytest.mark.parametrize("blocks", [0, 1])
 @pytest.mark.parametrize("place", [(0, 0), (0, 6), (4, 0), (4, 6), (2, 3)])
 @pytest.mark.parametrize("downsample", [2, 4, 8])
-def test_a_code_and_its_pixels_lie_at_the_same_place(downsample: int, place: tuple[int, int]) -> None:
+def test_a_code_and_its_pixels_lie_at_the_same_place(downsample: int, place: tuple[int, int], blocks: int) -> None:
     """Exactly which pixels a code depends on, and which pixels depend on it; the grid is 5 x 7.
 
-    With weights above 0 nothing cancels: a gradient of 0 means that there is no path.
+    With weights and inputs above 0, where SiLU rises, nothing cancels: a gradient of 0 means that there is no path.
     """
     torch.manual_seed(2)
-    config = small_config(downsample=downsample, num_residual_layers=0)
-    encoder, decoder = Encoder(config), Decoder(config)
+    config = small_config(downsample=downsample, num_residual_layers=blocks)
+    encoder, decoder = Encoder(config).double(), Decoder(config).double()
     for parameter in [*encoder.parameters(), *decoder.parameters()]:
         nn.init.uniform_(parameter, 0.01, 0.1)
     row, column = place
     height, width = 5 * downsample, 7 * downsample
-    expected = torch.outer(
-        torch.tensor(reach(downsample, row, height)), torch.tensor(reach(downsample, column, width))
-    )  # [H',W']
-    assert not expected.all()
 
-    images = (0.6 + 0.4 * torch.rand(1, 3, height, width)).requires_grad_()
+    def seen(around: int) -> torch.Tensor:  # [H',W']
+        pixels = torch.outer(reach(downsample, row, around, height), reach(downsample, column, around, width))
+        assert not pixels.all()
+        return pixels
+
+    images = (0.6 + 0.4 * torch.rand(1, 3, height, width, dtype=torch.float64)).requires_grad_()
     (to_images,) = torch.autograd.grad(encoder(images)[0, :, row, column].sum(), images)
-    assert torch.equal(to_images[0].sum(dim=0) > 0, expected)
+    assert torch.equal(to_images[0].sum(dim=0) > 0, seen(around=blocks))
 
-    vectors = torch.ones(1, 3, 5, 7)
+    vectors = torch.ones(1, 3, 5, 7, dtype=torch.float64)
     nudged = vectors.clone()
     nudged[:, :, row, column] += 1
-    assert torch.equal((decoder(nudged) - decoder(vectors))[0].sum(dim=0) > 0, expected)
+    assert torch.equal((decoder(nudged) - decoder(vectors))[0].sum(dim=0) > 0, seen(around=blocks + 1))
 
 
 def test_images_are_centred_on_zero_inside() -> None:

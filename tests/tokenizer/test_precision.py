@@ -4,13 +4,18 @@ Legend: B batch, D code dimension, N vectors, K codes.
 """
 
 import copy
+import shutil
+import sysconfig
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 
+from pipeline.device import compile_networks
 from tokenizer import VQVAE, TokenizerConfig, VectorQuantizer
 from tokenizer.config import CodebookUpdate
 
@@ -179,3 +184,32 @@ def test_compiled_model_is_the_eager_one() -> None:
     expected = train_three_steps(model, model, batches)
     assert train_three_steps(compiled, torch.compile(compiled, backend="eager"), batches) == expected
     assert state_bytes(compiled) == state_bytes(model)
+
+
+CAN_COMPILE = any(map(shutil.which, ("g++", "clang++"))) and Path(sysconfig.get_path("include"), "Python.h").exists()
+
+
+@graph_breaks
+@pytest.mark.skipif(not CAN_COMPILE, reason="no C++ compiler")
+def test_compiled_networks_give_the_losses_and_gradients_of_the_eager_ones() -> None:
+    """With the backend that `--compile` takes; the names of the weights stay. Takes 20 s."""
+    model = tiny_vqvae(seed=6, data_variance=0.08)
+    compiled, images, results = copy.deepcopy(model), torch.rand(2, 3, 8, 12), []
+    torch.compiler.reset()
+    counters.clear()
+    compile_networks(compiled.encoder, compiled.decoder)
+    for each in (model, compiled):
+        results.append(each(images))
+        results[-1].loss.backward()
+    assert counters["stats"]["unique_graphs"] == 2
+    eager, fused = results
+    assert torch.equal(fused.codes, eager.codes)
+    for name in ("loss", "reconstruction_loss", "commitment_loss", "reconstruction"):
+        torch.testing.assert_close(getattr(fused, name), getattr(eager, name), rtol=1e-4, atol=1e-6)
+    for (name, expected), found in zip(model.named_parameters(), compiled.parameters(), strict=True):
+        assert expected.grad is not None, name
+        assert found.grad is not None, name
+        largest = float(expected.grad.abs().max())
+        assert largest > 0, name
+        torch.testing.assert_close(found.grad, expected.grad, rtol=1e-4, atol=1e-4 * largest)
+    assert compiled.state_dict().keys() == model.state_dict().keys()

@@ -1,0 +1,131 @@
+"""The optimizers of both stages: Muon for the weights of convolutions and linear layers, Adam for everything else.
+
+Muon takes the momentum of a weight's gradient and makes its singular values nearly equal, so that a step moves every
+direction of the weight alike; a step has the root mean square that Adam's would have, so one learning rate does for
+both. On the tokenizer it reaches in 1,000 steps what Adam reaches in 2,000 (benchmarks/README.md).
+
+torch.optim.Muon (torch 2.9) takes matrices alone, one at a time; here a convolution counts as the matrix
+[first dimension, all others], and weights of one shape are orthogonalised in one batch.
+
+[1] Jordan et al. 2024, Muon: An optimizer for hidden layers in neural networks, kellerjordan.github.io/posts/muon
+[2] Liu et al. 2025, Muon is Scalable for LLM Training, arXiv:2502.16982, eq. 4 (the size of a step)
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+MOMENTUM = 0.95
+SMALLEST_SIDE = 16  # of a matrix; with fewer rows or columns there is little to equalise
+ITERATIONS = 5
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic iteration [1]
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, orthogonalised [1]. Its parameters have two dimensions or more.
+
+    Args:
+        parameters: weights; all but the first dimension count as one.
+        lr: learning rate, on the scale of Adam's.
+    """
+
+    def __init__(self, parameters: Iterable[Tensor], lr: float) -> None:
+        super().__init__(parameters, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """One step for every parameter that has a gradient."""
+        for group in self.param_groups:
+            by_shape: dict[tuple[int, int], list[Tensor]] = defaultdict(list)
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    by_shape[(parameter.shape[0], parameter[0].numel())].append(parameter)
+            for shape, parameters in by_shape.items():
+                directions = torch.stack([self._direction(parameter).reshape(shape) for parameter in parameters])
+                steps = orthogonalized(directions) * (-group["lr"] * 0.2 * max(shape) ** 0.5)
+                for parameter, step in zip(parameters, steps, strict=True):
+                    parameter += step.reshape(parameter.shape)
+
+    def _direction(self, parameter: Tensor) -> Tensor:
+        """Nesterov's momentum: the gradient and its moving average."""
+        gradient, state = parameter.grad, self.state[parameter]
+        assert gradient is not None
+        if not state:
+            state["momentum"] = torch.zeros_like(parameter)
+        state["momentum"].lerp_(gradient, 1 - MOMENTUM)
+        return gradient.lerp(state["momentum"], MOMENTUM)
+
+
+def orthogonalized(matrices: Tensor) -> Tensor:
+    """matrices [n,R,C] -> about U V^T of each one's U S V^T: singular values between 0.7 and 1.2 [1]; of 0, 0."""
+    wide = matrices if matrices.shape[1] <= matrices.shape[2] else matrices.mT
+    x = wide / wide.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7)
+    a, b, c = COEFFICIENTS
+    for _ in range(ITERATIONS):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x if wide is matrices else x.mT
+
+
+class Optimizers:
+    """What steps the parameters of a model: Muon and Adam, or Adam alone.
+
+    Args:
+        model: the parameters.
+        kind: "muon" (with Adam for what is no large matrix) or "adam".
+        lr: learning rate of both.
+    """
+
+    def __init__(self, model: nn.Module, kind: str, lr: float) -> None:
+        matrices = hidden_matrices(model) if kind == "muon" else []
+        known = set(matrices)
+        others = [parameter for parameter in model.parameters() if parameter not in known]
+        self.members: dict[str, torch.optim.Optimizer] = {}
+        if matrices:
+            self.members["muon"] = Muon(matrices, lr)
+        if others:
+            self.members["adam"] = torch.optim.Adam(others, lr=lr, fused=True)
+
+    def step(self, lr: float) -> None:
+        """One step at this learning rate."""
+        for optimizer in self.members.values():
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            optimizer.step()
+
+    def zero_grad(self) -> None:
+        """Forget the gradients."""
+        for optimizer in self.members.values():
+            optimizer.zero_grad(set_to_none=True)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Its state: "muon/0/momentum" and the like."""
+        return {
+            f"{name}/{index}/{key}": tensor
+            for name, optimizer in self.members.items()
+            for index, state in optimizer.state_dict()["state"].items()
+            for key, tensor in state.items()
+        }
+
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put back what `tensors` gave."""
+        for name, optimizer in self.members.items():
+            state: dict[int, dict[str, Tensor]] = defaultdict(dict)
+            for path, tensor in tensors.items():
+                owner, index, key = path.split("/")
+                if owner == name:
+                    state[int(index)][key] = tensor
+            optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def hidden_matrices(model: nn.Module) -> list[Tensor]:
+    """The weights of convolutions and linear layers that have at least SMALLEST_SIDE rows and columns."""
+    return [
+        module.weight
+        for module in model.modules()
+        if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d, nn.Linear))
+        and min(module.weight.shape[0], module.weight[0].numel()) >= SMALLEST_SIDE
+    ]
