@@ -66,7 +66,9 @@ training_options = options(
     click.option("--steps", type=click.IntRange(min=1), help="In all.  [default: 1500 in stage one, 2000 in two]"),
     click.option("--batch-size", type=click.IntRange(min=1), help="Items a step.  [default: 32]"),
     click.option(
-        "--lr", type=click.FloatRange(min=0, min_open=True), help="Adam's.  [default: 0.001 in stage one, 0.002 in two]"
+        "--lr",
+        type=click.FloatRange(min=0, min_open=True),
+        help="Learning rate.  [default: 0.003 in stage one, 0.002 in two]",
     ),
     click.option("--seed", type=click.IntRange(min=0), help="Seed of everything random.  [default: 0]"),
     click.option(
@@ -74,6 +76,8 @@ training_options = options(
         type=click.Choice(["auto", "fp32", "bf16"]),
         help="Of the networks; auto is bf16 where the processor has it.  [default: auto]",
     ),
+    click.option("--optimizer", type=click.Choice(["muon", "adam"]), help="[default: muon]"),
+    click.option("--compile", is_flag=True, help="Compile the networks: a slow start, then faster steps."),
     device_option,
     click.option("--resume", is_flag=True, help="Go on with the run in --out, if there is one."),
     force_option,
@@ -106,9 +110,19 @@ def cli(ctx: click.Context, debug: bool) -> None:
 @click.option("--image-size", type=ImageSize(), help="Resize and centre-crop.  [default: the images' own]")
 @click.option("--channels", type=click.Choice(["1", "3"]), help="Grey or colour.  [default: the images' own]")
 @click.option("--num-codes", type=click.IntRange(min=2), help="K, size of the codebook.  [default: 512]")
-@click.option("--code-dim", type=click.IntRange(min=1), help="D, dimension of its vectors.  [default: 16]")
+@click.option("--code-dim", type=click.IntRange(min=1), help="D, dimension of its vectors.  [default: 8]")
 @click.option("--downsample", type=click.Choice(["2", "4", "8", "16"]), help="Pixels a code covers.  [default: 4]")
+@click.option("--hidden-channels", type=click.IntRange(min=2), help="Width of the network.  [default: 128]")
+@click.option("--num-residual-layers", type=click.IntRange(min=0), help="Blocks on either side.  [default: 4]")
+@click.option("--residual-channels", type=click.IntRange(min=1), help="Width inside a block.  [default: 32]")
 @click.option("--codebook-update", type=click.Choice(["ema", "gradient"]), help="[default: ema]")
+@click.option("--commitment-weight", type=click.FloatRange(min=0), help="beta, on the encoder.  [default: 1]")
+@click.option(
+    "--bottleneck",
+    type=click.Choice(["vq", "vae", "ae"]),
+    help="Codes; or, to compare with, a Gaussian or nothing.  [default: vq]",
+)
+@click.option("--kl-weight", type=click.FloatRange(min=0), help="Of --bottleneck vae.  [default: 0.1]")
 @training_options
 def train_tokenizer(out: Path, device: str, resume: bool, force: bool, **given: Any) -> None:
     """Stage one: images to grids of codes, and back."""
@@ -118,7 +132,9 @@ def train_tokenizer(out: Path, device: str, resume: bool, force: bool, **given: 
     given |= {name: int(given[name]) for name in ("channels", "downsample") if given[name] is not None}
     click.echo(f"stage one: a tokenizer for {given['data'] or 'the built-in glyphs'}, into {out}")
     info = run(RunFolder(out=out, resume=resume, force=force, device=device), given)
-    click.echo(f"done: {info.step:,} steps; {describe(info.metrics)}\nnext: codegrid train-prior")
+    click.echo(f"done: {info.step:,} steps; {describe(info.metrics)}")
+    if info.config["bottleneck"] == "vq":
+        click.echo("next: codegrid train-prior")
 
 
 @cli.command("export-codes")

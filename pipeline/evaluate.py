@@ -14,12 +14,12 @@ from tqdm import tqdm
 from prior import GatedPixelCNN
 from prior.objective import bits_per_dim, grid_bits
 from prior.sampling import evaluating
-from tokenizer import VQVAE
+from tokenizer import VQVAE, Baseline
 
-from .checkpoint import check_same_tokenizer, load_prior, load_tokenizer, read_info
+from .checkpoint import CheckpointInfo, check_same_tokenizer, load_autoencoder, load_prior, load_tokenizer, read_info
 from .device import choose_device
 from .errors import InputError
-from .health import codebook_health, perplexity
+from .health import CodebookHealth, codebook_health
 from .sources import ImageSplit
 from .stored_images import images_of, part_of
 
@@ -31,40 +31,27 @@ class ReconstructionNumbers:
     mse: float  # mean squared error of values in [0,1]
     psnr: float  # dB, of that mean error
     nmse: float  # mse / variance of all pixels of the training images
-    codes_used: int  # codes chosen at least once in the whole split
-    perplexity: float  # of the code histogram of the whole split
 
 
-def measure_tokenizer(
-    tokenizer: VQVAE, split: ImageSplit, indices: np.ndarray | None = None, *, progress: bool = False
-) -> ReconstructionNumbers:
-    """Reconstruct every image of a split (or those at `indices`), in float32."""
-    return measure_with_histogram(tokenizer, split, indices, progress=progress)[0]
-
-
-def measure_with_histogram(
-    tokenizer: VQVAE, split: ImageSplit, indices: np.ndarray | None = None, *, progress: bool = False
-) -> tuple[ReconstructionNumbers, Tensor]:
-    """The numbers, and the histogram [K] of all codes, on the CPU."""
-    device = next(tokenizer.parameters()).device
+def measure_reconstruction(
+    model: VQVAE | Baseline, split: ImageSplit, indices: np.ndarray | None = None, *, progress: bool = False
+) -> tuple[ReconstructionNumbers, CodebookHealth | None]:
+    """Reconstruct every image of a split (or those at `indices`), in float32; a model without codes has no codebook."""
+    device = next(model.parameters()).device
     squared_error, values = 0.0, 0
-    histogram = torch.zeros(tokenizer.config.num_codes, dtype=torch.int64)
-    with torch.no_grad(), evaluating(tokenizer):
+    histogram = torch.zeros(model.config.num_codes, dtype=torch.int64)
+    with torch.no_grad(), evaluating(model):
         for rows in _batches(np.arange(len(split)) if indices is None else indices, progress):
             images = split.batch(rows).to(device)
-            codes = tokenizer.encode(images)
-            error = (tokenizer.decode(codes) - images).square().sum(dim=(1, 2, 3)).cpu().double().sum()
+            latents = model.encode(images)
+            error = (model.decode(latents) - images).square().sum(dim=(1, 2, 3)).cpu().double().sum()
             squared_error, values = squared_error + float(error), values + images.numel()
-            histogram += torch.bincount(codes.flatten().cpu(), minlength=len(histogram))
+            if isinstance(model, VQVAE):
+                histogram += torch.bincount(latents.flatten().cpu(), minlength=len(histogram))
     mse = squared_error / values
-    numbers = ReconstructionNumbers(
-        mse=mse,
-        psnr=-10 * math.log10(max(mse, 1e-12)),
-        nmse=mse / tokenizer.config.data_variance,
-        codes_used=int((histogram > 0).sum()),
-        perplexity=perplexity(histogram),
-    )
-    return numbers, histogram
+    psnr = -10 * math.log10(max(mse, 1e-12))
+    numbers = ReconstructionNumbers(mse=mse, psnr=psnr, nmse=mse / model.config.data_variance)
+    return numbers, codebook_health(histogram) if isinstance(model, VQVAE) else None
 
 
 def measure_prior(prior: GatedPixelCNN, batches: Iterable[tuple[Tensor, Tensor]]) -> float:
@@ -95,28 +82,36 @@ def evaluate(
     """
     where = choose_device(device)
     info = read_info(tokenizer_folder, "tokenizer")
-    tokenizer = load_tokenizer(tokenizer_folder).to(where)
-    prior = None
-    if prior_folder is not None:
-        prior_info = read_info(prior_folder, "prior")
-        check_same_tokenizer(
-            info.fingerprint,
-            prior_info.tokenizer_fingerprint,
-            f"a prior in {prior_folder}",
-            "name the tokenizer it was trained with, or train the prior again",
-        )
-        prior = load_prior(prior_folder).to(where)
+    model = load_autoencoder(tokenizer_folder).to(where)
     images = images_of(info, data=data, data_root=data_root)
     part = part_of(images, split)
-    numbers, histogram = measure_with_histogram(tokenizer, part, progress=True)
+    with_prior = None if prior_folder is None else _load_both(tokenizer_folder, info, prior_folder, where)
+    numbers, health = measure_reconstruction(model, part, progress=True)
     result = {"data": images.source, "split": split, "images": len(part), **vars(numbers)}
-    result["codebook"] = codebook_health(histogram).verdict
-    if prior is not None:
-        labels = _labels_for(prior, prior_info.class_names, images.class_names, part.labels)
+    if health is not None:
+        result |= {"codes_used": health.codes_used, "perplexity": health.perplexity, "codebook": health.verdict}
+    if with_prior is not None:
+        tokenizer, prior, class_names = with_prior
+        labels = _labels_for(prior, class_names, images.class_names, part.labels)
         bits = measure_prior(prior, _encoded(tokenizer, part, labels, where))
         shape = (info.preprocessing["channels"], info.preprocessing["height"], info.preprocessing["width"])
         result |= {"bits_per_code": bits, "bits_per_dim": bits_per_dim(bits, tokenizer.grid(*shape[1:]), shape)}
     return result
+
+
+def _load_both(
+    tokenizer_folder: Path, info: CheckpointInfo, prior_folder: Path, device: torch.device
+) -> tuple[VQVAE, GatedPixelCNN, list[str]]:
+    """The tokenizer, the prior over its codes, and the classes that the prior knows."""
+    tokenizer = load_tokenizer(tokenizer_folder).to(device)
+    prior_info = read_info(prior_folder, "prior")
+    check_same_tokenizer(
+        info.fingerprint,
+        prior_info.tokenizer_fingerprint,
+        f"a prior in {prior_folder}",
+        "name the tokenizer it was trained with, or train the prior again",
+    )
+    return tokenizer, load_prior(prior_folder).to(device), prior_info.class_names
 
 
 def _encoded(

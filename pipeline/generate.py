@@ -13,9 +13,9 @@ from tqdm import tqdm
 
 from prior import GatedPixelCNN, sample_codes
 from prior.sampling import check_choice
-from tokenizer import VQVAE
+from tokenizer import VQVAE, Baseline
 
-from .checkpoint import CheckpointInfo, check_same_tokenizer, load_prior, load_tokenizer, read_info
+from .checkpoint import CheckpointInfo, check_same_tokenizer, load_autoencoder, load_prior, load_tokenizer, read_info
 from .codes import npy_bytes
 from .device import choose_device
 from .errors import InputError
@@ -55,16 +55,16 @@ class ImagePipeline:
         Raises:
             InputError: a checkpoint cannot be used, or the prior was trained on another tokenizer's codes.
         """
-        tokenizer_info, prior_info = read_info(tokenizer_dir, "tokenizer"), read_info(prior_dir, "prior")
+        where = choose_device(device)
+        tokenizer_info, tokenizer = read_info(tokenizer_dir, "tokenizer"), load_tokenizer(tokenizer_dir).to(where)
+        prior_info = read_info(prior_dir, "prior")
         check_same_tokenizer(
             tokenizer_info.fingerprint,
             prior_info.tokenizer_fingerprint,
             f"a prior in {prior_dir}",
             "name the tokenizer it was trained with, or train the prior again with train-prior",
         )
-        where = choose_device(device)
-        tokenizer, prior = load_tokenizer(tokenizer_dir).to(where), load_prior(prior_dir).to(where)
-        return cls(tokenizer, prior, tokenizer_info, prior_info)
+        return cls(tokenizer, load_prior(prior_dir).to(where), tokenizer_info, prior_info)
 
     @property
     def class_names(self) -> list[str]:
@@ -167,11 +167,11 @@ class ImagePipeline:
         return index
 
 
-def reconstruct(tokenizer: VQVAE, images: Tensor) -> Tensor:
+def reconstruct(model: VQVAE | Baseline, images: Tensor) -> Tensor:
     """Encode and decode images [n,C,H',W'], uint8 or float in [0,1]: uint8 of the same shape."""
-    device = next(tokenizer.parameters()).device
+    device = next(model.parameters()).device
     floats = to_float(images) if images.dtype == torch.uint8 else images
-    parts = [to_uint8(tokenizer.decode(tokenizer.encode(part.to(device)))).cpu() for part in floats.split(DECODE_BATCH)]
+    parts = [to_uint8(model.decode(model.encode(part.to(device)))).cpu() for part in floats.split(DECODE_BATCH)]
     return torch.cat(parts)
 
 
@@ -244,12 +244,12 @@ def reconstruct_to_file(
         InputError: the tokenizer, the images or the file cannot be used.
     """
     info = read_info(tokenizer_folder, "tokenizer")
-    tokenizer = load_tokenizer(tokenizer_folder).to(choose_device(device))
+    model = load_autoencoder(tokenizer_folder).to(choose_device(device))
     claim_file(out, force=force)
     part = part_of(images_of(info, data=data, data_root=data_root), split)
     if n > len(part):
         print(f"note: the {split} part has {len(part)} images, fewer than --n {n}", file=sys.stderr)
     images = to_uint8(part.batch(np.arange(min(n, len(part)))))
     columns = min(8, len(images))
-    save_grid(above_and_below(images, reconstruct(tokenizer, images), columns), out, columns=columns)
+    save_grid(above_and_below(images, reconstruct(model, images), columns), out, columns=columns)
     return out

@@ -3,7 +3,7 @@
 A batch cannot tell: it holds too few vectors to meet every code, so its perplexity says more about its size.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ class CodebookHealth:
     codes_used: int  # codes met at least once
     perplexity: float  # of the histogram: 1 to K
     half: int  # the fewest codes that carry half of all vectors
+    histogram: Tensor = field(repr=False, compare=False)  # [K] how often each code was met, on the CPU
 
     @property
     def verdict(self) -> str:
@@ -52,6 +53,7 @@ def codebook_health(histogram: Tensor) -> CodebookHealth:
         codes_used=int((counts > 0).sum()),
         perplexity=perplexity(histogram),
         half=half,
+        histogram=histogram.cpu(),
     )
 
 

@@ -2,29 +2,23 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from tokenizer import VQVAE, TokenizerConfig
+from tokenizer import TokenizerConfig, build_model
 
 from .checkpoint import CheckpointInfo
-from .codebook_picture import codebook_picture
-from .device import choose_device
-from .evaluate import measure_with_histogram
-from .health import codebook_health
+from .device import choose_device, compile_networks
+from .errors import InputError
 from .images import to_uint8
-from .loop import LoopSettings, run_training, split_rows
-from .pictures import above_and_below, save_grid, save_png
+from .loop import LoopSettings, run_training
 from .settings import RunFolder, claim_run, clear_run, recorded, saved_run, settle
 from .sources import ImageSet, ImageSplit, open_images
-from .splits import held_out
+from .tokenizer_stage import BaselineStage, stage_for
 
-PICTURES = 16  # images in the picture of reconstructions
-CHANGES_SEEN_IN = 256  # held-out images that tell how many codes changed
+OPTIONS_OF_ONE_BOTTLENECK = {"num_codes": "vq", "codebook_update": "vq", "commitment_weight": "vq", "kl_weight": "vae"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,73 +31,21 @@ class TokenizerSettings:
     channels: int | None = None  # 1 or 3; None takes the source's own
     steps: int = 1500
     batch_size: int = 32
-    lr: float = 1e-3
+    lr: float = 3e-3
     seed: int = 0
     precision: str = "auto"
+    optimizer: str = "muon"
+    compile: bool = False
     num_codes: int = 512
-    code_dim: int = 16
+    code_dim: int = 8
     downsample: int = 4
     hidden_channels: int = 128
-    num_residual_layers: int = 2
+    num_residual_layers: int = 4
     residual_channels: int = 32
     codebook_update: str = "ema"
-
-
-class TokenizerStage:
-    """The tokenizer, as the training loop sees it."""
-
-    score = "nmse"
-
-    def __init__(self, model: VQVAE, images: ImageSplit) -> None:
-        self.model, self.images = model, images
-        self.device = next(model.parameters()).device
-        self.train_rows, self.held_out_rows = split_rows(held_out(images.names))
-        self.num_items = len(self.train_rows)
-        self.recent = torch.zeros(model.config.num_codes, dtype=torch.int64, device=self.device)  # uses since `status`
-        self.use = torch.zeros_like(self.recent)  # uses by all held-out images
-        self.revived = torch.tensor(0)  # the quantizer's count at the last `status`
-        self.codes: Tensor | None = None  # of some held-out images at the last evaluation
-        self.remark = ""
-
-    def losses(self, indices: np.ndarray) -> dict[str, Tensor]:
-        result = self.model(self.images.batch(self.train_rows[indices]).to(self.device))
-        self.recent += torch.bincount(result.codes.flatten(), minlength=len(self.recent))
-        return {
-            "loss": result.loss,
-            "reconstruction": result.reconstruction_loss,
-            "commitment": result.commitment_loss,
-        }
-
-    def status(self) -> dict[str, float]:
-        before, self.revived = self.revived, self.model.quantizer.revived.cpu().clone()
-        used = int((self.recent > 0).sum())
-        self.recent.zero_()
-        return {"codes_in_use": used, "revived": int(self.revived - before)}
-
-    def evaluate(self) -> dict[str, float]:
-        numbers, self.use = measure_with_histogram(self.model, self.images, self.held_out_rows)
-        self.remark = codebook_health(self.use).verdict
-        return asdict(numbers) | {"codes_changed": self._share_of_changed_codes()}
-
-    def draw(self, path: Path) -> None:
-        save_png(codebook_picture(self.model, self.use), path.with_stem(f"{path.stem}-codebook"))
-        images = self.images.batch(self.held_out_rows[:PICTURES]).to(self.device)
-        again = self.model.decode(self.model.encode(images))
-        columns = min(8, len(images))
-        save_grid(above_and_below(to_uint8(images), to_uint8(again), columns), path, columns=columns)
-
-    def _share_of_changed_codes(self) -> float:
-        """The share of positions of some held-out images whose nearest code is another than at the last evaluation."""
-        images = self.images.batch(self.held_out_rows[:CHANGES_SEEN_IN]).to(self.device)
-        before, self.codes = self.codes, self.model.encode(images)
-        return 1.0 if before is None else float((before != self.codes).float().mean())
-
-    def state(self) -> dict[str, Tensor]:
-        return {"revived": self.revived} | ({} if self.codes is None else {"codes": self.codes})
-
-    def load_state(self, state: dict[str, Tensor]) -> None:
-        self.revived = state["revived"]
-        self.codes = state["codes"].to(self.device) if "codes" in state else None
+    commitment_weight: float = 1.0  # above the paper's 0.25: the lower error and the higher perplexity
+    bottleneck: str = "vq"
+    kl_weight: float = 0.1
 
 
 def train_tokenizer(run: RunFolder, given: Mapping[str, Any]) -> CheckpointInfo:
@@ -114,6 +56,7 @@ def train_tokenizer(run: RunFolder, given: Mapping[str, Any]) -> CheckpointInfo:
     """
     saved = saved_run(run, "tokenizer")
     settings = settle(TokenizerSettings, given, saved)
+    _refuse_idle_options(settings.bottleneck, given)
     device = choose_device(run.device)
     images = open_images(
         settings.data,
@@ -122,10 +65,13 @@ def train_tokenizer(run: RunFolder, given: Mapping[str, Any]) -> CheckpointInfo:
         data_root=settings.data_root,
         multiple_of=settings.downsample,
     )
+    config = config_for(settings, images) if saved is None else TokenizerConfig(**saved.config)
     claim_run(run, saved)
     torch.manual_seed(settings.seed)
-    config = config_for(settings, images) if saved is None else TokenizerConfig(**saved.config)
-    stage = TokenizerStage(VQVAE(config).to(device), images.train)
+    model = build_model(config).to(device)
+    if settings.compile:
+        compile_networks(model.encoder, model.decoder)
+    stage = stage_for(model, images.train)
     print(explanation(stage, images, config))
     info = CheckpointInfo(
         kind="tokenizer",
@@ -142,21 +88,41 @@ def train_tokenizer(run: RunFolder, given: Mapping[str, Any]) -> CheckpointInfo:
         seed=settings.seed,
         device=device,
         precision=settings.precision,
+        optimizer=settings.optimizer,
     )
     clear_run(run, saved)
     return run_training(stage, info, loop, run.out, resume=saved is not None)
 
 
-def explanation(stage: TokenizerStage, images: ImageSet, config: TokenizerConfig) -> str:
+def _refuse_idle_options(bottleneck: str, given: Mapping[str, Any]) -> None:
+    """Raise InputError for an option that this bottleneck has no use for."""
+    idle = [
+        name for name, user in OPTIONS_OF_ONE_BOTTLENECK.items() if given.get(name) is not None and user != bottleneck
+    ]
+    if idle:
+        option = f"--{idle[0].replace('_', '-')}"
+        raise InputError(
+            expected=f"{option} with --bottleneck {OPTIONS_OF_ONE_BOTTLENECK[idle[0]]} only",
+            got=f"--bottleneck {bottleneck}",
+            do=f"leave {option} away",
+        )
+
+
+def explanation(stage: BaselineStage, images: ImageSet, config: TokenizerConfig) -> str:
     """What is about to happen, in words."""
     size = images.preprocessing
     height, width = stage.model.grid(size.height, size.width)
     labels = f", {len(images.class_names)} classes" if images.class_names else ""
     aside = f"{len(stage.held_out_rows):,} of them held out to check on"
+    each = {
+        "vq": f"codes, each one of {config.num_codes}",
+        "vae": f"Gaussians of {config.code_dim} dimensions (a baseline: no codes, no prior)",
+        "ae": f"vectors of {config.code_dim} dimensions (a baseline: no codes, no prior)",
+    }[config.bottleneck]
     return (
         f"{len(images.train):,} images to learn from, {aside}{labels}\n"
-        f"each image of {size.height}x{size.width}x{size.channels} becomes {height}x{width} codes, "
-        f"each one of {config.num_codes}; nmse is the error of the way back (1 is a grey blur, 0 perfect)"
+        f"each image of {size.height}x{size.width}x{size.channels} becomes {height}x{width} {each}; "
+        "nmse is the error of the way back (1 is a grey blur, 0 perfect)"
     )
 
 
@@ -171,6 +137,9 @@ def config_for(settings: TokenizerSettings, images: ImageSet) -> TokenizerConfig
         num_codes=settings.num_codes,
         code_dim=settings.code_dim,
         codebook_update=settings.codebook_update,  # type: ignore[arg-type]
+        commitment_weight=settings.commitment_weight,
+        bottleneck=settings.bottleneck,  # type: ignore[arg-type]
+        kl_weight=settings.kl_weight,
         data_variance=pixel_variance(images.train),
     )
 

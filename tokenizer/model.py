@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from .bottleneck import GaussianBottleneck, NoBottleneck
 from .config import TokenizerConfig
 from .networks import Decoder, Encoder
 from .objective import reconstruction_loss
@@ -26,13 +27,48 @@ class VQVAEOutput:
     codebook_loss: Tensor  # scalar, unweighted; minimised only by the gradient codebook
 
 
-class VQVAE(nn.Module):
-    """Images [B,C,H',W'] in [0,1] <-> codes [B,H,W] in [0,K), with H' and W' multiples of `config.downsample`."""
+@dataclass(frozen=True)
+class BaselineOutput:
+    reconstruction: Tensor  # [B,C,H',W'] in [0,1]
+    loss: Tensor  # scalar, what training minimises: reconstruction_loss + kl_weight * kl / (C H' W')
+    reconstruction_loss: Tensor  # scalar, squared error / data variance
+    kl: Tensor  # scalar, nats per image; 0 for a plain autoencoder
+
+
+class Autoencoder(nn.Module):
+    """An encoder and a decoder; what stands between them is the matter of `VQVAE` and `Baseline`."""
 
     def __init__(self, config: TokenizerConfig) -> None:
         super().__init__()
         self.config = config
         self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """The grid (H, W) of codes of an image of `height` x `width` pixels."""
+        return height // self.config.downsample, width // self.config.downsample
+
+    def check_images(self, images: Tensor) -> None:
+        """Raise ValueError for a wrong number of channels, or a side that is no multiple of `downsample`."""
+        channels, multiple = self.config.in_channels, self.config.downsample
+        if images.ndim != 4 or images.shape[1] != channels:
+            raise ValueError(f"expected images [B,{channels},H,W], got the shape {list(images.shape)}")
+        if images.shape[2] % multiple or images.shape[3] % multiple:
+            size = f"{images.shape[2]}x{images.shape[3]}"
+            raise ValueError(f"expected image sides that are multiples of {multiple}, got {size}; resize or crop")
+
+
+class VQVAE(Autoencoder):
+    """Images [B,C,H',W'] in [0,1] <-> codes [B,H,W] in [0,K), with H' and W' multiples of `config.downsample`.
+
+    Raises:
+        ValueError: the config asks for another bottleneck than "vq".
+    """
+
+    def __init__(self, config: TokenizerConfig) -> None:
+        if config.bottleneck != "vq":
+            raise ValueError(f"VQVAE: expected the bottleneck 'vq', got {config.bottleneck!r}; that is a Baseline")
+        super().__init__(config)
         self.quantizer = VectorQuantizer(
             config.num_codes,
             config.code_dim,
@@ -41,7 +77,6 @@ class VQVAE(nn.Module):
             ema_decay=config.ema_decay,
             revival_threshold=config.revival_threshold,
         )
-        self.decoder = Decoder(config)
 
     def forward(self, images: Tensor) -> VQVAEOutput:
         """Reconstruct a batch, with the losses. In training mode this also moves the codebook.
@@ -52,7 +87,7 @@ class VQVAE(nn.Module):
         Raises:
             ValueError: wrong number of channels, or a side that is no multiple of `downsample`.
         """
-        self._check_images(images)
+        self.check_images(images)
         quantized = self.quantizer(self.encoder(images))
         decoded = self.decoder(quantized.vectors)
         reconstruction = reconstruction_loss(decoded, images, self.config.data_variance)
@@ -72,7 +107,7 @@ class VQVAE(nn.Module):
         Raises:
             ValueError: wrong number of channels, or a side that is no multiple of `downsample`.
         """
-        self._check_images(images)
+        self.check_images(images)
         return self.quantizer.nearest(self.encoder(images))
 
     @torch.no_grad()
@@ -86,14 +121,48 @@ class VQVAE(nn.Module):
             raise ValueError(f"decode: expected codes [B,H,W], got the shape {list(codes.shape)}")
         return self.decoder(self.quantizer.lookup(codes)).clamp(0, 1)
 
-    def grid(self, height: int, width: int) -> tuple[int, int]:
-        """The grid (H, W) of codes of an image of `height` x `width` pixels."""
-        return height // self.config.downsample, width // self.config.downsample
 
-    def _check_images(self, images: Tensor) -> None:
-        channels, multiple = self.config.in_channels, self.config.downsample
-        if images.ndim != 4 or images.shape[1] != channels:
-            raise ValueError(f"expected images [B,{channels},H,W], got the shape {list(images.shape)}")
-        if images.shape[2] % multiple or images.shape[3] % multiple:
-            size = f"{images.shape[2]}x{images.shape[3]}"
-            raise ValueError(f"expected image sides that are multiples of {multiple}, got {size}; resize or crop")
+class Baseline(Autoencoder):
+    """What a VQ-VAE is compared with: the same encoder and decoder around a Gaussian ("vae") or nothing ("ae").
+
+    The loss of the VAE is, but for a constant factor, the negative evidence lower bound with a Gaussian decoder of
+    variance data_variance * kl_weight / 2.
+
+    Raises:
+        ValueError: the config asks for the bottleneck "vq".
+    """
+
+    def __init__(self, config: TokenizerConfig) -> None:
+        if config.bottleneck == "vq":
+            raise ValueError("Baseline: expected the bottleneck 'vae' or 'ae', got 'vq'; that is a VQVAE")
+        super().__init__(config)
+        self.bottleneck = GaussianBottleneck() if config.bottleneck == "vae" else NoBottleneck()
+
+    def forward(self, images: Tensor) -> BaselineOutput:
+        """Reconstruct a batch [B,C,H',W'] in [0,1], with the losses. Raises ValueError as `VQVAE` does."""
+        self.check_images(images)
+        latents, kl = self.bottleneck(self.encoder(images))
+        decoded = self.decoder(latents)
+        reconstruction = reconstruction_loss(decoded, images, self.config.data_variance)
+        return BaselineOutput(
+            reconstruction=decoded.clamp(0, 1),
+            loss=reconstruction + self.config.kl_weight * kl / images[0].numel(),
+            reconstruction_loss=reconstruction,
+            kl=kl,
+        )
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """Images [B,C,H',W'] in [0,1] -> their most likely latents [B,D,H,W]. Raises ValueError as `VQVAE` does."""
+        self.check_images(images)
+        return self.bottleneck.mode(self.encoder(images))
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents [B,D,H,W] -> images [B,C,H*downsample,W*downsample] in [0,1]; of a VAE, N(0,1) gives new images."""
+        return self.decoder(latents).clamp(0, 1)
+
+
+def build_model(config: TokenizerConfig) -> VQVAE | Baseline:
+    """The model with the bottleneck that the config asks for."""
+    return VQVAE(config) if config.bottleneck == "vq" else Baseline(config)

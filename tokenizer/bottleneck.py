@@ -1,0 +1,39 @@
+"""What else can stand between encoder and decoder: nothing (a plain autoencoder) or a Gaussian (a VAE [1]).
+
+Baselines for the quantizer, with the same encoder and decoder. Neither has codes.
+
+Legend: B batch, D latent channels, H W grid.
+
+[1] Kingma and Welling 2014, Auto-Encoding Variational Bayes, arXiv:1312.6114, section 2.4 and appendix B
+"""
+
+import torch
+from torch import Tensor, nn
+
+
+class NoBottleneck(nn.Module):
+    """The vectors z [B,D,H,W] as they are: a plain autoencoder, whose latents nobody can draw."""
+
+    def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """-> latents [B,D,H,W], and no price."""
+        return z, z.new_zeros(())
+
+    def mode(self, z: Tensor) -> Tensor:
+        """-> latents [B,D,H,W]."""
+        return z
+
+
+class GaussianBottleneck(nn.Module):
+    """z [B,2D,H,W] is mean and log-variance of a Gaussian at each position; the latent is a draw from it."""
+
+    def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """-> mean + deviation * N(0,1) [B,D,H,W], and KL(N(mean, deviation^2) || N(0,1)) in nats per image."""
+        with torch.autocast(z.device.type, enabled=False):
+            mean, log_variance = z.to(torch.promote_types(z.dtype, torch.float32)).chunk(2, dim=1)
+            kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance)
+            latents = mean + (0.5 * log_variance).exp() * torch.randn_like(mean)
+            return latents, kl.sum(dim=(1, 2, 3)).mean()
+
+    def mode(self, z: Tensor) -> Tensor:
+        """-> the most likely latents [B,D,H,W], the means."""
+        return z.chunk(2, dim=1)[0]
