@@ -1,6 +1,6 @@
 """Do people get the digit they asked for? Samples of each class, judged by a classifier trained on real MNIST.
 
-    python benchmarks/digit_classifier.py --tokenizer DIR --prior DIR --data-root DIR
+    python -m benchmarks.digit_classifier --tokenizer DIR --prior DIR --data-root DIR
 
 Trains a small convolutional network on the 60,000 training digits (2 epochs, about 40 s on two CPU cores), states its
 accuracy on the 10,000 real test digits, then on `--n` samples, equally many of each class.

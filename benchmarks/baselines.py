@@ -1,0 +1,85 @@
+"""A VQ-VAE with its prior beside a VAE and a plain autoencoder with the same encoder and decoder.
+
+    codegrid train-tokenizer --data DIR --steps 5000
+    codegrid train-prior --steps 5000
+    codegrid train-tokenizer --data DIR --steps 5000 --bottleneck vae --out checkpoints/vae
+    codegrid train-tokenizer --data DIR --steps 5000 --bottleneck ae --out checkpoints/ae
+    python -m benchmarks.baselines --vae checkpoints/vae --ae checkpoints/ae
+
+Prints one table of the test part, and draws the VAE's samples (latents from N(0,1)) beside the VQ-VAE's (codes from the
+prior).
+"""
+
+import math
+from pathlib import Path
+
+import click
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline import ImagePipeline
+from pipeline.checkpoint import load_autoencoder, read_info
+from pipeline.evaluate import evaluate
+from pipeline.images import to_uint8
+from pipeline.pictures import enlarge, save_png, tile
+from pipeline.stored_images import images_of, part_of
+from tokenizer import Baseline
+
+COLUMNS, ROWS = 8, 8
+SPACE = 16  # white pixels between the two halves
+
+
+@click.command()
+@click.option("--tokenizer", type=click.Path(path_type=Path), default=Path("checkpoints/tokenizer"), show_default=True)
+@click.option("--prior", type=click.Path(path_type=Path), default=Path("checkpoints/prior"), show_default=True)
+@click.option("--vae", type=click.Path(path_type=Path), required=True)
+@click.option("--ae", type=click.Path(path_type=Path), required=True)
+@click.option("--out", type=click.Path(path_type=Path), default=Path("baselines.png"), show_default=True)
+@click.option("--seed", default=0, show_default=True)
+def main(tokenizer: Path, prior: Path, vae: Path, ae: Path, out: Path, seed: int) -> None:
+    """One table and one picture."""
+    print("| bottleneck | nmse | PSNR | what it keeps of an image |\n|---|---|---|---|")
+    for folder in (tokenizer, vae, ae):
+        info, numbers = read_info(folder, "tokenizer"), evaluate(folder)
+        config = info.config
+        positions = info.preprocessing["height"] * info.preprocessing["width"] // config["downsample"] ** 2
+        kept = {
+            "vq": f"{positions} codes of {config['num_codes']}, {positions * math.log2(config['num_codes']):.0f} bits",
+            "vae": f"{positions * config['code_dim']} Gaussians, {kl_bits(folder):.0f} bits of KL",
+            "ae": f"{positions * config['code_dim']} numbers",
+        }[config["bottleneck"]]
+        print(f"| {config['bottleneck']} | {numbers['nmse']:.4f} | {numbers['psnr']:.1f} dB | {kept} |", flush=True)
+    pipeline = ImagePipeline.from_pretrained(tokenizer, prior)
+    theirs = vae_samples(vae, pipeline.grid, seed)
+    ours, _ = pipeline.sample(COLUMNS * ROWS, seed=seed)
+    halves = [enlarge(tile(images, COLUMNS), images.shape[-1]) for images in (theirs, ours)]
+    white = halves[0].new_full((halves[0].shape[0], halves[0].shape[1], SPACE), 255)
+    save_png(torch.cat([halves[0], white, halves[1]], dim=2), out)
+    print(f"left the VAE's samples, right those of the VQ-VAE and its prior: {out}")
+
+
+@torch.no_grad()
+def kl_bits(folder: Path) -> float:
+    """KL(posterior || N(0,1)) of the test images, in bits per image."""
+    model, info = load_autoencoder(folder), read_info(folder, "tokenizer")
+    if model.config.bottleneck != "vae":
+        return 0.0
+    assert isinstance(model, Baseline)
+    part = part_of(images_of(info, data=None, data_root=None), "test")
+    rows = np.array_split(np.arange(len(part)), math.ceil(len(part) / 250))
+    nats = sum(float(model.bottleneck(model.encoder(part.batch(some)))[1]) * len(some) for some in rows)
+    return nats / len(part) / math.log(2)
+
+
+def vae_samples(folder: Path, grid: tuple[int, int], seed: int) -> Tensor:
+    """Images uint8 [n,C,H',W'] of latents drawn from N(0,1)."""
+    model = load_autoencoder(folder)
+    assert isinstance(model, Baseline)
+    generator = torch.Generator().manual_seed(seed)
+    latents = torch.randn(COLUMNS * ROWS, model.config.code_dim, *grid, generator=generator)
+    return to_uint8(model.decode(latents))
+
+
+if __name__ == "__main__":
+    main()

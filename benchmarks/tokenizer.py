@@ -1,0 +1,240 @@
+"""What the tokenizer's design is worth: quality at equal budget, speed, and memory. See benchmarks/README.md.
+
+    python -m benchmarks.tokenizer quality --data DIR [--recipe NAME ...] [--seed 0 --seed 1 --seed 2]
+    python -m benchmarks.tokenizer speed
+    python -m benchmarks.tokenizer memory
+
+`quality` trains each recipe for 10,000 steps of 32 images and measures it on the whole test part every 1,000 steps;
+nothing is chosen on these numbers. `speed` takes paired rounds, every variant once a round, after a burn-in, and prints
+the median of each round's ratio. `pip install vector-quantize-pytorch` to compare with it.
+"""
+
+import json
+import resource
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from torch import Tensor, nn
+
+from pipeline.checkpoint import CheckpointInfo
+from pipeline.device import autocast, choose_device, compile_networks
+from pipeline.evaluate import measure_reconstruction
+from pipeline.loop import LoopSettings, run_training
+from pipeline.optimizer import Optimizers
+from pipeline.sources import ImageSet, open_images
+from pipeline.tokenizer_stage import TokenizerStage
+from pipeline.train_tokenizer import TokenizerSettings, config_for
+from tokenizer import VQVAE, QuantizerOutput, TokenizerConfig
+from tokenizer.quantizer import nearest_codes
+
+from .timing import hardware, paired, ratio
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Departures from the default recipe."""
+
+    config: dict[str, Any] = field(default_factory=dict)  # fields of TokenizerConfig
+    settings: dict[str, Any] = field(default_factory=dict)  # fields of TokenizerSettings
+
+
+RECIPES = {
+    "default": Recipe(),
+    "large": Recipe(settings={"num_residual_layers": 6, "residual_channels": 64}),
+    "adam": Recipe(settings={"optimizer": "adam"}),
+    "adam lr 1e-3": Recipe(settings={"optimizer": "adam", "lr": 1e-3}),
+    "lr 1.5e-3": Recipe(settings={"lr": 1.5e-3}),
+    "lr 6e-3": Recipe(settings={"lr": 6e-3}),
+    "beta 0.25": Recipe(config={"commitment_weight": 0.25}),
+    "D 16": Recipe(config={"code_dim": 16}),
+    "D 4": Recipe(config={"code_dim": 4}),
+    "no revival": Recipe(config={"revival_threshold": 0.0}),
+    "gradient codebook": Recipe(config={"codebook_update": "gradient"}),
+}
+
+
+class OnTestPart(TokenizerStage):
+    """Training as always, measured on the whole test part."""
+
+    def __init__(self, model: VQVAE, images: ImageSet) -> None:
+        super().__init__(model, images.train)
+        assert images.test is not None
+        self.test = images.test
+        self.rows: list[dict[str, Any]] = []
+
+    def evaluate(self) -> dict[str, float]:
+        numbers, health = measure_reconstruction(self.model, self.test)
+        assert health is not None
+        self.use, self.remark = health.histogram, health.verdict
+        found = asdict(numbers) | {"codes_used": health.codes_used, "perplexity": health.perplexity}
+        self.rows.append(found)
+        return found
+
+
+@click.group()
+def cli() -> None:
+    """Benchmarks of the tokenizer."""
+    print(hardware())
+
+
+@cli.command()
+@click.option("--data", required=True, help="Images with a test part, as train-tokenizer takes them.")
+@click.option("--recipe", "recipes", multiple=True, default=["default"], type=click.Choice(list(RECIPES)))
+@click.option("--seed", "seeds", multiple=True, type=int, default=[0], show_default=True)
+@click.option("--steps", default=10_000, show_default=True)
+@click.option("--threads", type=int, help="[default: torch's own]")
+@click.option("--out", type=click.Path(path_type=Path), default=Path("checkpoints/benchmark"), show_default=True)
+def quality(data: str, recipes: list[str], seeds: list[int], steps: int, threads: int | None, out: Path) -> None:
+    """Train recipes and measure them on the test part."""
+    if threads:
+        torch.set_num_threads(threads)
+    images, device = open_images(data), choose_device("auto")
+    print(
+        "| recipe | seed | nmse at 2k / 5k / 10k steps | perplexity | codes used | minutes |\n|---|---|---|---|---|---|"
+    )
+    for name in recipes:
+        for seed in seeds:
+            recipe = RECIPES[name]
+            settings = TokenizerSettings(**{"steps": steps, "seed": seed, **recipe.settings})
+            config = TokenizerConfig(**{**asdict(config_for(settings, images)), **recipe.config})
+            torch.manual_seed(seed)
+            stage = OnTestPart(VQVAE(config).to(device), images)
+            folder, start = out / f"{name.replace(' ', '-')}-{seed}", time.perf_counter()
+            train(stage, config, settings, folder)
+            minutes = (time.perf_counter() - start) / 60
+            (folder / "test.json").write_text(json.dumps(stage.rows, indent=1))
+            last = stage.rows[-1]
+            errors = " / ".join(f"{stage.rows[i]['nmse']:.4f}" for i in (1, 4, 9))
+            use = f"{last['perplexity']:.0f} | {last['codes_used']}"
+            print(f"| {name} | {seed} | {errors} | {use} | {minutes:.1f} |", flush=True)
+
+
+def train(stage: OnTestPart, config: TokenizerConfig, settings: TokenizerSettings, folder: Path) -> None:
+    """Ten evaluations over the whole run, the last at its end."""
+    info = CheckpointInfo(
+        kind="tokenizer", config=asdict(config), step=0, class_names=[], preprocessing={}, training=asdict(settings)
+    )
+    loop = LoopSettings(
+        steps=settings.steps,
+        batch_size=settings.batch_size,
+        learning_rate=settings.lr,
+        seed=settings.seed,
+        device=stage.device,
+        precision=settings.precision,
+        optimizer=settings.optimizer,
+        evaluations=10,
+    )
+    run_training(stage, info, loop, folder, resume=False)
+
+
+@cli.command()
+@click.option("--batch-size", default=128, show_default=True)
+@click.option("--device", "device_name", default="auto", show_default=True)
+def speed(batch_size: int, device_name: str) -> None:
+    """A training step with our quantizer, none, and others; and what precision, layout and compilation are worth."""
+    device = choose_device(device_name)
+    for precision in ("fp32", "bf16"):
+        variants = {"identity": Identity(), "codegrid": None} | peers(device)
+        steps = {name: stepper(device, precision, batch_size, part) for name, part in variants.items()}
+        times = paired(steps, device)
+        print(f"\nquantizer, {precision}, batch {batch_size}: seconds a step, ratio to the identity")
+        for name, found in times.items():
+            print(f"  {name:>28}  {statistics.median(found):.4f}  {ratio(found, times['identity']):.3f}")
+    ways: dict[str, Callable[[], None]] = {"fp32": stepper(device, "fp32", batch_size)}
+    for precision in ("fp32", "bf16"):
+        ways[f"{precision} channels_last"] = stepper(device, precision, batch_size, channels_last=True)
+        ways[f"{precision} compile"] = stepper(device, precision, batch_size, compiled=True)
+    ways |= {"bf16": stepper(device, "bf16", batch_size), "bf16 adam": stepper(device, "bf16", batch_size, kind="adam")}
+    times = paired(ways, device)
+    print(f"\nthe whole step, batch {batch_size}: images/s, ratio to plain fp32")
+    for name, found in times.items():
+        print(f"  {name:>28}  {batch_size / statistics.median(found):6.0f}  {1 / ratio(found, times['fp32']):.2f}")
+
+
+@cli.command()
+def memory() -> None:
+    """Peak memory of quantizing 65,536 vectors of 64 dimensions against 65,536 codes, above inputs and outputs."""
+    vectors, codebook = torch.randn(65_536, 64), torch.randn(65_536, 64)
+    nearest_codes(vectors[:64], codebook[:64])
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    start = time.perf_counter()
+    nearest_codes(vectors, codebook)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    print(f"{peak / 1024:.0f} MiB above what was there, {time.perf_counter() - start:.1f} s")
+
+
+class Identity(nn.Module):
+    """No quantizer: the vectors as they are."""
+
+    def forward(self, z: Tensor) -> QuantizerOutput:
+        zero = z.new_zeros(())
+        codes = torch.zeros(z.shape[0], *z.shape[2:], dtype=torch.int64, device=z.device)
+        return QuantizerOutput(vectors=z, codes=codes, loss=zero, commitment_loss=zero, codebook_loss=zero)
+
+
+class Peer(nn.Module):
+    """vector-quantize-pytorch in the place of our quantizer."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, z: Tensor) -> QuantizerOutput:
+        vectors, codes, loss = self.layer(z.float())
+        return QuantizerOutput(vectors=vectors, codes=codes, loss=loss, commitment_loss=loss, codebook_loss=loss)
+
+
+def peers(device: torch.device) -> dict[str, nn.Module]:
+    """Other libraries' quantizers that are installed here, set to do the same work."""
+    try:
+        from vector_quantize_pytorch import VectorQuantize
+    except ImportError:
+        print("vector-quantize-pytorch is not installed; left out")
+        return {}
+    config = TokenizerConfig()
+    options: dict[str, Any] = {"dim": config.code_dim, "codebook_size": config.num_codes, "decay": config.ema_decay}
+    layer = VectorQuantize(**options, kmeans_init=True, threshold_ema_dead_code=2, accept_image_fmap=True)
+    return {"vector-quantize-pytorch": Peer(layer.to(device))}
+
+
+def stepper(
+    device: torch.device,
+    precision: str,
+    batch_size: int,
+    quantizer: nn.Module | None = None,
+    *,
+    channels_last: bool = False,
+    compiled: bool = False,
+    kind: str = "muon",
+) -> Callable[[], None]:
+    """A function that takes one training step of the default network on noise of 32x32 pixels."""
+    torch.manual_seed(0)
+    model = VQVAE(TokenizerConfig(data_variance=0.06)).to(device)
+    if quantizer is not None:
+        model.quantizer = quantizer  # type: ignore[assignment]
+    images = torch.rand(batch_size, 3, 32, 32, device=device)
+    if channels_last:
+        model, images = model.to(memory_format=torch.channels_last), images.to(memory_format=torch.channels_last)
+    if compiled:
+        compile_networks(model.encoder, model.decoder)
+    optimizers = Optimizers(model, kind, 1e-4)
+
+    def step() -> None:
+        model.train()
+        with autocast(device, precision):
+            loss = model(images).loss
+        optimizers.zero_grad()
+        loss.backward()
+        optimizers.step(1e-4)
+
+    return step
+
+
+if __name__ == "__main__":
+    cli()
