@@ -18,12 +18,14 @@ from torch import nn
 
 from pipeline.checkpoint import CheckpointInfo, TrainingState, save_checkpoint
 from prior import GatedPixelCNN, PriorConfig
-from tokenizer import VQVAE, TokenizerConfig
+from tokenizer import VQVAE, Baseline, TokenizerConfig
+from tokenizer.config import Bottleneck
 
 HEIGHT, WIDTH, CELL = 8, 12, 2  # pixels
 GRID = (HEIGHT // CELL, WIDTH // CELL)
 LEVELS = 16
 STEP = 255 // (LEVELS - 1)  # grey values between two levels
+LOUD = 2.0**20  # so large, the activation between two layers is the identity above 0 to the last bit: ReLU or SiLU
 
 
 @dataclass(frozen=True)
@@ -44,29 +46,48 @@ class Outcome:
 
 def brightness_tokenizer(num_codes: int = LEVELS, *, data_variance: float = 1.0) -> VQVAE:
     """Grey images; code k of a 2x2 cell stands for the brightness k / (num_codes - 1)."""
-    config = TokenizerConfig(
+    model = VQVAE(_brightness_config(num_codes=num_codes, data_variance=data_variance)).eval()
+    _set_to_means_of_cells(model)
+    model.quantizer.set_codebook(torch.linspace(0, 1, num_codes)[:, None])
+    return model
+
+
+def brightness_baseline(bottleneck: Bottleneck, *, data_variance: float = 1.0) -> Baseline:
+    """The same without codes: the latent of a cell is its mean, and of a Gaussian the deviation is e."""
+    model = Baseline(_brightness_config(bottleneck=bottleneck, data_variance=data_variance)).eval()
+    _set_to_means_of_cells(model)
+    if bottleneck == "vae":
+        model.encoder.layers[-1].bias.data[1] = 2
+    return model
+
+
+def _brightness_config(**fields: Any) -> TokenizerConfig:
+    return TokenizerConfig(
         in_channels=1,
         hidden_channels=2,
         num_residual_layers=0,
         residual_channels=1,
         downsample=CELL,
-        num_codes=num_codes,
         code_dim=1,
-        data_variance=data_variance,
+        **fields,
     )
-    model = VQVAE(config).eval()
-    down, mix, to_code = (layer for layer in model.encoder.modules() if isinstance(layer, nn.Conv2d))
+
+
+def _set_to_means_of_cells(model: VQVAE | Baseline) -> None:
+    """The encoder gives the mean of each cell, the decoder a cell of that brightness."""
+    down, *mixes, to_code = (layer for layer in model.encoder.modules() if isinstance(layer, nn.Conv2d))
     mix_again, up = (layer for layer in model.decoder.modules() if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
-        down.weight[0, 0, 1:3, 1:3] = 0.25  # of the 4x4 kernel, what lies inside the cell
-        down.bias[0] = 0.5  # type: ignore[index]
-        up.weight[0, 0, 1:3, 1:3] = 1
+        down.weight[0, 0, 1:3, 1:3] = 0.25 * LOUD  # of the 4x4 kernel, what lies inside the cell
+        down.bias[0] = 0.5 * LOUD  # type: ignore[index]
+        to_code.weight[0, 0, 0, 0] = 1 / LOUD
+        mix_again.weight[0, 0, 1, 1] = LOUD
+        up.weight[0, 0, 1:3, 1:3] = 1 / LOUD
         up.bias[0] = -0.5  # type: ignore[index]
-        mix.weight[0, 0, 1, 1] = mix_again.weight[0, 0, 1, 1] = to_code.weight[0, 0, 0, 0] = 1
-    model.quantizer.set_codebook(torch.linspace(0, 1, num_codes)[:, None])
-    return model
+        for mix in mixes:
+            mix.weight[0, 0, 1, 1] = 1
 
 
 def cells_of(path: Path) -> np.ndarray:
@@ -93,7 +114,7 @@ def fill_with_cells(folder: Path, names: Sequence[str], seed: int = 0) -> Path:
 
 def save_tokenizer(
     folder: Path,
-    model: VQVAE,
+    model: VQVAE | Baseline,
     data: Path | str = "glyphs",
     class_names: Sequence[str] = (),
     state: TrainingState | None = None,

@@ -12,9 +12,11 @@ import torch
 
 from pipeline import checkpoint
 from pipeline.checkpoint import (
+    FORMAT_VERSION,
     CheckpointInfo,
     TrainingState,
     check_same_tokenizer,
+    load_autoencoder,
     load_prior,
     load_tokenizer,
     load_training,
@@ -25,7 +27,8 @@ from pipeline.checkpoint import (
 from pipeline.errors import InputError
 from tokenizer import VQVAE, TokenizerConfig
 
-from .support import HEIGHT, WIDTH, bits_of, brightness_tokenizer, save_prior, save_tokenizer, tiny_prior
+from .conftest import Codegrid
+from .support import HEIGHT, WIDTH, bits_of, brightness_tokenizer, digest_of, save_prior, save_tokenizer, tiny_prior
 
 
 @pytest.fixture
@@ -114,7 +117,7 @@ def test_the_info_comes_back_with_fingerprint_and_versions(tmp_path: Path, token
     assert {"torch", "numpy"} <= set(written.versions)
     content = json.loads((tmp_path / "config.json").read_text("utf-8"))
     assert set(content) == {field.name for field in fields(CheckpointInfo)}
-    assert content["format_version"] == 1
+    assert content["format_version"] == FORMAT_VERSION
 
 
 def test_the_fingerprint_is_the_sha256_of_the_weights(saved: Path, tokenizer: VQVAE) -> None:
@@ -187,10 +190,21 @@ def test_the_other_kind(saved: Path, tmp_path: Path) -> None:
         load_tokenizer(tmp_path / "prior")
 
 
-def test_another_format_version(saved: Path) -> None:
-    rewrite(saved, format_version=2)
-    with pytest.raises(InputError, match=r"expected format version 1 in .*config.json, got 2; use the version"):
-        load_tokenizer(saved)
+@pytest.mark.parametrize("version", [1, FORMAT_VERSION + 1])
+def test_another_format_version(saved: Path, version: int, codegrid: Codegrid) -> None:
+    """Of before or of after: told before its config or its weights are looked at, and the same by the program."""
+    rewrite(saved, format_version=version, config={"of": "another network"})
+    before = digest_of(saved)
+    wanted = f"expected format version {FORMAT_VERSION} in {saved / 'config.json'}"
+    told = f"{wanted}, got {version}; use the version of codegrid that wrote it"
+    for read in (load_tokenizer, load_autoencoder, lambda folder: read_info(folder, "tokenizer")):
+        with pytest.raises(InputError) as error:
+            read(saved)
+        assert one_line(error) == told
+    for command in (["evaluate", "--tokenizer", saved], ["train-tokenizer", "--out", saved, "--resume"]):
+        outcome = codegrid(*command)
+        assert (outcome.status, outcome.error_lines) == (1, [f"Error: {told}"])
+    assert digest_of(saved) == before
 
 
 @pytest.mark.parametrize("keep", [0, 1, 7, 100, -1])

@@ -222,6 +222,8 @@ def test_five_flat_pictures_without_labels(
         ("--downsample", 2, "downsample", 2),
         ("--downsample", 8, "downsample", 8),
         ("--codebook-update", "gradient", "codebook_update", "gradient"),
+        ("--bottleneck", "vae", "bottleneck", "vae"),
+        ("--bottleneck", "ae", "bottleneck", "ae"),
     ],
 )
 def test_each_option_of_a_tokenizer_acts(
@@ -321,6 +323,8 @@ WRONG: dict[str, tuple[str, int, str]] = {
     "an unknown option": ("sample --nosuch", 2, "nosuch"),
     "an option without its value": ("sample --n", 2, "--n"),
     "a size that is none": ("train-tokenizer --image-size 8by12", 2, "expected N or HxW in pixels"),
+    "an unknown bottleneck": ("train-tokenizer --bottleneck nosuch --out {new}", 2, "nosuch.* is not one of"),
+    "a negative weight": ("train-tokenizer --bottleneck vae --kl-weight -1 --out {new}", 2, "--kl-weight"),
     "a size of nothing": ("train-tokenizer --image-size 0x12", 2, "expected N or HxW in pixels"),
     "an argument too much": ("sample {both} more", 2, "more"),
     # Nothing is lost with --force either, when the command cannot do its work.

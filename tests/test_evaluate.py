@@ -13,11 +13,13 @@ from PIL import Image
 from pipeline import evaluate as module
 from pipeline.checkpoint import read_info, save_checkpoint
 from pipeline.errors import InputError
-from pipeline.evaluate import evaluate, measure_prior, measure_tokenizer, perplexity
+from pipeline.evaluate import evaluate, measure_prior, measure_reconstruction
+from pipeline.health import CodebookHealth, perplexity
 from pipeline.sources import ImageSplit, open_images
 from pipeline.train_tokenizer import TokenizerSettings, config_for, pixel_variance
 from prior import GatedPixelCNN
 from prior.objective import bits_per_dim
+from tokenizer.config import Bottleneck
 
 from .conftest import CLASS_NAMES, Trained
 from .support import (
@@ -28,6 +30,7 @@ from .support import (
     STEP,
     WIDTH,
     bits_of,
+    brightness_baseline,
     brightness_tokenizer,
     cells_of,
     save_prior,
@@ -107,14 +110,15 @@ def test_predicting_the_mean_scores_one(noise: Path) -> None:
     model = brightness_tokenizer(data_variance=pixel_variance(images.train))
     mean = float(pixels_of(noise, images.train).mean())
     model.quantizer.set_codebook(torch.full((LEVELS, 1), mean))
-    numbers = measure_tokenizer(model, images.train)
+    numbers, health = measure_reconstruction(model, images.train)
     assert numbers.nmse == pytest.approx(1, rel=1e-5)
-    assert (numbers.codes_used, numbers.perplexity) == (1, 1)
+    assert health is not None
+    assert (health.codes_used, health.perplexity) == (1, 1)
 
 
 def test_a_perfect_reconstruction_has_no_error(grey_folder: Path) -> None:
     images = open_images(str(grey_folder))
-    numbers = measure_tokenizer(brightness_tokenizer(), images.train)
+    numbers, _ = measure_reconstruction(brightness_tokenizer(), images.train)
     assert numbers.mse < 1e-12
     assert 110 < numbers.psnr < math.inf
 
@@ -130,13 +134,11 @@ def test_the_batch_size_changes_nothing(trained: Trained, noise: Path, monkeypat
     found = []
     for size in (1, 4, 5, 256):
         monkeypatch.setattr(module, "BATCH", size)
+        numbers, health = measure_reconstruction(tokenizer, images.train)
+        assert isinstance(health, CodebookHealth)
         both = evaluate(trained.tokenizer, trained.prior, split="train", device="cpu")
-        found.append(
-            [
-                *vars(measure_tokenizer(tokenizer, images.train)).values(),
-                *(v for v in both.values() if isinstance(v, float)),
-            ]
-        )
+        floats = [value for value in both.values() if isinstance(value, float)]
+        found.append([*vars(numbers).values(), health.codes_used, health.perplexity, *floats])
     assert len(found[0]) == 5 + 6
     for others in found[1:]:
         assert others == pytest.approx(found[0], rel=1e-6)
@@ -146,7 +148,25 @@ def test_some_rows_alone(noise: Path) -> None:
     images, model = open_images(str(noise)), brightness_tokenizer()
     rows = np.array([5, 2, 7])
     split = ImageSplit(images.train.images[rows], images.train.labels[rows], ("a", "b", "c"))
-    assert measure_tokenizer(model, images.train, rows) == measure_tokenizer(model, split)
+    some, alone = measure_reconstruction(model, images.train, rows), measure_reconstruction(model, split)
+    assert some == alone != measure_reconstruction(model, images.train)
+    assert some[1] is not None
+    assert alone[1] is not None
+    assert torch.equal(some[1].histogram, alone[1].histogram)
+    assert int(some[1].histogram.sum()) == 3 * math.prod(GRID)
+
+
+@pytest.mark.parametrize("bottleneck", ["vae", "ae"])
+def test_a_baseline_loses_what_the_mean_of_a_cell_loses(tmp_path: Path, noise: Path, bottleneck: Bottleneck) -> None:
+    """It has no codes to count, and of a Gaussian the mean is decoded: its deviation here is e."""
+    pixels = pixels_of(noise, open_images(str(noise)).train)
+    mse = ((np.kron(means_of_cells(pixels), np.ones((1, CELL, CELL))) - pixels) ** 2).mean()
+    save_tokenizer(tmp_path / "baseline", brightness_baseline(bottleneck, data_variance=0.05), noise)
+    numbers = evaluate(tmp_path / "baseline", split="train", device="cpu")
+    assert set(numbers) == {"data", "split", "images", "mse", "psnr", "nmse"}
+    assert numbers["mse"] == pytest.approx(mse, rel=1e-5)
+    assert numbers["psnr"] == pytest.approx(10 * math.log10(1 / mse), rel=1e-5)
+    assert numbers["nmse"] == pytest.approx(mse / 0.05, rel=1e-5)
 
 
 @pytest.mark.parametrize("histogram", [[4, 0, 0, 0], [3, 3, 3, 3], [1, 2, 3, 4], [1, 0, 999, 0]])
@@ -159,7 +179,7 @@ def test_perplexity_against_a_sum(histogram: list[int]) -> None:
 def test_measuring_changes_neither_the_model_nor_its_mode(noise: Path) -> None:
     model, split = brightness_tokenizer().train(), open_images(str(noise)).train
     before, state = bits_of(model), torch.get_rng_state()
-    measure_tokenizer(model, split)
+    measure_reconstruction(model, split)
     assert bits_of(model) == before
     assert model.training
     assert torch.equal(torch.get_rng_state(), state)
@@ -267,7 +287,7 @@ def test_other_images_than_the_tokenizers_own(tmp_path: Path, grey_folder: Path,
     save_tokenizer(tmp_path / "tokenizer", model, grey_folder)
     numbers = evaluate(tmp_path / "tokenizer", data=str(noise), split="train", device="cpu")
     assert numbers["data"] == str(noise)
-    assert numbers["mse"] == pytest.approx(measure_tokenizer(model, open_images(str(noise)).train).mse)
+    assert numbers["mse"] == pytest.approx(measure_reconstruction(model, open_images(str(noise)).train)[0].mse)
     assert numbers["mse"] > 0.01  # its own are reconstructed perfectly
 
 

@@ -14,6 +14,7 @@ from pipeline.generate import ImagePipeline, SampleOptions, reconstruct_to_file,
 from pipeline.images import to_uint8
 from pipeline.pictures import GAP, above_and_below, enlarge, tile
 from prior import sample_codes
+from tokenizer import VQVAE, Baseline
 
 from .conftest import Trained
 from .support import (
@@ -22,6 +23,7 @@ from .support import (
     HEIGHT,
     LEVELS,
     WIDTH,
+    brightness_baseline,
     brightness_tokenizer,
     digest_of,
     save_prior,
@@ -213,9 +215,12 @@ def test_many_are_decoded_in_parts(unlabelled: ImagePipeline, monkeypatch: pytes
     assert torch.equal(unlabelled.reconstruct(whole), whole)
 
 
-def test_the_picture_of_reconstructions(tmp_path: Path, grey_folder: Path) -> None:
-    """Originals above reconstructions: of a perfect tokenizer, every second row repeats the one above."""
-    save_tokenizer(tmp_path / "tokenizer", brightness_tokenizer(), grey_folder)
+@pytest.mark.parametrize(
+    "model", [brightness_tokenizer(), brightness_baseline("vae"), brightness_baseline("ae")], ids=["vq", "vae", "ae"]
+)
+def test_the_picture_of_reconstructions(tmp_path: Path, grey_folder: Path, model: VQVAE | Baseline) -> None:
+    """Originals above reconstructions: of a perfect model, every second row repeats the one above."""
+    save_tokenizer(tmp_path / "tokenizer", model, grey_folder)
     path = reconstruct_to_file(tmp_path / "tokenizer", tmp_path / "r.png", split="train", n=10, device="cpu")
     times = round(64 / WIDTH)
     picture = np.asarray(Image.open(path))[::times, ::times]

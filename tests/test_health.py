@@ -56,7 +56,9 @@ def test_perplexity_is_the_number_of_codes_when_all_are_used_alike() -> None:
 )
 def test_the_verdict_says_what_the_histogram_shows(histogram: Tensor, verdict: str) -> None:
     shuffled = histogram[torch.randperm(len(histogram), generator=torch.Generator().manual_seed(0))]
-    assert codebook_health(shuffled).verdict == verdict
+    health = codebook_health(shuffled)
+    assert health.verdict == verdict
+    assert torch.equal(health.histogram, shuffled)
 
 
 def test_a_tile_is_what_its_code_decodes_to() -> None:

@@ -4,8 +4,8 @@
     vectors -> 3x3 conv -> residual stack -> [4x4 stride-2 transposed conv] x log2(downsample) -> images
 
 Departures: SiLU in place of ReLU; the weights of sonnet's 3x3 convolution before the encoder's residual stack are spent
-on more residual blocks on both sides, which reconstructs better and is no larger (benchmarks/README.md); any power of
-two from 2 to 16 as `downsample` (the sources have 4); the images enter and leave in [0, 1] and are centred on 0 inside.
+on more residual blocks on both sides, which reconstructs better (benchmarks/README.md); any power of two from 2 to 16
+as `downsample` (the sources have 4); the images enter and leave in [0, 1] and are centred on 0 inside.
 
 Legend: B batch, C image channels, H' W' image, H W grid of codes (H = H' / downsample), D code dimension.
 
