@@ -77,7 +77,7 @@ training_options = options(
         help="Of the networks; auto is bf16 where the processor has it.  [default: auto]",
     ),
     click.option("--optimizer", type=click.Choice(["muon", "adam"]), help="[default: muon]"),
-    click.option("--compile", is_flag=True, default=None, help="Compile the networks: a slow start, then faster steps."),
+    click.option("--compile", is_flag=True, default=None, help="Compile the networks: a slow start, faster steps."),
     device_option,
     click.option("--resume", is_flag=True, help="Go on with the run in --out, if there is one."),
     force_option,
