@@ -5,13 +5,14 @@ Legend: B batch, H W grid, K codes, C channels; a position is its number in rast
 
 import math
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, product
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from prior import GatedPixelCNN, PriorConfig
+from prior.objective import grid_bits
 from prior.sampling import sample_numbers
 
 Grid = tuple[int, int]
@@ -127,7 +128,7 @@ def sample_slowly(
     **choice: Any,
 ) -> Tensor:
     """`sample_codes` with the whole network run on the whole grid at every position, and nothing remembered."""
-    numbers = sample_numbers(num_samples, grid, torch.Generator().manual_seed(seed))
+    numbers = sample_numbers(stream_seed(seed), num_samples, grid)
     unknown = torch.full((num_samples, *grid), -1) if known is None else known
     codes = torch.zeros(num_samples, *grid, dtype=torch.long)
     for row in range(grid[0]):
@@ -136,10 +137,26 @@ def sample_slowly(
             for sample in range(num_samples):
                 code = int(unknown[sample, row, column])
                 if code == -1:
-                    number = float(numbers[sample, row, column])
+                    number = float(numbers[row * grid[1] + column, sample])
                     code = choose_slowly(logits[sample, :, row, column].tolist(), number, **choice)
                 codes[sample, row, column] = code
     return codes
+
+
+@torch.no_grad()
+def all_grids(prior: GatedPixelCNN, grid: Grid, labels: Tensor | None = None) -> tuple[Tensor, list[float]]:
+    """Every grid there is, in the order of its codes, and the probability of each."""
+    num_codes = prior.config.num_codes
+    everything = torch.tensor(list(product(range(num_codes), repeat=math.prod(grid)))).view(-1, *grid)
+    logits = prior(everything, None if labels is None else labels.expand(len(everything)))
+    return everything, torch.exp2(-grid_bits(logits, everything)).tolist()
+
+
+def count(drawn: Tensor, num_codes: int) -> list[int]:
+    """How often each grid was drawn, in the order of `all_grids`."""
+    places = num_codes ** torch.arange(drawn[0].numel() - 1, -1, -1)
+    numbers = (drawn.flatten(1) * places).sum(dim=1)
+    return torch.bincount(numbers, minlength=num_codes ** len(places)).tolist()
 
 
 def chi_square_tail(counts: Sequence[int], probabilities: Sequence[float]) -> float:
@@ -153,6 +170,11 @@ def chi_square_tail(counts: Sequence[int], probabilities: Sequence[float]) -> fl
     total = sum(counts)
     x = sum((n - total * p) ** 2 / (total * p) for n, p in zip(counts, probabilities, strict=True))
     return math.exp(-x / 2) * sum((x / 2) ** i / math.factorial(i) for i in range(degrees // 2))
+
+
+def stream_seed(seed: int) -> int:
+    """What `sample_codes` and `complete_codes` hand to `sample_numbers`, given `generator(seed)`."""
+    return int(torch.randint(2**62, (1,), generator=generator(seed)))
 
 
 def generator(seed: int = 0) -> torch.Generator:

@@ -9,38 +9,78 @@ from prior.incremental import IncrementalPrior
 
 from .oracles import Grid, generator, tiny_prior
 
+GRIDS = [(1, 1), (1, 9), (9, 1), (7, 7), (8, 16), (16, 8)]
+
+
+def rows_of_logits(network: IncrementalPrior, codes: Tensor) -> list[Tensor]:
+    """[n,K,W] of each row of codes [n,R,W] that follows; the codes of a position are put after its logits are there."""
+    rows = []
+    for row in codes.unbind(dim=1):
+        network.start_row()
+        columns = []
+        for column, put in enumerate(row.unbind(dim=1)):
+            columns.append(network.logits(network.features(column)).clone())
+            network.put(column, put)
+        rows.append(torch.stack(columns, dim=2))
+    return rows
+
 
 @torch.no_grad()
 def logits_column_by_column(prior: GatedPixelCNN, codes: Tensor, labels: Tensor | None) -> Tensor:
-    """[n,K,H,W]; the codes of a position are put only after its logits are there."""
-    samples, height, width = codes.shape
-    network = IncrementalPrior(prior, samples, width, labels)
-    logits = torch.full((samples, prior.config.num_codes, height, width), torch.nan, dtype=torch.float64)
-    for row in range(height):
-        network.start_row()
-        for column in range(width):
-            logits[:, :, row, column] = network.logits(network.features(column))
-            network.put(column, codes[:, row, column])
-    return logits
+    """[n,K,H,W]"""
+    return torch.stack(rows_of_logits(IncrementalPrior(prior, len(codes), codes.shape[2], labels), codes), dim=2)
 
 
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float64, 1e-12), (torch.float32, 1e-4)])
+@pytest.mark.parametrize("num_classes", [0, 3])
 @pytest.mark.parametrize("num_samples", [1, 5])
-@pytest.mark.parametrize("grid", [(1, 1), (1, 9), (9, 1), (7, 7), (8, 16), (16, 8)])
+@pytest.mark.parametrize("grid", GRIDS)
 @torch.no_grad()
-def test_logits_are_those_of_the_forward_pass(grid: Grid, num_samples: int) -> None:
-    prior = tiny_prior(num_classes=3)
-    codes = torch.randint(5, (num_samples, *grid), generator=generator())
-    labels = torch.arange(num_samples) % 3
-    found = logits_column_by_column(prior, codes, labels)
-    torch.testing.assert_close(found, prior(codes, labels), rtol=0, atol=1e-10)
-
-
-@pytest.mark.parametrize("grid", [(4, 6), (6, 4)])
-@pytest.mark.parametrize(("first", "kernel", "layers"), [(3, 3, 1), (7, 3, 4), (3, 5, 3), (5, 1, 2), (7, 7, 2)])
-@torch.no_grad()
-def test_logits_are_those_of_the_forward_pass_with_any_kernels(
-    first: int, kernel: int, layers: int, grid: Grid
+def test_logits_are_those_of_the_forward_pass(
+    grid: Grid, num_samples: int, num_classes: int, dtype: torch.dtype, error: float
 ) -> None:
-    prior = tiny_prior(first_kernel_size=first, kernel_size=kernel, num_layers=layers)
-    codes = torch.randint(5, (2, *grid), generator=generator())
-    torch.testing.assert_close(logits_column_by_column(prior, codes, None), prior(codes), rtol=0, atol=1e-10)
+    prior = tiny_prior(num_classes=num_classes).to(dtype)
+    codes = torch.randint(5, (num_samples, *grid), generator=generator())
+    labels = (torch.arange(num_samples) + 1) % 3 if num_classes else None
+    found, expected = logits_column_by_column(prior, codes, labels), prior(codes, labels)
+    assert found.dtype == dtype
+    assert expected.std() > 0.4  # the error allowed is nothing beside them
+    torch.testing.assert_close(found, expected, rtol=0, atol=error)
+
+
+@pytest.mark.parametrize("layers", [1, 2, 5])
+@pytest.mark.parametrize("kernel", [1, 3, 5])
+@pytest.mark.parametrize("first", [3, 7])
+@torch.no_grad()
+def test_logits_are_those_of_the_forward_pass_with_any_kernels(first: int, kernel: int, layers: int) -> None:
+    """Also where a kernel is larger than the grid."""
+    for num_classes in (0, 2):
+        shape = {"first_kernel_size": first, "kernel_size": kernel, "num_layers": layers}
+        prior = tiny_prior(num_classes=num_classes, **shape)
+        for grid in (*GRIDS, (2, 3), (3, 2)):
+            for num_samples in (1, 5):
+                codes = torch.randint(5, (num_samples, *grid), generator=generator())
+                labels = torch.arange(num_samples) % 2 if num_classes else None
+                found = logits_column_by_column(prior, codes, labels)
+                torch.testing.assert_close(found, prior(codes, labels), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(("first", "kernel", "layers"), [(3, 3, 1), (7, 3, 3), (3, 5, 2), (5, 1, 2)])
+@pytest.mark.parametrize("after", [0, 1, 3])
+@torch.no_grad()
+def test_selected_samples_go_on_as_if_there_had_been_no_others(
+    after: int, first: int, kernel: int, layers: int
+) -> None:
+    """Some twice, some never, in another order, each with its label; twice, the second time one row later."""
+    prior = tiny_prior(first_kernel_size=first, kernel_size=kernel, num_layers=layers, num_classes=4)
+    codes, labels = torch.randint(5, (4, 5, 6), generator=generator(1)), torch.arange(4)
+    network = IncrementalPrior(prior, 4, 6, labels)
+    rows_of_logits(network, codes[:, :after])
+    for row, samples in ((after, torch.tensor([2, 2, 0, 3])), (after + 1, torch.tensor([3, 1, 1, 0]))):
+        network.select(samples)
+        codes, labels = codes[samples], labels[samples]
+        alone = IncrementalPrior(prior, 4, 6, labels)
+        rows_of_logits(alone, codes[:, :row])
+        (found,), (expected,) = (rows_of_logits(n, codes[:, row : row + 1]) for n in (network, alone))
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+        torch.testing.assert_close(found, prior(codes, labels)[:, :, row], rtol=0, atol=1e-12)

@@ -2,21 +2,22 @@
 
 import math
 from collections.abc import Callable
-from itertools import product
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from prior import GatedPixelCNN, sample_codes
-from prior.objective import grid_bits
-from prior.sampling import choose_codes, code_probabilities, sample_numbers
+from prior import GatedPixelCNN, sample_codes, sampling
+from prior.incremental import IncrementalPrior
+from prior.sampling import choose_codes, code_probabilities, most_at_once, sample_numbers
 
 from .oracles import (
     Grid,
+    all_grids,
     chi_square_tail,
     choose_slowly,
+    count,
     generator,
     probabilities_slowly,
     sample_slowly,
@@ -80,22 +81,6 @@ def test_a_float32_prior_draws_what_the_slow_sampler_draws() -> None:
 # The draws have the distribution of the prior.
 
 
-@torch.no_grad()
-def all_grids(prior: GatedPixelCNN, grid: Grid, labels: Tensor | None = None) -> tuple[Tensor, list[float]]:
-    """Every grid there is, and the probability of each."""
-    num_codes = prior.config.num_codes
-    everything = torch.tensor(list(product(range(num_codes), repeat=math.prod(grid)))).view(-1, *grid)
-    logits = prior(everything, None if labels is None else labels.expand(len(everything)))
-    return everything, torch.exp2(-grid_bits(logits, everything)).tolist()
-
-
-def count(drawn: Tensor, num_codes: int) -> list[int]:
-    """How often each grid was drawn, in the order of `all_grids`."""
-    places = num_codes ** torch.arange(drawn[0].numel() - 1, -1, -1)
-    numbers = (drawn.flatten(1) * places).sum(dim=1)
-    return torch.bincount(numbers, minlength=num_codes ** len(places)).tolist()
-
-
 @pytest.mark.parametrize("grid", [(1, 2), (2, 1)])
 def test_grids_are_drawn_with_the_joint_probability_of_their_codes(grid: Grid) -> None:
     prior = tiny_prior(num_codes=3, seed=39)
@@ -145,7 +130,7 @@ def test_the_histogram_of_one_position_is_its_softmax() -> None:
 
 
 def test_the_numbers_are_uniform_and_unrelated() -> None:
-    numbers = sample_numbers(4000, (1, 2), generator(4)).flatten(1)
+    numbers = sample_numbers(4, 4000, (1, 2)).T
     assert numbers.dtype == torch.float64
     assert ((numbers >= 0) & (numbers < 1)).all()
     thirds = (numbers * 3).long()
@@ -294,6 +279,72 @@ def test_a_sample_depends_on_its_index_and_not_on_their_number(num_samples: int)
     assert len(most.unique(dim=0)) > 60  # the samples differ
 
 
+@pytest.mark.parametrize("first", [1, 3, 4, 62])
+def test_a_sample_can_be_drawn_alone_by_its_index(first: int) -> None:
+    prior = tiny_prior(num_classes=3)
+    labels = torch.arange(64) % 3
+    most = sample_codes(prior, 64, (3, 5), labels=labels, generator=generator(0))
+    for some in (1, 2):
+        own = labels[first : first + some]
+        drawn = sample_codes(prior, some, (3, 5), labels=own, first=first, generator=generator(0))
+        assert torch.equal(drawn, most[first : first + some])
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 7, 8, 99])
+def test_drawing_in_parts_draws_the_same_codes(parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Labels, known codes and `first` belong to the samples of each part; the last part may be smaller."""
+    prior, labels = tiny_prior(num_classes=3), torch.arange(8) % 3
+    known = torch.randint(-1, 5, (8, 3, 5), generator=generator(1))
+    choice: dict[str, Any] = {"labels": labels, "known": known, "first": 5}
+    whole = sample_codes(prior, 8, (3, 5), generator=generator(0), **choice)
+    sizes = []
+    network = sampling.IncrementalPrior
+
+    def spy(prior: GatedPixelCNN, num_samples: int, *more: Any) -> IncrementalPrior:
+        sizes.append(num_samples)
+        return network(prior, num_samples, *more)
+
+    monkeypatch.setattr(sampling, "IncrementalPrior", spy)
+    one = sampling.MOST_ACTIVATIONS // most_at_once(prior, 5)
+    monkeypatch.setattr(sampling, "MOST_ACTIVATIONS", one * parts + one // 2)
+    assert torch.equal(sample_codes(prior, 8, (3, 5), generator=generator(0), **choice), whole)
+    assert sizes == [min(parts, 8 - start) for start in range(0, 8, parts)]
+
+
+def test_at_least_one_is_drawn_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = sample_codes(tiny_prior(), 3, (2, 3), generator=generator(0))
+    monkeypatch.setattr(sampling, "MOST_ACTIVATIONS", 1)
+    assert torch.equal(sample_codes(tiny_prior(), 3, (2, 3), generator=generator(0)), whole)
+
+
+@pytest.mark.parametrize(
+    "fields", [{}, {"num_layers": 6}, {"channels": 16}, {"kernel_size": 5, "num_layers": 6}, {"first_kernel_size": 3}]
+)
+@pytest.mark.parametrize("width", [3, 16])
+def test_what_a_network_keeps_is_about_what_is_counted(fields: dict[str, Any], width: int) -> None:
+    """The tensors of one network against the share of MOST_ACTIVATIONS that one sample is given."""
+    prior = tiny_prior(**{"num_layers": 4, "channels": 8, **fields})
+    fewer, more = (elements_in(IncrementalPrior(prior, n, width, None)) for n in (64, 128))
+    assert 0.5 < (more - fewer) / 64 * most_at_once(prior, width) / sampling.MOST_ACTIVATIONS < 2.5
+
+
+def elements_in(network: IncrementalPrior) -> int:
+    """Of all tensors that it holds, in whatever it holds them; those that share memory count once."""
+    found: dict[int, int] = {}
+
+    def visit(held: Any) -> None:
+        if isinstance(held, Tensor):
+            found[held.untyped_storage().data_ptr()] = held.untyped_storage().nbytes() // held.element_size()
+        elif isinstance(held, (list, tuple)):
+            for item in held:
+                visit(item)
+        elif hasattr(held, "__dict__"):
+            visit(list(vars(held).values()))
+
+    visit(network)
+    return sum(found.values())
+
+
 def test_a_sample_knows_nothing_of_the_others() -> None:
     prior = tiny_prior(num_classes=3).train()
     known = torch.full((4, 3, 5), -1)
@@ -313,6 +364,15 @@ def test_the_caller_keeps_the_known_codes_as_they_were() -> None:
 
 
 # What happens around it.
+
+
+@pytest.mark.parametrize("known", [None, torch.full((2, 3, 5), -1)])
+def test_what_was_drawn_can_be_trained_on(known: Tensor | None) -> None:
+    prior = tiny_prior()
+    codes = sample_codes(prior, 2, (3, 5), known=known)
+    assert not codes.is_inference()
+    prior(codes).sum().backward()
+    assert prior.embedding.weight.grad is not None
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -356,6 +416,28 @@ def test_rows_are_reported_once_each(grid: Grid, fill: int) -> None:
     assert drawn.dtype == torch.int64
     assert drawn.min() >= 0
     assert drawn.max() < 5
+
+
+@pytest.mark.parametrize(("at_once", "told"), [(1, [0, 0, 1, 1, 1, 2, 2, 2, 3]), (2, [0, 1, 2, 2, 2, 3])])
+def test_rows_of_parts_are_reported_as_the_mean(at_once: int, told: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three samples of three rows."""
+    monkeypatch.setattr(sampling, "most_at_once", lambda prior, width: at_once)
+    rows: list[int] = []
+    sample_codes(tiny_prior(), 3, (3, 2), on_row=rows.append)
+    assert rows == told
+
+
+@pytest.mark.parametrize("at_once", [1, 4, 7, 10, 99])
+@pytest.mark.parametrize("height", [1, 6])
+def test_the_report_never_falls_and_ends_at_the_height(
+    height: int, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sampling, "most_at_once", lambda prior, width: at_once)
+    rows: list[int] = []
+    sample_codes(tiny_prior(num_layers=1), 10, (height, 2), on_row=rows.append)
+    assert rows == sorted(rows)
+    assert rows[-1] == height
+    assert len(rows) == height * -(-10 // at_once)
 
 
 UNKNOWN = torch.full((2, 3, 4), -1)

@@ -1,0 +1,162 @@
+"""What drawing costs against one forward pass, and what a prior is worth for its minutes. See benchmarks/README.md.
+
+    python -m benchmarks.sampling speed
+    python -m benchmarks.sampling prior --codes CODES.npz [--recipe NAME ...]
+    python -m benchmarks.sampling reach
+
+`speed` and `reach` need no training. `prior` trains each recipe on fixed code grids (arrays train_codes, train_labels,
+test_codes, test_labels) and measures bits per code on the whole test part once, with the weights that were best on
+rows held out of the training part.
+"""
+
+import math
+import statistics
+import time
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.checkpoint import CheckpointInfo, load_prior
+from pipeline.device import choose_device
+from pipeline.evaluate import measure_prior
+from pipeline.loop import LoopSettings, run_training
+from pipeline.splits import held_out
+from pipeline.train_prior import PriorSettings, PriorStage
+from prior import GatedPixelCNN, PriorConfig, sample_codes
+
+from .timing import hardware, paired, ratio
+
+LAYERS = 15  # of the network that speed is measured on: 64 channels, K = 512
+
+
+RECIPES: dict[str, dict[str, Any]] = {  # departures from the default, fields of PriorSettings
+    "default": {},
+    "adam": {"optimizer": "adam"},
+}
+
+
+class Arrays:
+    """Grids from arrays, as the prior's stage takes them."""
+
+    def __init__(self, codes: np.ndarray, labels: np.ndarray) -> None:
+        self.codes, self.labels = torch.from_numpy(codes.astype(np.int64)), torch.from_numpy(labels.astype(np.int64))
+
+    def batch(self, indices: np.ndarray) -> tuple[Tensor, Tensor]:
+        return self.codes[indices], self.labels[indices]
+
+
+@click.group()
+def cli() -> None:
+    """Benchmarks of the prior."""
+    print(hardware())
+
+
+@cli.command()
+@click.option("--device", "device_name", default="auto", show_default=True)
+def speed(device_name: str) -> None:
+    """Drawing against one forward pass of the same batch, in float32, and against a forward pass for every position."""
+    device = choose_device(device_name)
+    torch.manual_seed(0)
+    model = GatedPixelCNN(PriorConfig(num_codes=512, channels=64, num_layers=LAYERS)).to(device).eval()
+    print("| samples, grid | forward pass | drawing | drawing / forward | full forward at every position / drawing |")
+    print("|---|---|---|---|---|")
+    for count, side in ((64, 8), (64, 32), (1, 32)):
+        codes = torch.randint(512, (count, side, side), device=device)
+        steps = {
+            "forward": partial(forward, model, codes),
+            "drawing": partial(sample_codes, model, count, (side, side)),
+        }
+        times = paired(steps, device, burn_in=1, rounds=9 if count * side < 2048 else 5)
+        once = statistics.median(times["forward"])
+        slow = ratio([side * side * seconds for seconds in times["forward"]], times["drawing"])
+        print(
+            f"| {count}, {side}x{side} | {once:.3f} s | {statistics.median(times['drawing']):.3f} s "
+            f"| {ratio(times['drawing'], times['forward']):.2f} | {slow:.0f} |",
+            flush=True,
+        )
+    print("the last column is computed: one forward pass for each position, as measured, over the time of drawing")
+
+
+@torch.inference_mode()
+def forward(model: GatedPixelCNN, codes: Tensor) -> Tensor:
+    """One teacher-forced pass over the batch."""
+    return model(codes)
+
+
+@cli.command("prior")
+@click.option("--codes", "path", type=click.Path(path_type=Path), required=True, help="An .npz of code grids.")
+@click.option("--recipe", "recipes", multiple=True, default=["default"], type=click.Choice(list(RECIPES)))
+@click.option("--steps", default=8_000, show_default=True)
+@click.option("--threads", type=int, help="[default: torch's own]")
+@click.option("--out", type=click.Path(path_type=Path), default=Path("checkpoints/benchmark"), show_default=True)
+def prior_command(path: Path, recipes: list[str], steps: int, threads: int | None, out: Path) -> None:
+    """Train recipes on fixed code grids and measure them on the test part."""
+    if threads:
+        torch.set_num_threads(threads)
+    arrays, device = np.load(path), choose_device("auto")
+    train = Arrays(arrays["train_codes"], arrays["train_labels"])
+    test = Arrays(arrays["test_codes"], arrays["test_labels"])
+    print("| recipe | steps | minutes | bits per code, test part | parameters |\n|---|---|---|---|---|")
+    for name in recipes:
+        settings = PriorSettings(**{"steps": steps, **RECIPES[name]})
+        config = PriorConfig(
+            num_codes=int(train.codes.max()) + 1,
+            num_classes=int(train.labels.max()) + 1,
+            channels=settings.channels,
+            num_layers=settings.num_layers,
+            kernel_size=settings.kernel_size,
+            dropout=settings.dropout,
+        )
+        torch.manual_seed(settings.seed)
+        model = GatedPixelCNN(config).to(device)
+        stage = PriorStage(model, train, held_out([str(i) for i in range(len(train.codes))]))
+        folder, start = out / f"{path.stem}-{name.replace(' ', '-')}", time.perf_counter()
+        run(stage, config, settings, folder, device)
+        minutes = (time.perf_counter() - start) / 60
+        every = np.array_split(np.arange(len(test.codes)), math.ceil(len(test.codes) / 250))
+        bits = measure_prior(load_prior(folder).to(device), (test.batch(rows) for rows in every))
+        count = sum(parameter.numel() for parameter in model.parameters())
+        print(f"| {name} | {steps:,} | {minutes:.1f} | {bits:.3f} | {count:,} |", flush=True)
+
+
+def run(stage: PriorStage, config: PriorConfig, settings: PriorSettings, folder: Path, device: torch.device) -> None:
+    """Train as `train-prior` does; the best weights, on held-out rows, end in `folder`."""
+    info = CheckpointInfo(
+        kind="prior", config=asdict(config), step=0, class_names=[], preprocessing={}, training=asdict(settings)
+    )
+    loop = LoopSettings(
+        steps=settings.steps,
+        batch_size=settings.batch_size,
+        learning_rate=settings.lr,
+        seed=settings.seed,
+        device=device,
+        precision=settings.precision,
+        optimizer=settings.optimizer,
+        keep_best=True,
+    )
+    run_training(stage, info, loop, folder, resume=False)
+
+
+@cli.command()
+def reach() -> None:
+    """How many past positions can influence the output at row 8, column 6 of a 13x13 grid, by the Jacobian."""
+    torch.manual_seed(0)
+    model = GatedPixelCNN(PriorConfig(num_codes=8, channels=8, num_layers=12)).double().eval()
+    embedded: list[Tensor] = []
+    model.embedding.register_forward_hook(lambda module, given, output: embedded.append(output.requires_grad_()))
+    logits = model(torch.zeros(1, 13, 13, dtype=torch.int64))
+    (gradient,) = torch.autograd.grad(logits[0, :, 8, 6].square().sum(), embedded[0])
+    seen = gradient[0].abs().sum(dim=-1) > 0
+    order = torch.arange(169).view(13, 13)
+    print(f"past positions that reach it: {int((seen & (order < 8 * 13 + 6)).sum())} of {8 * 13 + 6}")
+    print(f"present and future positions that do: {int((seen & (order >= 8 * 13 + 6)).sum())}")
+
+
+if __name__ == "__main__":
+    cli()
