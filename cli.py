@@ -84,6 +84,19 @@ training_options = options(
 )
 
 
+drawing_options = options(
+    click.option("--label", "labels", multiple=True, metavar="NAME|INDEX", help="Class to draw; repeatable, in turn."),
+    click.option("--temperature", type=click.FloatRange(min=0), default=1.0, show_default=True, help="0 is greedy."),
+    click.option("--top-k", type=click.IntRange(min=1), help="Keep the k most likely codes."),
+    click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), help="Keep codes up to this probability."),
+    click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True),
+    tokenizer_option,
+    click.option("--prior", type=PathType(), default=PRIOR, show_default=True, help="Folder that train-prior wrote."),
+    device_option,
+    force_option,
+)
+
+
 @click.group(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}, invoke_without_command=True
 )
@@ -173,25 +186,52 @@ def train_prior(out: Path, device: str, resume: bool, force: bool, **given: Any)
 @cli.command()
 @click.option("--n", type=click.IntRange(min=1), default=64, show_default=True, help="How many images.")
 @click.option("--out", type=PathType(), default=Path("samples"), show_default=True, help="Folder to write.")
-@click.option("--label", "labels", multiple=True, metavar="NAME|INDEX", help="Class to draw; repeatable, in turn.")
-@click.option("--temperature", type=click.FloatRange(min=0), default=1.0, show_default=True, help="0 is greedy.")
-@click.option("--top-k", type=click.IntRange(min=1), help="Keep the k most likely codes.")
-@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), help="Keep codes up to this probability.")
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
-@tokenizer_option
-@click.option("--prior", type=PathType(), default=PRIOR, show_default=True, help="Folder that train-prior wrote.")
-@device_option
-@force_option
+@drawing_options
 def sample(out: Path, tokenizer: Path, prior: Path, device: str, force: bool, **chosen: Any) -> None:
     """Draw new images.
 
-    Writes grid.png, images/, codes.npy and sample.json.
+    Writes grid.png, images/, codes.npy and sample.json. Ctrl-C keeps the images that are finished.
     """
-    from pipeline.generate import ImagePipeline, SampleOptions, sample_to_folder
+    from pipeline.drawing import SampleOptions, sample_to_folder
+    from pipeline.generate import ImagePipeline
 
     images = ImagePipeline.from_pretrained(tokenizer, prior, device)
     picture = sample_to_folder(images, SampleOptions(**chosen), out, force=force)
     click.echo(f"{chosen['n']} new images: {picture}")
+
+
+@cli.command()
+@click.option("--image", type=PathType(), required=True, help="The picture.")
+@click.option("--keep", required=True, metavar="top|bottom|left|right|MASK.png", help="What is kept: white in a mask.")
+@click.option("--n", type=click.IntRange(min=1), default=8, show_default=True, help="How many completions.")
+@click.option("--candidates", type=click.IntRange(min=1), default=32, show_default=True, help="Drawn for each.")
+@click.option("--out", type=PathType(), default=Path("completions"), show_default=True, help="Folder to write.")
+@drawing_options
+def complete(
+    image: Path,
+    keep: str,
+    candidates: int,
+    out: Path,
+    tokenizer: Path,
+    prior: Path,
+    device: str,
+    force: bool,
+    **chosen: Any,
+) -> None:
+    """Keep part of a picture and draw the rest.
+
+    A kept top half is exact. What is kept beside or below what is drawn is listened to by drawing many candidates and
+    preferring those that it fits. Without --label it also chooses the class.
+
+    Writes grid.png (the picture, what is kept, the completions), images/, codes.npy and complete.json.
+    """
+    from pipeline.drawing import SampleOptions, complete_to_folder
+    from pipeline.generate import ImagePipeline
+
+    pipeline = ImagePipeline.from_pretrained(tokenizer, prior, device)
+    options = SampleOptions(**chosen)
+    picture = complete_to_folder(pipeline, image, keep, options, out, candidates=candidates, force=force)
+    click.echo(f"the picture, what is kept, and {chosen['n']} completions: {picture}")
 
 
 @cli.command()
@@ -204,7 +244,7 @@ def sample(out: Path, tokenizer: Path, prior: Path, device: str, force: bool, **
 @force_option
 def reconstruct(tokenizer: Path, out: Path, **chosen: Any) -> None:
     """Draw originals above their reconstructions."""
-    from pipeline.generate import reconstruct_to_file
+    from pipeline.reconstruct import reconstruct_to_file
 
     click.echo(f"originals above reconstructions: {reconstruct_to_file(tokenizer, out, **chosen)}")
 

@@ -1,32 +1,27 @@
 """From the two trained stages to images: prior -> codes -> decoder -> images."""
 
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from prior import GatedPixelCNN, sample_codes
-from prior.sampling import check_choice
-from tokenizer import VQVAE, Baseline
+from prior import GatedPixelCNN, complete_codes, sample_codes
+from prior.sampling import sample_numbers
+from tokenizer import VQVAE
 
-from .checkpoint import CheckpointInfo, check_same_tokenizer, load_autoencoder, load_prior, load_tokenizer, read_info
-from .codes import npy_bytes
+from .checkpoint import CheckpointInfo, check_same_tokenizer, load_prior, load_tokenizer, read_info
+from .completion import keep_pixels, known_codes
 from .device import choose_device
 from .errors import InputError
-from .files import to_json, write_atomic
-from .folders import claim_file, claim_folder
 from .images import to_float, to_uint8
-from .pictures import above_and_below, save_grid, save_png
-from .stored_images import images_of, part_of
+from .reconstruct import reconstruct
 
 DECODE_BATCH = 256
-SAMPLE_FILES = ("grid.png", "images/[0-9]*.png", "codes.npy", "sample.json")
+
+Labels = Sequence[str | int] | Tensor | str | int | None
 
 
 class Sampled(NamedTuple):
@@ -81,11 +76,12 @@ class ImagePipeline:
         self,
         n: int,
         *,
-        labels: Sequence[str | int] | Tensor | str | int | None = None,
+        labels: Labels = None,
         seed: int | None = None,
         temperature: float = 1.0,
         top_k: int | None = None,
         top_p: float | None = None,
+        first: int = 0,
         on_row: Callable[[int], None] | None = None,
     ) -> Sampled:
         """Draw n new images: (uint8 images [n,C,H',W'], codes [n,H,W]).
@@ -97,17 +93,14 @@ class ImagePipeline:
             temperature: 0 is greedy, 1 the prior as it is.
             top_k: keep the k most likely codes of each position.
             top_p: keep the fewest most likely codes that hold this much probability.
+            first: the index of the first image: 4 and then 4 more with `first=4` are the 8 that one call draws, given
+                their labels.
             on_row: called with the number of finished rows of the grid after each.
 
         Raises:
             InputError: a label that the prior does not know.
             ValueError: another argument out of its range.
         """
-        generator = torch.Generator()
-        if seed is None:
-            generator.seed()
-        else:
-            generator.manual_seed(seed)
         codes = sample_codes(
             self.prior,
             n,
@@ -116,12 +109,78 @@ class ImagePipeline:
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
-            generator=generator,
+            generator=_generator(seed),
+            first=first,
             on_row=on_row,
         )
         return Sampled(self.decode(codes), codes)
 
-    def labels_for(self, n: int, labels: Sequence[str | int] | Tensor | str | int | None) -> Tensor | None:
+    def complete(
+        self,
+        images: Tensor,
+        keep_mask: Tensor,
+        *,
+        labels: Labels = None,
+        candidates: int = 32,
+        seed: int | None = None,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        on_row: Callable[[int], None] | None = None,
+    ) -> Sampled:
+        """Draw what is missing of images: (uint8 images [n,C,H',W'], codes [n,H,W]). Kept pixels stay as they are.
+
+        A code is kept if every pixel it stands for is. What is kept above and to the left of a position is what the
+        prior draws from, exactly; what is kept after it in raster order is listened to by drawing several candidates
+        and preferring those that it fits (see `prior/completion.py`).
+
+        Args:
+            images: [n,C,H',W'] uint8 or float in [0,1], of the tokenizer's size; what is not kept does not matter.
+            keep_mask: [H',W'] or [n,H',W'] bool, True where a pixel is kept.
+            labels: class names or indices, in turn; None lets what is kept choose among all classes.
+            candidates: drawn of each image where later codes are kept or the class is open; more are slower and fit
+                better.
+            seed: as in `sample`, as are temperature, top_k, top_p and on_row.
+            temperature: see there.
+            top_k: see there.
+            top_p: see there.
+            on_row: see there.
+
+        Raises:
+            InputError: a label that the prior does not know, or images or a mask of the wrong shape.
+            ValueError: another argument out of its range.
+        """
+        size, count = self.tokenizer_info.preprocessing, len(images)
+        shape = (size["channels"], size["height"], size["width"])
+        masks = (shape[1:], (count, *shape[1:]))
+        if images.ndim != 4 or tuple(images.shape[1:]) != shape or tuple(keep_mask.shape) not in masks:
+            raise InputError(
+                expected=f"images [n,{shape[0]},{shape[1]},{shape[2]}] and a mask [H',W'] or [n,H',W'] of that size",
+                got=f"{list(images.shape)} and {list(keep_mask.shape)}",
+                do="resize them to what the tokenizer was trained on",
+            )
+        floats = (to_float(images) if images.dtype == torch.uint8 else images.float()).cpu()
+        keep = keep_mask.bool().cpu().expand(count, *shape[1:])
+        generator = _generator(seed)
+        device = next(self.tokenizer.parameters()).device
+        known = known_codes(self.tokenizer, floats.to(device), keep.to(device))
+        chosen = None if labels is None else self.labels_for(count, labels)
+        if chosen is None and self.class_names:
+            chosen = open_labels(count, candidates, len(self.class_names), generator)
+        codes = complete_codes(
+            self.prior,
+            known,
+            candidates=candidates,
+            labels=chosen,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            generator=generator,
+            on_row=on_row,
+        )
+        return Sampled(keep_pixels(to_uint8(floats), self.decode(codes), keep), codes)
+
+    def labels_for(self, n: int, labels: Labels) -> Tensor | None:
         """The label [n] of each of n samples: the given ones in turn, or all classes in turn; None without classes."""
         if isinstance(labels, (str, int)):
             labels = [labels]
@@ -167,89 +226,17 @@ class ImagePipeline:
         return index
 
 
-def reconstruct(model: VQVAE | Baseline, images: Tensor) -> Tensor:
-    """Encode and decode images [n,C,H',W'], uint8 or float in [0,1]: uint8 of the same shape."""
-    device = next(model.parameters()).device
-    floats = to_float(images) if images.dtype == torch.uint8 else images
-    parts = [to_uint8(model.decode(model.encode(part.to(device)))).cpu() for part in floats.split(DECODE_BATCH)]
-    return torch.cat(parts)
+def open_labels(count: int, candidates: int, num_classes: int, generator: torch.Generator) -> Tensor:
+    """A label for each candidate, [n,m]: spread over the classes, each as likely as the others."""
+    seed = int(torch.randint(2**62, (1,), generator=generator))
+    offset = sample_numbers(seed, count, (1, 1))[0]  # of each image its own, however many there are
+    return ((torch.arange(candidates) + offset[:, None]) * num_classes / candidates).long().clamp_max(num_classes - 1)
 
 
-@dataclass(frozen=True, kw_only=True)
-class SampleOptions:
-    """How `sample_to_folder` draws; recorded in `sample.json`."""
-
-    n: int
-    labels: tuple[str, ...] = ()  # names or indices, in turn; all classes in turn if empty
-    temperature: float = 1.0
-    top_k: int | None = None
-    top_p: float | None = None
-    seed: int = 0
-
-
-def sample_to_folder(pipeline: ImagePipeline, options: SampleOptions, out: Path, *, force: bool = False) -> Path:
-    """Draw images into `out`: grid.png, images/, codes.npy, sample.json; returns the path of grid.png.
-
-    Raises:
-        InputError: an unknown label, or a folder that cannot be used.
-        ValueError: an option out of its range.
-    """
-    check_choice(options.temperature, options.top_k, options.top_p)
-    labels = pipeline.labels_for(options.n, options.labels or None)
-    claim_folder(out, force=force, ours=SAMPLE_FILES)
-    with tqdm(total=pipeline.grid[0], unit="row", desc=f"drawing {options.n} grids", dynamic_ncols=True) as bar:
-        images, codes = pipeline.sample(
-            options.n,
-            labels=labels,
-            seed=options.seed,
-            temperature=options.temperature,
-            top_k=options.top_k,
-            top_p=options.top_p,
-            on_row=lambda row: bar.update(),
-        )
-    for index, image in enumerate(images):
-        save_png(image, out / "images" / f"{index:05d}.png")
-    write_atomic(out / "codes.npy", npy_bytes(codes.cpu().numpy()))
-    names = None if labels is None else [pipeline.class_names[i] for i in labels.tolist()]
-    record = {
-        "labels": None if labels is None else labels.tolist(),
-        "class_names": names,
-        "seed": options.seed,
-        "options": {k: v for k, v in vars(options).items() if k not in ("labels", "seed")},
-        "fingerprints": {
-            "tokenizer": pipeline.tokenizer_info.fingerprint,
-            "prior": pipeline.prior_info.fingerprint,
-        },
-        "versions": pipeline.prior_info.versions,
-    }
-    write_atomic(out / "sample.json", to_json(record))
-    save_grid(images, out / "grid.png")
-    return out / "grid.png"
-
-
-def reconstruct_to_file(
-    tokenizer_folder: Path,
-    out: Path,
-    *,
-    data: str | None = None,
-    data_root: str | None = None,
-    split: str = "test",
-    n: int = 16,
-    device: str = "auto",
-    force: bool = False,
-) -> Path:
-    """Write a picture of the first n images of a split, each above its reconstruction.
-
-    Raises:
-        InputError: the tokenizer, the images or the file cannot be used.
-    """
-    info = read_info(tokenizer_folder, "tokenizer")
-    model = load_autoencoder(tokenizer_folder).to(choose_device(device))
-    claim_file(out, force=force)
-    part = part_of(images_of(info, data=data, data_root=data_root), split)
-    if n > len(part):
-        print(f"note: the {split} part has {len(part)} images, fewer than --n {n}", file=sys.stderr)
-    images = to_uint8(part.batch(np.arange(min(n, len(part)))))
-    columns = min(8, len(images))
-    save_grid(above_and_below(images, reconstruct(model, images), columns), out, columns=columns)
-    return out
+def _generator(seed: int | None) -> torch.Generator:
+    """A source of randomness from a seed, or from one that nobody knows."""
+    generator = torch.Generator()
+    if seed is None:
+        generator.seed()
+        return generator
+    return generator.manual_seed(seed)

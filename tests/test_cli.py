@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 import cli
-from pipeline import generate
+from pipeline import drawing, generate
 from pipeline.checkpoint import load_tokenizer, load_training, read_info
 
 from .conftest import CLASS_NAMES, Codegrid, Trained
@@ -135,6 +135,37 @@ def test_sampling_options_and_labels_act(tmp_path: Path, trained: Trained, codeg
     assert not np.array_equal(codes["seed"], np.load(tmp_path / "a" / "codes.npy"))
     np.testing.assert_array_equal(codes["greedy"], codes["k"])
     np.testing.assert_array_equal(codes["k"][0], codes["k"][2])  # nothing random is left
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_complete_writes_what_it_says(
+    tmp_path: Path, trained: Trained, codegrid: Codegrid, monkeypatch: pytest.MonkeyPatch, n: int
+) -> None:
+    """With the default folder; a label and the options of drawing act."""
+    monkeypatch.chdir(tmp_path)
+    picture = sorted(trained.images.rglob("*.png"))[0]
+    command = ["complete", "--tokenizer", trained.tokenizer, "--prior", trained.prior, "--image", picture, "--n", n]
+    outcome = codegrid(*command, "--keep", "left", "--label", "line", "--candidates", 5, "--seed", 11, "--top-k", 3)
+    assert (outcome.status, outcome.error_lines) == (0, [])
+    assert f"the picture, what is kept, and {n} completions: {Path('completions', 'grid.png')}" in outcome.out
+    names = [f"images/{i:05d}.png" for i in range(n)]
+    assert sorted(digest_of(Path("completions"))) == ["codes.npy", "complete.json", "grid.png", *names]
+    record = json.loads(Path("completions/complete.json").read_text("utf-8"))
+    assert record["class_names"] == ["line"] * n
+    assert (record["seed"], record["finished"]) == (11, n)
+    assert record["options"] == {
+        **{"n": n, "temperature": 1.0, "top_k": 3, "top_p": None},
+        **{"image": str(picture), "keep": "left", "candidates": 5},
+    }
+    original = np.asarray(Image.open(picture))
+    for name in names:
+        found = np.asarray(Image.open(Path("completions") / name))
+        np.testing.assert_array_equal(found[:, : WIDTH // 2], original[:, : WIDTH // 2])
+    before = digest_of(Path("completions"))
+    assert codegrid(*command, "--keep", "top").status == 1
+    assert digest_of(Path("completions")) == before
+    assert codegrid(*command, "--keep", "top", "--force").status == 0
+    assert digest_of(Path("completions")) != before
 
 
 def test_evaluate_prints_and_writes_the_numbers(tmp_path: Path, trained: Trained, codegrid: Codegrid) -> None:
@@ -258,6 +289,8 @@ def place(tmp_path: Path, trained: Trained) -> Path:
     shard = tmp_path / "cut-codes" / "codes-00001.npy"
     shard.write_bytes(shard.read_bytes()[:-1])
     save_tokenizer(tmp_path / "other", brightness_tokenizer(), trained.images)
+    Image.new("L", (WIDTH, HEIGHT), 255).save(tmp_path / "white.png")
+    Image.new("L", (HEIGHT, WIDTH), 0).save(tmp_path / "turned.png")
     (tmp_path / "old.png").write_bytes(b"precious")
     (tmp_path / "old.json").write_bytes(b"precious")
     return tmp_path
@@ -327,6 +360,50 @@ WRONG: dict[str, tuple[str, int, str]] = {
     "a negative weight": ("train-tokenizer --bottleneck vae --kl-weight -1 --out {new}", 2, "--kl-weight"),
     "a size of nothing": ("train-tokenizer --image-size 0x12", 2, "expected N or HxW in pixels"),
     "an argument too much": ("sample {both} more", 2, "more"),
+    "complete, no picture": (
+        "complete {both} --image {place}/nosuch.png --keep top --out {new}",
+        1,
+        "a picture as --im",
+    ),
+    "complete, a text": ("complete {both} --image {place}/text/notes.png --keep top --out {new}", 1, "not an image"),
+    "complete, no image said": ("complete {both} --keep top --out {new}", 2, "--image"),
+    "complete, nothing to keep said": ("complete {both} --image {place}/white.png --out {new}", 2, "--keep"),
+    "complete, no such half": (
+        "complete {both} --image {place}/white.png --keep middle --out {new}",
+        1,
+        "expected top, bottom, left, right or a picture, .* --keep middle, got .*No such file",
+    ),
+    "complete, a text as mask": (
+        "complete {both} --image {place}/white.png --keep {place}/text/notes.png --out {new}",
+        1,
+        "--keep .*notes.png, got",
+    ),
+    "complete, a mask turned": (
+        "complete {both} --image {place}/white.png --keep {place}/turned.png --out {new}",
+        1,
+        f"expected a mask of {HEIGHT}x{WIDTH} pixels, .* got {WIDTH}x{HEIGHT} in .*turned.png",
+    ),
+    "complete, all is kept": (
+        "complete {both} --image {place}/white.png --keep {place}/white.png --out {new}",
+        1,
+        "leaves something to draw, got one that keeps all",
+    ),
+    "complete, an unknown label": (
+        "complete {both} --image {place}/white.png --keep top --label nosuch --out {new}",
+        1,
+        "got the label nosuch",
+    ),
+    "complete, no candidates": ("complete {both} --candidates 0 --out {new}", 2, "--candidates"),
+    "out exists, completions": (
+        "complete {both} --image {place}/white.png --keep top --out {codes}",
+        1,
+        "or use --force",
+    ),
+    "force, all is kept": (
+        "complete {both} --image {place}/white.png --keep {place}/white.png --out {codes} --force",
+        1,
+        "keeps all",
+    ),
     # Nothing is lost with --force either, when the command cannot do its work.
     "force, no images": ("train-tokenizer --data {place}/empty --out {tokenizer} --force", 1, "got none"),
     "force, codes cut short": ("train-prior --codes {place}/cut-codes --out {prior} --force", 1, "codes-00001.npy"),
@@ -450,7 +527,29 @@ def test_ctrl_c_while_drawing(
     command = ["sample", "--tokenizer", trained.tokenizer, "--prior", trained.prior, "--out", tmp_path / "out"]
     outcome = codegrid(*command)
     assert outcome.status == 130
-    assert outcome.error_lines == []
+    assert outcome.error_lines == [f"stopped: 0 of 64 images are in {tmp_path / 'out'}"]
+    assert not any((tmp_path / "out").iterdir())
+
+
+def test_ctrl_c_in_the_second_part_keeps_the_first(
+    tmp_path: Path, trained: Trained, codegrid: Codegrid, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, draw, parts = tmp_path / "out", generate.sample_codes, itertools.count()
+
+    def interrupted(*arguments: Any, **options: Any) -> Any:
+        if next(parts) == 1:
+            raise KeyboardInterrupt
+        return draw(*arguments, **options)
+
+    monkeypatch.setattr(generate, "sample_codes", interrupted)
+    monkeypatch.setitem(drawing.AT_ONCE, "cpu", 3)
+    outcome = codegrid("sample", "--tokenizer", trained.tokenizer, "--prior", trained.prior, "--out", out, "--n", 7)
+    assert outcome.status == 130
+    assert outcome.error_lines == [f"stopped: 3 of 7 images are in {out}"]
+    assert json.loads((out / "sample.json").read_text("utf-8"))["finished"] == 3
+    assert np.load(out / "codes.npy").shape == (3, HEIGHT // 4, WIDTH // 4)
+    assert {path.name for path in (out / "images").iterdir()} == {"00000.png", "00001.png", "00002.png"}
+    assert (out / "grid.png").exists()
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT to send to one process")

@@ -10,9 +10,10 @@ import torch
 from PIL import Image
 
 from pipeline.errors import InputError
-from pipeline.generate import ImagePipeline, SampleOptions, reconstruct_to_file, sample_to_folder
+from pipeline.generate import ImagePipeline
 from pipeline.images import to_uint8
 from pipeline.pictures import GAP, above_and_below, enlarge, tile
+from pipeline.reconstruct import reconstruct_to_file
 from prior import sample_codes
 from tokenizer import VQVAE, Baseline
 
@@ -25,7 +26,6 @@ from .support import (
     WIDTH,
     brightness_baseline,
     brightness_tokenizer,
-    digest_of,
     save_prior,
     save_tokenizer,
     tiny_prior,
@@ -237,40 +237,6 @@ def test_fewer_images_than_asked_for_is_said(
     save_tokenizer(tmp_path / "tokenizer", brightness_tokenizer(), grey_folder)
     reconstruct_to_file(tmp_path / "tokenizer", tmp_path / "r.png", n=100, device="cpu")
     assert "images, fewer than --n 100" in capsys.readouterr().err
-
-
-# Files
-
-
-def test_what_a_folder_of_samples_holds(tmp_path: Path, labelled: ImagePipeline) -> None:
-    out = tmp_path / "out"
-    sample_to_folder(labelled, SampleOptions(n=5, labels=("ring", "2"), seed=4), out)
-    images, codes = labelled.sample(5, labels=("ring", "2"), seed=4)
-    stored = np.load(out / "codes.npy", allow_pickle=False)
-    assert stored.dtype == np.int64
-    np.testing.assert_array_equal(stored, codes)
-    assert sorted(path.name for path in (out / "images").iterdir()) == [f"{i:05d}.png" for i in range(5)]
-    for i, image in enumerate(images):
-        np.testing.assert_array_equal(np.asarray(Image.open(out / "images" / f"{i:05d}.png")), image[0])
-    sheet = np.asarray(Image.open(out / "grid.png"))
-    times = round(64 / WIDTH)
-    np.testing.assert_array_equal(sheet[::times, ::times], tile(images, 3)[0])
-
-
-def test_samples_are_replaced_whole_and_only_if_asked(tmp_path: Path, labelled: ImagePipeline) -> None:
-    out = tmp_path / "out"
-    sample_to_folder(labelled, SampleOptions(n=5), out)
-    (out / "notes.txt").write_text("mine")
-    before = digest_of(out)
-    with pytest.raises(InputError, match="got a folder with files in it; name another folder, or use --force"):
-        sample_to_folder(labelled, SampleOptions(n=2), out)
-    for wrong in (SampleOptions(n=2, labels=("nosuch",)), SampleOptions(n=2, top_p=7)):
-        with pytest.raises((InputError, ValueError)):
-            sample_to_folder(labelled, wrong, out, force=True)
-    assert digest_of(out) == before
-    sample_to_folder(labelled, SampleOptions(n=2), out, force=True)
-    assert sorted(path.name for path in (out / "images").iterdir()) == ["00000.png", "00001.png"]
-    assert (out / "notes.txt").read_text() == "mine"
 
 
 # Pictures

@@ -1,0 +1,55 @@
+"""Images through a tokenizer and back."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tokenizer import VQVAE, Baseline
+
+from .checkpoint import load_autoencoder, read_info
+from .device import choose_device
+from .folders import claim_file
+from .images import to_float, to_uint8
+from .pictures import above_and_below, save_grid
+from .stored_images import images_of, part_of
+
+BATCH = 256
+
+
+def reconstruct(model: VQVAE | Baseline, images: Tensor) -> Tensor:
+    """Encode and decode images [n,C,H',W'], uint8 or float in [0,1]: uint8 of the same shape."""
+    device = next(model.parameters()).device
+    floats = to_float(images) if images.dtype == torch.uint8 else images
+    parts = [to_uint8(model.decode(model.encode(part.to(device)))).cpu() for part in floats.split(BATCH)]
+    return torch.cat(parts)
+
+
+def reconstruct_to_file(
+    tokenizer_folder: Path,
+    out: Path,
+    *,
+    data: str | None = None,
+    data_root: str | None = None,
+    split: str = "test",
+    n: int = 16,
+    device: str = "auto",
+    force: bool = False,
+) -> Path:
+    """Write a picture of the first n images of a split, each above its reconstruction.
+
+    Raises:
+        InputError: the tokenizer, the images or the file cannot be used.
+    """
+    info = read_info(tokenizer_folder, "tokenizer")
+    model = load_autoencoder(tokenizer_folder).to(choose_device(device))
+    claim_file(out, force=force)
+    part = part_of(images_of(info, data=data, data_root=data_root), split)
+    if n > len(part):
+        print(f"note: the {split} part has {len(part)} images, fewer than --n {n}", file=sys.stderr)
+    images = to_uint8(part.batch(np.arange(min(n, len(part)))))
+    columns = min(8, len(images))
+    save_grid(above_and_below(images, reconstruct(model, images), columns), out, columns=columns)
+    return out
