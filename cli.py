@@ -68,7 +68,7 @@ training_options = options(
     click.option(
         "--lr",
         type=click.FloatRange(min=0, min_open=True),
-        help="Learning rate.  [default: 0.003 in stage one, 0.002 in two]",
+        help="Learning rate.  [default: 0.003 in stage one, 0.004 in two]",
     ),
     click.option("--seed", type=click.IntRange(min=0), help="Seed of everything random.  [default: 0]"),
     click.option(

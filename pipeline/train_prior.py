@@ -37,7 +37,7 @@ class PriorSettings:
     tokenizer: str | None = None  # folder of the tokenizer; needed to export, and to draw pictures
     steps: int = 2000
     batch_size: int = 32
-    lr: float = 2e-3
+    lr: float = 4e-3
     seed: int = 0
     precision: str = "auto"
     optimizer: str = "muon"
