@@ -8,10 +8,10 @@ Over a grid this is the arithmetic of one forward pass.
     start_row() -> for each column: features(column) -> logits -> choose -> put(column, codes) -> start_row() ...
 
 A column of few samples is little work, so what counts there is the number of operations. Convolutions are matrix
-products, with positions before samples before channels, so that each tap of a kernel reads one contiguous matrix and
-nothing is copied; what the horizontal stack sees of earlier columns is one product for all layers together. The gate
-is one sigmoid, by tanh(a) sigmoid(b) = (2 sigmoid(2 a) - 1) sigmoid(b): the 2s and the -1 go into the weights before
-and after. That leaves four operations a layer, into buffers that are made once.
+products, with positions before samples before channels, so that each tap of the horizontal kernel reads one contiguous
+matrix and nothing is copied; what the horizontal stack sees of earlier columns is one product for all layers together.
+The gate is one sigmoid, by tanh(a) sigmoid(b) = (2 sigmoid(2 a) - 1) sigmoid(b): the 2s and the -1 go into the weights
+before and after. That leaves four operations a layer, into buffers that are made once.
 
 Legend: n samples, L layers, W columns of the grid, C channels, K codes, r = k // 2 columns that a kernel reaches left.
 """
@@ -26,14 +26,6 @@ from .layers import GatedLayer
 from .model import GatedPixelCNN
 
 
-class _Row(NamedTuple):
-    """A row that the vertical stack keeps, and views of it."""
-
-    whole: Tensor  # [W+2r,n,C], padded with zeros
-    inside: Tensor  # [W,n,C]
-    taps: list[Tensor]  # [(W n),C] for each column of the kernel
-
-
 class _Column(NamedTuple):
     """What the horizontal stack reads and writes at one column: views, made once."""
 
@@ -45,54 +37,56 @@ class _Column(NamedTuple):
 
 
 class _VerticalStack:
-    """The vertical stack of one layer: its weights as matrices, and the last rows of its input."""
+    """The vertical stack of one layer: its weights as matrices, and the last rows of its input.
+
+    The rows lie as the patches that the kernel sees, each row in a slot of its own, so that one product is the whole
+    convolution; the newest row takes the slot of the oldest, and the weights come in the order of the slots.
+    """
 
     def __init__(self, layer: GatedLayer, num_samples: int, width: int, label_bias: Tensor | None) -> None:
         down, link = layer.vertical.conv, layer.vertical_to_horizontal
-        self.width, self.reach, channels = width, layer.vertical.reach, down.in_channels
+        channels, (num_rows, num_columns), reach = down.in_channels, down.kernel_size, layer.vertical.reach
         scale = 1 if layer.first else 2  # of the input, which is half the gated output of the layer before
-        taps = _matrices(down) * scale
-        self.weights = rearrange(taps, "(row col) c out -> row col c out", col=down.kernel_size[1])
+        taps = _features_doubled(rearrange(_matrices(down) * scale, "(row col) c out -> row (col c) out", row=num_rows))
+        self.weights = [taps.roll(turn, dims=0).flatten(0, 1) for turn in range(num_rows)]
+        self.turn = 0  # the slot of the oldest row
         self.link = _features_doubled(_matrices(link)[0])
-        self.bias = _bias(down).expand(num_samples, -1)
-        link_bias = (_bias(layer.horizontal.conv) + _bias(link)).expand(num_samples, -1)
+        self.link[:channels] /= 2  # which meet the doubled features
+        bias, link_bias = (x.expand(num_samples, -1) for x in (_bias(down), _bias(layer.horizontal.conv) + _bias(link)))
         if label_bias is not None:
             above, left = label_bias.chunk(2, dim=1)
-            self.bias, link_bias = self.bias + above, link_bias + left
-        self.link_bias = _features_doubled(link_bias)
-        empty = down.weight.new_zeros
-        kept = [empty(width + 2 * self.reach, num_samples, channels) for _ in self.weights]
-        self.rows = [self._views(row) for row in kept]  # oldest first
-        self.summed = empty(width, num_samples, 2 * channels)
+            bias, link_bias = bias + above, link_bias + left
+        self.bias, self.link_bias = _features_doubled(bias), _features_doubled(link_bias)
+
+        row_of_zeros = down.weight.new_zeros(width + 2 * reach, num_samples, channels)
+        self.row = row_of_zeros[reach : reach + width]
+        self.windows = row_of_zeros.unfold(0, num_columns, 1).movedim(3, 2)  # [W,n,columns,C] of the row, overlapping
+        self.patches = down.weight.new_zeros(width, num_samples, num_rows, num_columns, channels)
+        self.slots, self.flat_patches = self.patches.unbind(2), self.patches.flatten(2).flatten(0, 1)
 
     def push(self, row: Tensor) -> None:
         """Take the next row [W,n,C] of the input; the oldest is forgotten."""
-        self.rows.append(self.rows.pop(0))
-        self.rows[-1].inside.copy_(row)
+        self.row.copy_(row)
+        self.slots[self.turn].copy_(self.windows)
+        self.turn = (self.turn + 1) % len(self.slots)
 
     def select(self, samples: Tensor) -> None:
         """Go on with these samples [n], indices of the present ones."""
-        self.rows = [self._views(row.whole[:, samples]) for row in self.rows]
+        self.patches.copy_(self.patches[:, samples])
         self.bias, self.link_bias = self.bias[samples], self.link_bias[samples]
 
-    def run(self, to_horizontal: Tensor) -> Tensor:
-        """Over the rows that are kept: returns half the gated output [W,n,C]; writes `to_horizontal` [W,n,2C]."""
-        self.summed.copy_(self.bias)
-        summed = self.summed.flatten(0, 1)  # [(W n),2C]
-        for row, weights in zip(self.rows, self.weights, strict=True):
-            for tap, weight in zip(row.taps, weights, strict=True):
-                summed.addmm_(tap, weight)
-        torch.mm(summed, self.link, out=to_horizontal.flatten(0, 1))
-        to_horizontal += self.link_bias
-        features, gates = self.summed.chunk(2, dim=2)
-        features.mul_(2)
-        self.summed.sigmoid_()
-        return features.mul_(gates).sub_(gates, alpha=0.5)
+    def run(self, summed: Tensor, to_horizontal: Tensor) -> Tensor:
+        """Over the rows that are kept: writes `to_horizontal` [W,n,2C], spends `summed` [W,n,2C].
 
-    def _views(self, row: Tensor) -> "_Row":
-        """Of a row [W+2r,n,C]: each tap of the kernel reads W positions, as one matrix [(W n),C]."""
-        taps = [row[offset : offset + self.width].flatten(0, 1) for offset in range(2 * self.reach + 1)]
-        return _Row(whole=row, inside=row[self.reach : self.reach + self.width], taps=taps)
+        Returns half the gated output, [W,n,C].
+        """
+        summed.copy_(self.bias)
+        flat = summed.flatten(0, 1)  # [(W n),2C]
+        flat.addmm_(self.flat_patches, self.weights[self.turn])
+        torch.mm(flat, self.link, out=to_horizontal.flatten(0, 1))
+        to_horizontal += self.link_bias
+        features, gates = summed.sigmoid_().chunk(2, dim=2)
+        return features.mul_(gates).sub_(gates, alpha=0.5)
 
 
 class IncrementalPrior:
@@ -121,6 +115,7 @@ class IncrementalPrior:
         self.past_taps = [torch.stack([each[tap] for each in taps[1:]]) for tap in range(reach) if taps[1:]]
         self.present_taps = [each[reach] for each in taps[1:]]
         self.outputs = [_output_matrix(layer.output) for layer in layers]
+        self.summed = like.new_zeros(width, num_samples, 2 * channels)  # for each layer of the vertical stack in turn
         self.from_above = like.new_zeros(len(layers), width, num_samples, 2 * channels)  # with all biases of the gates
         embedded = like.new_zeros(first_reach + width, num_samples, channels)
         self.row = embedded[first_reach:]  # [W,n,C] embedded codes of the present row
@@ -150,7 +145,7 @@ class IncrementalPrior:
             self.vertical[0].push(self.row)
         self.started = True
         for index, stack in enumerate(self.vertical):
-            output = stack.run(self.from_above[index])
+            output = stack.run(self.summed, self.from_above[index])
             if index + 1 < len(self.vertical):
                 self.vertical[index + 1].push(output)
 

@@ -160,8 +160,8 @@ def sample_numbers(seed: int, num_samples: int, grid: tuple[int, int]) -> Tensor
 def most_at_once(prior: GatedPixelCNN, width: int) -> int:
     """How many grids of this width can be drawn at a time: those whose activations are MOST_ACTIVATIONS."""
     config = prior.config
-    rows = config.kernel_size // 2 + 1  # of the vertical stack's input, that each layer keeps
-    for_each = config.num_layers * width * config.channels * (2 + 1 + rows)
+    patch = (config.kernel_size // 2 + 1) * config.kernel_size  # of the vertical stack's input, that each layer keeps
+    for_each = config.num_layers * width * config.channels * (2 + 1 + patch)
     return max(1, MOST_ACTIVATIONS // for_each)
 
 
