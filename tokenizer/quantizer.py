@@ -150,6 +150,8 @@ class VectorQuantizer(nn.Module):
     def set_codebook(self, vectors: Tensor) -> None:
         """Put `vectors` [K,D] into the codebook, in place, and start its counts and sums from them.
 
+        Each counts as much as one vector of a batch would: training moves it by the batches it meets from then on.
+
         Raises:
             ValueError: the shape is not [K,D], or a value is not finite.
         """
