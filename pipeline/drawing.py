@@ -71,8 +71,9 @@ def sample_to_folder(pipeline: ImagePipeline, options: SampleOptions, out: Path,
                 parts.append(part)
     except KeyboardInterrupt:
         finished = sum(len(part.codes) for part in parts)
-        for path in sorted((out / "images").glob("*.png"))[finished:]:  # of the part that was being written
-            path.unlink()
+        for path in (out / "images").glob("[0-9]*.png"):
+            if int(path.stem) >= finished:  # of the part that was being written
+                path.unlink()
         print(f"stopped: {finished} of {options.n} images are in {out}", file=sys.stderr)
         raise
     finally:
