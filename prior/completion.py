@@ -114,7 +114,6 @@ class _Candidates:
         self.codes = repeat(known, "n h w -> (n m) h w", m=candidates).to(device, copy=True)
         self.given = self.codes != UNKNOWN
         self.log_weights = torch.zeros(count, candidates, dtype=torch.float64, device=self.chooser)
-        self.first = torch.arange(count, device=self.chooser)[:, None] * candidates
         numbers = [sample_numbers(stream, candidates, (height, self.width)) for stream in streams]
         self.numbers = torch.cat(numbers, dim=1).to(self.chooser)
         lucks = [sample_numbers(OTHER ^ ANOTHER ^ stream, 1, (height, 1)) for stream in streams]
@@ -146,7 +145,8 @@ class _Candidates:
     def choose(self) -> Tensor:
         """One of the candidates of each grid, by weight: [n,H,W]."""
         chosen = choose_codes(self.log_weights, self.luck[-1])
-        return self.codes[(self.first[:, 0] + chosen).to(self.codes.device)]
+        first = torch.arange(len(chosen), device=self.chooser) * self.m
+        return self.codes[(first + chosen).to(self.codes.device)]
 
 
 def known_after_unknown(codes: Tensor) -> Tensor:

@@ -123,7 +123,7 @@ class IncrementalPrior:
         self.columns = [
             _Column(
                 from_above=self.from_above[:, column],
-                past=[inputs[:-1, column + tap] for tap in range(reach)],
+                past=[inputs[:-1, column + tap] for tap in range(len(self.past_taps))],
                 first=[embedded[column + tap] for tap in range(first_reach)],
                 outputs=list(inputs[:, column + reach]),
                 embedded=self.row[column],
@@ -153,7 +153,7 @@ class IncrementalPrior:
         """The horizontal stack's output [n,C] at a column, from the codes that were put to its left."""
         here = self.columns[column]
         self.before.copy_(here.from_above)
-        for past, weights in zip(here.past, self.past_taps, strict=False):  # one layer has none
+        for past, weights in zip(here.past, self.past_taps, strict=True):
             self.before[1:].baddbmm_(past, weights)
         for embedded, weight in zip(here.first, self.first_taps, strict=True):
             self.first_before.addmm_(embedded, weight)

@@ -133,7 +133,8 @@ def code_probabilities(
 ) -> Tensor:
     """The distribution [n,K] float64 that is drawn from: temperature, then top-k, then top-p of what is left [1]."""
     if temperature != 1:  # in float64 and from the largest logit: no temperature, however small, overflows
-        logits = (logits.double() - logits.double().amax(dim=1, keepdim=True)) / temperature
+        logits = logits.double()
+        logits = (logits - logits.amax(dim=1, keepdim=True)) / temperature
     probabilities = logits.softmax(dim=1).double()
     if top_k is None and top_p is None:
         return probabilities
