@@ -99,7 +99,11 @@ def load_tokenizer(folder: str | Path, *, device: str = "cpu") -> VQVAE:
     Raises:
         InputError: there is none that is whole, or it is a baseline without codes.
     """
-    model = load_autoencoder(folder, device=device)
+    return with_codes(load_autoencoder(folder, device=device), folder)
+
+
+def with_codes(model: VQVAE | Baseline, folder: str | Path) -> VQVAE:
+    """`model`, which came from `folder`, if it has codes. Raises InputError for a baseline."""
     if not isinstance(model, VQVAE):
         raise InputError(
             expected=f"a tokenizer with codes in {folder}",

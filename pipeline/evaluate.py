@@ -16,7 +16,7 @@ from prior.objective import bits_per_dim, grid_bits
 from prior.sampling import evaluating
 from tokenizer import VQVAE, Baseline
 
-from .checkpoint import CheckpointInfo, check_same_tokenizer, load_autoencoder, load_prior, load_tokenizer, read_info
+from .checkpoint import CheckpointInfo, check_same_tokenizer, load_autoencoder, load_prior, read_info, with_codes
 from .device import choose_device
 from .errors import InputError
 from .health import CodebookHealth, codebook_health
@@ -85,7 +85,7 @@ def evaluate(
     model = load_autoencoder(tokenizer_folder).to(where)
     images = images_of(info, data=data, data_root=data_root)
     part = part_of(images, split)
-    with_prior = None if prior_folder is None else _load_both(tokenizer_folder, info, prior_folder, where)
+    with_prior = None if prior_folder is None else _load_with_prior(model, tokenizer_folder, info, prior_folder)
     numbers, health = measure_reconstruction(model, part, progress=True)
     result = {"data": images.source, "split": split, "images": len(part), **vars(numbers)}
     if health is not None:
@@ -99,11 +99,11 @@ def evaluate(
     return result
 
 
-def _load_both(
-    tokenizer_folder: Path, info: CheckpointInfo, prior_folder: Path, device: torch.device
+def _load_with_prior(
+    model: VQVAE | Baseline, tokenizer_folder: Path, info: CheckpointInfo, prior_folder: Path
 ) -> tuple[VQVAE, GatedPixelCNN, list[str]]:
-    """The tokenizer, the prior over its codes, and the classes that the prior knows."""
-    tokenizer = load_tokenizer(tokenizer_folder).to(device)
+    """The model as a tokenizer, the prior over its codes on the same device, and the classes that the prior knows."""
+    tokenizer = with_codes(model, tokenizer_folder)
     prior_info = read_info(prior_folder, "prior")
     check_same_tokenizer(
         info.fingerprint,
@@ -111,7 +111,7 @@ def _load_both(
         f"a prior in {prior_folder}",
         "name the tokenizer it was trained with, or train the prior again",
     )
-    return tokenizer, load_prior(prior_folder).to(device), prior_info.class_names
+    return tokenizer, load_prior(prior_folder).to(next(tokenizer.parameters()).device), prior_info.class_names
 
 
 def _encoded(
