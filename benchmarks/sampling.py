@@ -130,16 +130,7 @@ def run(stage: PriorStage, config: PriorConfig, settings: PriorSettings, folder:
     info = CheckpointInfo(
         kind="prior", config=asdict(config), step=0, class_names=[], preprocessing={}, training=asdict(settings)
     )
-    loop = LoopSettings(
-        steps=settings.steps,
-        batch_size=settings.batch_size,
-        learning_rate=settings.lr,
-        seed=settings.seed,
-        device=device,
-        precision=settings.precision,
-        optimizer=settings.optimizer,
-        keep_best=True,
-    )
+    loop = LoopSettings.chosen(settings, device, keep_best=True)
     run_training(stage, info, loop, folder, resume=False)
 
 

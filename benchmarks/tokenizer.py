@@ -24,7 +24,6 @@ from torch import Tensor, nn
 
 from pipeline.checkpoint import CheckpointInfo
 from pipeline.device import autocast, choose_device, compile_networks
-from pipeline.evaluate import measure_reconstruction
 from pipeline.loop import LoopSettings, run_training
 from pipeline.optimizer import Optimizers
 from pipeline.sources import ImageSet, open_images
@@ -69,12 +68,8 @@ class OnTestPart(TokenizerStage):
         self.rows: list[dict[str, Any]] = []
 
     def evaluate(self) -> dict[str, float]:
-        numbers, health = measure_reconstruction(self.model, self.test)
-        assert health is not None
-        self.use, self.remark = health.histogram, health.verdict
-        found = asdict(numbers) | {"codes_used": health.codes_used, "perplexity": health.perplexity}
-        self.rows.append(found)
-        return found
+        self.rows.append(self.measure(self.test))
+        return self.rows[-1]
 
 
 @click.group()
@@ -120,16 +115,7 @@ def train(stage: OnTestPart, config: TokenizerConfig, settings: TokenizerSetting
     info = CheckpointInfo(
         kind="tokenizer", config=asdict(config), step=0, class_names=[], preprocessing={}, training=asdict(settings)
     )
-    loop = LoopSettings(
-        steps=settings.steps,
-        batch_size=settings.batch_size,
-        learning_rate=settings.lr,
-        seed=settings.seed,
-        device=stage.device,
-        precision=settings.precision,
-        optimizer=settings.optimizer,
-        evaluations=10,
-    )
+    loop = LoopSettings.chosen(settings, stage.device, evaluations=10)
     run_training(stage, info, loop, folder, resume=False)
 
 

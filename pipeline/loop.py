@@ -73,6 +73,12 @@ class LoopSettings:
     evaluations: int = 8  # over the whole run, the last at its end
     keep_best: bool = False  # model.safetensors holds the weights of the best evaluation, not the last weights
 
+    @classmethod
+    def chosen(cls, settings: Any, device: torch.device, **more: Any) -> "LoopSettings":
+        """From the settings of a stage (`TokenizerSettings`, `PriorSettings`), and what the user does not choose."""
+        shared = {name: getattr(settings, name) for name in ("steps", "batch_size", "seed", "precision", "optimizer")}
+        return cls(**shared, learning_rate=settings.lr, device=device, **more)
+
 
 def run_training(
     stage: Stage, info: CheckpointInfo, settings: LoopSettings, folder: Path, *, resume: bool

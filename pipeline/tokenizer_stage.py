@@ -89,11 +89,14 @@ class TokenizerStage(BaselineStage):
         return {"codes_in_use": used, "revived": int(self.revived - before)}
 
     def evaluate(self) -> dict[str, float]:
-        numbers, health = measure_reconstruction(self.model, self.images, self.held_out_rows)
+        return self.measure(self.images, self.held_out_rows) | {"codes_changed": self._share_of_changed_codes()}
+
+    def measure(self, images: ImageSplit, rows: np.ndarray | None = None) -> dict[str, float]:
+        """Numbers on images (those at `rows`), which the remark and the picture of the codebook then speak of."""
+        numbers, health = measure_reconstruction(self.model, images, rows)
         assert health is not None
         self.use, self.remark = health.histogram, health.verdict
-        use = {"codes_used": health.codes_used, "perplexity": health.perplexity}
-        return asdict(numbers) | use | {"codes_changed": self._share_of_changed_codes()}
+        return asdict(numbers) | {"codes_used": health.codes_used, "perplexity": health.perplexity}
 
     def draw(self, path: Path) -> None:
         super().draw(path)

@@ -133,16 +133,7 @@ def train_prior(run: RunFolder, given: Mapping[str, Any], default_tokenizer: Pat
         },
         tokenizer_fingerprint=codes.manifest.tokenizer_fingerprint,
     )
-    loop = LoopSettings(
-        steps=settings.steps,
-        batch_size=settings.batch_size,
-        learning_rate=settings.lr,
-        seed=settings.seed,
-        device=device,
-        precision=settings.precision,
-        optimizer=settings.optimizer,
-        keep_best=True,
-    )
+    loop = LoopSettings.chosen(settings, device, keep_best=True)
     clear_run(run, saved)
     return run_training(stage, info, loop, run.out, resume=saved is not None)
 

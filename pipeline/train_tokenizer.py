@@ -81,15 +81,7 @@ def train_tokenizer(run: RunFolder, given: Mapping[str, Any]) -> CheckpointInfo:
         preprocessing=asdict(images.preprocessing),
         training={**recorded(settings), "data": images.source, "data_root": images.data_root},
     )
-    loop = LoopSettings(
-        steps=settings.steps,
-        batch_size=settings.batch_size,
-        learning_rate=settings.lr,
-        seed=settings.seed,
-        device=device,
-        precision=settings.precision,
-        optimizer=settings.optimizer,
-    )
+    loop = LoopSettings.chosen(settings, device)
     clear_run(run, saved)
     return run_training(stage, info, loop, run.out, resume=saved is not None)
 
