@@ -155,14 +155,59 @@ def train_tokenizer(out: Path, device: str, resume: bool, force: bool, **given: 
 @data_options
 @click.option("--out", type=PathType(), default=Path("checkpoints/codes"), show_default=True, help="Folder to write.")
 @click.option("--split", type=click.Choice(["train", "test"]), default="train", show_default=True)
+@click.option("--flips", is_flag=True, help="Also every image mirrored left to right, as further rows.")
 @click.option("--shard-size", type=click.IntRange(min=1), default=65_536, show_default=True, help="Grids a file.")
+@click.option(
+    "--batch-size",
+    type=click.IntRange(min=1),
+    default=256,
+    show_default=True,
+    help="Images read at a time; the codes are the same for any.",
+)
+@click.option("--to", type=click.Choice(["npz", "parquet"]), help="Also write the whole in this format.")
 @device_option
 @force_option
 def export_codes(tokenizer: Path, out: Path, **chosen: Any) -> None:
-    """Write the code grids of images as a data set."""
+    """Write the code grids of images as a data set.
+
+    What was interrupted goes on when the same command is run again. `torchrun --nproc-per-node N cli.py export-codes
+    ...`, on one machine or several that share --out, divides the work.
+    """
     from pipeline.export import export_codes as run
 
     run(tokenizer, out, **chosen)
+
+
+codes_argument = click.argument("codes", metavar="DIR", type=PathType())
+
+
+@cli.command("verify-codes")
+@codes_argument
+@click.option("--tokenizer", type=PathType(), help="The tokenizer that should have made them.")
+def verify_codes(codes: Path, tokenizer: Path | None) -> None:
+    """Check every hash, range and count of exported codes."""
+    from pipeline.verify_codes import verify_codes as run
+
+    manifest = run(codes, tokenizer)
+    click.echo(f"as its manifest says: {manifest.count:,} grids by the tokenizer {manifest.tokenizer_fingerprint}")
+
+
+@cli.command("decode-codes")
+@codes_argument
+@tokenizer_option
+@click.option("--out", type=PathType(), default=Path("decoded"), show_default=True, help="Folder, or FILE.png|.npy.")
+@click.option("--start", type=click.IntRange(min=0), default=0, show_default=True, help="First row.")
+@click.option("--n", type=click.IntRange(min=1), help="How many.  [default: all; in one picture 64]")
+@device_option
+@force_option
+def decode_codes(codes: Path, tokenizer: Path, out: Path, **chosen: Any) -> None:
+    """Turn exported codes back into images.
+
+    Into a folder of PNGs named by row; or into one picture of them, FILE.png; or one array, FILE.npy.
+    """
+    from pipeline.decode_codes import decode_codes as run
+
+    click.echo(f"{run(codes, tokenizer, out, **chosen):,} images: {out}")
 
 
 @cli.command("train-prior")

@@ -1,16 +1,12 @@
-"""Code grids as data sets on disk: a folder with `manifest.json` and shards that numpy reads without us.
+"""Code grids as a data set that torch reads: memory-mapped, from one folder or several.
 
-manifest.json       what the codes are: counts, K, grid, class names, split, tokenizer fingerprint, hash of every file
-codes-00000.npy     [n,H,W] uint8 if K <= 256, uint16 if K <= 65,536, else int32
-labels-00000.npy    [n] int64, -1 where there is no label
-names-00000.json    [n] names of the images, in the order of the rows
+n rows in a batch, H W grid of codes.
 """
 
 import bisect
-import io
-import json
+import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -20,94 +16,43 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from .code_manifest import CodeManifest, read_manifest
+from .code_shards import Shard, open_shard, read_names
 from .errors import InputError
-from .files import sha256, to_json, write_atomic
 
-FORMAT_VERSION = 1
-MANIFEST = "manifest.json"
-SHARD_FILES = ("codes-{:05d}.npy", "labels-{:05d}.npy", "names-{:05d}.json")
-
-
-@dataclass(frozen=True, kw_only=True)
-class CodeManifest:
-    """What `manifest.json` says. `shards` is a list of {"count": n, "files": {file name: SHA-256}}."""
-
-    count: int  # grids
-    num_codes: int  # K
-    grid: tuple[int, int]  # H, W
-    dtype: str  # of the codes in the shards
-    class_names: list[str]  # label i is class_names[i]; empty without labels
-    split: str  # part of the source: "train" or "test"
-    source: str  # the images
-    image: dict[str, int]  # height, width, channels that the tokenizer decodes to
-    tokenizer_fingerprint: str
-    shards: list[dict[str, Any]]
-    format_version: int = FORMAT_VERSION
-
-
-def code_dtype(num_codes: int) -> np.dtype[Any]:
-    """The smallest of uint8, uint16 and int32 that holds every code in [0, num_codes)."""
-    if num_codes <= 2**8:
-        return np.dtype(np.uint8)
-    return np.dtype(np.uint16) if num_codes <= 2**16 else np.dtype(np.int32)
-
-
-def write_shard(
-    folder: Path, index: int, codes: np.ndarray, labels: np.ndarray, names: Sequence[str]
-) -> dict[str, Any]:
-    """Write one shard, each file whole or not at all; returns its entry in the manifest."""
-    contents = [npy_bytes(codes), npy_bytes(labels.astype(np.int64)), to_json(list(names))]
-    files = {}
-    for pattern, data in zip(SHARD_FILES, contents, strict=True):
-        write_atomic(folder / pattern.format(index), data)
-        files[pattern.format(index)] = sha256(data)
-    return {"count": len(codes), "files": files}
-
-
-def write_manifest(folder: Path, manifest: CodeManifest) -> None:
-    write_atomic(folder / MANIFEST, to_json(asdict(manifest)))
-
-
-def read_manifest(folder: str | Path) -> CodeManifest:
-    """Read `manifest.json`.
-
-    Raises:
-        InputError: no code data set there, an unfinished one, or another format version.
-    """
-    path = Path(folder) / MANIFEST
-    try:
-        content = json.loads(path.read_bytes())
-        manifest = CodeManifest(**{**content, "grid": tuple(content["grid"])})
-    except (FileNotFoundError, NotADirectoryError):
-        raise InputError(
-            expected=f"a code data set in {folder}", got=f"no {MANIFEST}", do="make one with export-codes"
-        ) from None
-    except (ValueError, TypeError, KeyError) as error:
-        raise InputError(
-            expected=f"the manifest of a code data set in {path}", got=str(error), do="export the codes again"
-        ) from None
-    if manifest.format_version != FORMAT_VERSION:
-        raise InputError(
-            expected=f"format version {FORMAT_VERSION} in {path}",
-            got=f"{manifest.format_version}",
-            do="use the version of codegrid that wrote it",
-        )
-    return manifest
+_log = logging.getLogger(__name__)
 
 
 class CodeDataset(Dataset[tuple[Tensor, int]]):
     """The code grids of a folder, memory-mapped: `[i] -> (codes [H,W] int64, label int)`, label -1 for none.
 
+    Opening reads the manifest and the headers of the shards. A copy in another process, forked or spawned, maps the
+    same files again: nothing but their names travels, and the pages are the system's, once for all processes.
+
+    Args:
+        folders: what export-codes wrote; of several folders the rows follow each other.
+
     Raises:
-        InputError: the folder is no code data set, or a shard is missing or of another shape than the manifest says.
+        InputError: a folder is no code data set, a shard is missing or is not what the manifest says, or the folders
+            differ in tokenizer, grid or class names.
     """
 
-    def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
-        self.manifest = read_manifest(folder)
-        self._ends = list(accumulate(int(shard["count"]) for shard in self.manifest.shards))
-        self._codes = [self._open(0, i, self.manifest.grid) for i in range(len(self._ends))]
-        self._labels = [self._open(1, i, ()) for i in range(len(self._ends))]
+    def __init__(self, folders: str | Path | Sequence[str | Path]) -> None:
+        chosen = [folders] if isinstance(folders, (str, Path)) else list(folders)
+        if not chosen:
+            raise InputError(expected="at least one folder of codes", got="none", do="name one")
+        self.folders = [Path(folder) for folder in chosen]
+        self._manifests = [read_manifest(folder) for folder in self.folders]
+        self.manifest = _merged(self.folders, self._manifests)
+        self._map()
+        for folder, manifest in zip(self.folders, self._manifests, strict=True):
+            if not manifest.complete:
+                _log.warning(
+                    "Warning: %s holds %d of %d grids; the export-codes that wrote it goes on when it is run again",
+                    folder,
+                    manifest.count,
+                    manifest.total,
+                )
 
     def __len__(self) -> int:
         return self.manifest.count
@@ -116,60 +61,123 @@ class CodeDataset(Dataset[tuple[Tensor, int]]):
         if not -len(self) <= index < len(self):
             raise IndexError(f"expected an index from {-len(self)} to {len(self) - 1}, got {index}")
         index %= len(self)
-        shard = bisect.bisect_right(self._ends, index)
-        row = index - (self._ends[shard - 1] if shard else 0)
-        return torch.from_numpy(self._codes[shard][row].astype(np.int64)), int(self._labels[shard][row])
+        place = bisect.bisect_right(self._ends, index)
+        row, shard = index - self._starts[place], self._shards[place]
+        codes = shard.codes[row]
+        self._check_range(codes)
+        return torch.from_numpy(codes.astype(np.int64)), int(shard.labels[row])
+
+    def __getitems__(self, indices: Sequence[int]) -> list[tuple[Tensor, int]]:
+        """The rows of a batch, for `DataLoader`, in one gather."""
+        codes, labels = self.batch(np.asarray(indices, dtype=np.int64))
+        return list(zip(codes, labels.tolist(), strict=True))
 
     def batch(self, indices: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Codes [n,H,W] and labels [n], both int64, of the rows `indices` [n], gathered shard by shard."""
+        """Codes [n,H,W] and labels [n], both int64, of the rows `indices` [n].
+
+        Raises:
+            IndexError: a row that is not there.
+            InputError: a code that is not below K.
+        """
         if len(indices) and not -len(self) <= indices.min() <= indices.max() < len(self):
             raise IndexError(f"expected indices from {-len(self)} to {len(self) - 1}, got {indices}")
         indices = indices % len(self)
-        codes = np.empty((len(indices), *self.manifest.grid), dtype=np.int64)
-        labels = np.empty(len(indices), dtype=np.int64)
-        shard_of = np.searchsorted(self._ends, indices, side="right")
-        for shard in np.unique(shard_of):
-            here = shard_of == shard
-            rows = indices[here] - (self._ends[shard - 1] if shard else 0)
-            codes[here], labels[here] = self._codes[shard][rows], self._labels[shard][rows]
+        order = np.argsort(indices)  # row after row, so that each shard is asked once
+        rows = indices[order]
+        stored = np.empty((len(rows), *self.manifest.grid), dtype=self.manifest.dtype)
+        stored_labels = np.empty(len(rows), dtype=np.int64)
+        cuts = np.searchsorted(rows, self._ends)
+        first = 0
+        for place in np.flatnonzero(np.diff(cuts, prepend=0)):
+            last, shard = cuts[place], self._shards[place]
+            here = rows[first:last] - self._starts[place]
+            # In range already; numpy writes into `out` without a buffer only when told that it need not check.
+            shard.codes.take(here, axis=0, out=stored[first:last], mode="clip")
+            shard.labels.take(here, out=stored_labels[first:last], mode="clip")
+            first = last
+        self._check_range(stored)
+        codes = np.empty(stored.shape, dtype=np.int64)
+        labels = np.empty(len(rows), dtype=np.int64)
+        codes[order], labels[order] = stored, stored_labels
         return torch.from_numpy(codes), torch.from_numpy(labels)
+
+    def shards(self) -> Iterator[Shard]:
+        """The mapped arrays, shard by shard, in the order of the rows."""
+        return iter(self._shards)
+
+    def names(self) -> Iterator[str]:
+        """The names of the images, in the order of the rows. Raises InputError if a file of names is damaged."""
+        for shard in self._shards:
+            names = read_names(shard.names_file)
+            if len(names) != len(shard.labels):
+                raise InputError(
+                    expected=f"{len(shard.labels)} names in {shard.names_file}",
+                    got=str(len(names)),
+                    do="export the codes again",
+                )
+            yield from names
 
     @property
     def labels(self) -> np.ndarray:
-        """All labels [n] int64, in memory."""
-        return np.concatenate(self._labels)
+        """All labels [N] int64, in memory."""
+        return np.concatenate([shard.labels for shard in self._shards] or [np.empty(0, dtype=np.int64)])
 
-    def names(self) -> Iterator[str]:
-        """The names of the images, in the order of the rows."""
-        for index in range(len(self._ends)):
-            path = self.folder / SHARD_FILES[2].format(index)
-            try:
-                yield from json.loads(path.read_bytes())
-            except (OSError, ValueError) as error:
-                raise InputError(
-                    expected=f"the names {path}", got=" ".join(str(error).split()), do="export the codes again"
-                ) from None
+    @property
+    def where(self) -> str:
+        """The folders, for messages."""
+        return ", ".join(str(folder) for folder in self.folders)
 
-    def _open(self, kind: int, index: int, row_shape: tuple[int, ...]) -> np.ndarray:
-        path = self.folder / SHARD_FILES[kind].format(index)
-        expected = (int(self.manifest.shards[index]["count"]), *row_shape)
-        try:
-            array = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_shards"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._map()
+
+    def _map(self) -> None:
+        self._shards = [
+            open_shard(folder, entry, manifest)
+            for folder, manifest in zip(self.folders, self._manifests, strict=True)
+            for entry in manifest.shards
+        ]
+        self._ends = list(accumulate(len(shard.labels) for shard in self._shards))
+        self._starts = [0, *self._ends[:-1]]
+
+    def _check_range(self, codes: np.ndarray) -> None:
+        """A wrong code would be an index out of range far from here, in an embedding on the GPU."""
+        if codes.size and not 0 <= codes.min() <= codes.max() < self.manifest.num_codes:
+            wrong = codes.max() if codes.max() >= self.manifest.num_codes else codes.min()
             raise InputError(
-                expected=f"the shard {path}", got=" ".join(str(error).split()), do="export the codes again"
-            ) from None
-        if array.shape != expected:
-            raise InputError(
-                expected=f"the shape {list(expected)} in {path}",
-                got=f"{list(array.shape)}",
-                do="export the codes again",
+                expected=f"codes from 0 to {self.manifest.num_codes - 1} in {self.where}",
+                got=str(wrong),
+                do="find the damaged shard with verify-codes",
             )
-        return array
 
 
-def npy_bytes(array: np.ndarray) -> bytes:
-    """The content of the `.npy` file of an array."""
-    buffer = io.BytesIO()
-    np.save(buffer, array, allow_pickle=False)
-    return buffer.getvalue()
+def _merged(folders: Sequence[Path], manifests: Sequence[CodeManifest]) -> CodeManifest:
+    """The manifest of all rows together. Raises InputError where the folders do not fit together."""
+    first = manifests[0]
+    for folder, manifest in zip(folders[1:], manifests[1:], strict=True):
+        for what in ("tokenizer_fingerprint", "num_codes", "grid", "image", "class_names"):
+            ours, theirs = getattr(first, what), getattr(manifest, what)
+            if ours != theirs:
+                raise InputError(
+                    expected=f"the same {what.replace('_', ' ')} in {folders[0]} and {folder}",
+                    got=f"{ours} and {theirs}",
+                    do="export both with one tokenizer, from images with the same classes",
+                )
+    if len(manifests) == 1:
+        return first
+    return replace(
+        first,
+        count=sum(manifest.count for manifest in manifests),
+        total=sum(manifest.total or manifest.count for manifest in manifests),
+        split="+".join(dict.fromkeys(manifest.split for manifest in manifests)),
+        source=", ".join(dict.fromkeys(manifest.source for manifest in manifests)),
+        shards=[entry for manifest in manifests for entry in manifest.shards],
+        shard_size=None,
+        flips=False,
+        rows_sha256="",
+        statistics={},
+        tables={},
+    )

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from prior.sampling import check_choice
 
-from .codes import npy_bytes
+from .code_shards import npy_bytes
 from .completion import HALVES, half_mask, hidden, mask_from_file
 from .errors import InputError
 from .files import to_json, write_atomic

@@ -48,8 +48,11 @@ def read_current(folder: Path, name: str) -> bytes:
 
 
 def to_json(value: Any) -> bytes:
-    """Readable JSON, UTF-8, one newline at the end."""
-    return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+    """Readable JSON, UTF-8, one newline at the end; file names that are no Unicode are escaped."""
+    try:
+        return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+    except UnicodeEncodeError:
+        return (json.dumps(value, indent=2, allow_nan=False) + "\n").encode()
 
 
 def sha256(data: bytes) -> str:

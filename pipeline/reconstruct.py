@@ -1,6 +1,7 @@
 """Images through a tokenizer and back."""
 
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from tokenizer import VQVAE, Baseline
 
+from .blocks import in_blocks
 from .checkpoint import load_autoencoder, read_info
 from .device import choose_device
 from .folders import claim_file
@@ -16,15 +18,28 @@ from .images import to_float, to_uint8
 from .pictures import above_and_below, save_grid
 from .stored_images import images_of, part_of
 
-BATCH = 256
-
 
 def reconstruct(model: VQVAE | Baseline, images: Tensor) -> Tensor:
-    """Encode and decode images [n,C,H',W'], uint8 or float in [0,1]: uint8 of the same shape."""
-    device = next(model.parameters()).device
+    """Encode and decode images [n,C,H',W'], uint8 or float in [0,1]: uint8 of the same shape.
+
+    Of an image alone or among others, the result is the same to the bit.
+    """
     floats = to_float(images) if images.dtype == torch.uint8 else images
-    parts = [to_uint8(model.decode(model.encode(part.to(device)))).cpu() for part in floats.split(BATCH)]
-    return torch.cat(parts)
+    again = in_blocks(
+        model,
+        lambda block: to_uint8(model.decode(model.encode(block))),
+        lambda start, stop: floats[start:stop],
+        len(floats),
+    )
+    return torch.cat([images.new_empty(0, *images.shape[1:], dtype=torch.uint8).cpu(), *again])
+
+
+def decode(tokenizer: VQVAE, codes: Callable[[int, int], Tensor], count: int) -> Iterator[Tensor]:
+    """The images of rows 0 .. count - 1 of codes, (start, stop) -> [n,H,W]: uint8 [n,C,H',W'], some at a time.
+
+    What `reconstruct` makes of the images that the codes came from, to the bit.
+    """
+    return in_blocks(tokenizer, lambda block: to_uint8(tokenizer.decode(block)), codes, count)
 
 
 def reconstruct_to_file(

@@ -8,30 +8,32 @@ N names.
 
 import hashlib
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import numpy as np
 
 
-def held_out(names: Sequence[str], fraction: float = 0.05) -> np.ndarray:
+def held_out(names: Iterable[str], fraction: float = 0.05) -> np.ndarray:
     """Which of the training images to validate on: bool [N], about `fraction` of them.
 
     Where the hashes would choose none or all of two or more, the one with the smallest is chosen; of a single image,
     none is.
     """
     chosen = by_hash(names, fraction, "validation")
-    return chosen if len(names) > 1 else np.zeros(len(names), bool)
+    return chosen if len(chosen) > 1 else np.zeros(len(chosen), bool)
 
 
-def by_hash(names: Sequence[str], fraction: float, salt: str) -> np.ndarray:
+def by_hash(names: Iterable[str], fraction: float, salt: str) -> np.ndarray:
     """About `fraction` of the names, and of two or more never none and never all: bool [N].
 
     Another `salt` chooses independently of this one.
     """
-    scores = np.array([_score(name, salt) for name in names])
+    scores = np.fromiter((_score(name, salt) for name in names), dtype=np.float64)
     chosen = scores < fraction
-    if len(names) > 1 and (chosen.all() or not chosen.any()):
-        chosen = np.arange(len(names)) == scores.argmin()
+    if len(scores) > 1 and (chosen.all() or not chosen.any()):
+        chosen = scores == scores.min()  # an image and its mirror image have one name
+    if len(scores) > 1 and chosen.all():
+        chosen = np.arange(len(scores)) == 0
     return chosen
 
 

@@ -15,8 +15,10 @@ from prior.objective import cross_entropy
 from tokenizer import VQVAE
 
 from .checkpoint import CONFIG, CheckpointInfo, check_same_tokenizer, load_tokenizer, read_info
-from .codes import MANIFEST, CodeDataset, read_manifest
+from .code_manifest import MANIFEST, read_manifest
+from .codes import CodeDataset
 from .device import choose_device, compile_networks
+from .errors import InputError
 from .evaluate import measure_prior
 from .export import export_codes
 from .images import to_uint8
@@ -119,7 +121,7 @@ def train_prior(run: RunFolder, given: Mapping[str, Any], default_tokenizer: Pat
     if settings.compile:
         compile_networks(model)
     draw = None if tokenizer is None else _sampler(model, tokenizer, codes.manifest.grid, settings.seed)
-    stage = PriorStage(model, codes, held_out(list(codes.names())), draw)
+    stage = PriorStage(model, codes, held_out(codes.names()), draw)
     print(explanation(stage, codes))
     info = CheckpointInfo(
         kind="prior",
@@ -141,7 +143,7 @@ def train_prior(run: RunFolder, given: Mapping[str, Any], default_tokenizer: Pat
 def config_for(settings: PriorSettings, codes: CodeDataset) -> PriorConfig:
     """The configuration of the model: what was chosen, and what the codes say. Labels count if every grid has one."""
     manifest = codes.manifest
-    labelled = bool(manifest.class_names) and int(codes.labels.min()) >= 0
+    labelled = bool(manifest.class_names) and all(shard.labels.min() >= 0 for shard in codes.shards())
     return PriorConfig(
         num_codes=manifest.num_codes,
         num_classes=len(manifest.class_names) if labelled else 0,
@@ -170,7 +172,7 @@ def _open_codes(
         assert tokenizer is not None
         load_tokenizer(tokenizer)  # one without codes is refused before anything is written
     if settings.codes is not None:
-        codes = CodeDataset(settings.codes)
+        codes = _whole(CodeDataset(settings.codes))
         claim_run(run, saved)
     else:
         assert tokenizer is not None
@@ -180,8 +182,27 @@ def _open_codes(
         check_same_tokenizer(
             saved.tokenizer_fingerprint,
             codes.manifest.tokenizer_fingerprint,
-            f"codes in {codes.folder}",
+            f"codes in {codes.where}",
             "train a new prior with another --out",
+        )
+    return codes
+
+
+def _whole(codes: CodeDataset) -> CodeDataset:
+    """`codes`, if they are all there and their labels are of their classes. Raises InputError."""
+    manifest = codes.manifest
+    if not manifest.complete:
+        raise InputError(
+            expected=f"all {manifest.total:,} grids in {codes.where}",
+            got=f"{manifest.count:,}",
+            do="run the export-codes that was interrupted once more: it goes on",
+        )
+    highest = max(int(shard.labels.max()) for shard in codes.shards())
+    if manifest.class_names and highest >= len(manifest.class_names):
+        raise InputError(
+            expected=f"labels below {len(manifest.class_names)}, the number of class names in {codes.where}",
+            got=str(highest),
+            do="find the damaged shard with verify-codes",
         )
     return codes
 
@@ -204,9 +225,9 @@ def _codes_of_own_images(tokenizer: Path, out: Path, saved: CheckpointInfo | Non
             f"a tokenizer in {tokenizer}",
             "train a new prior with another --out",
         )
-    exported = (out / MANIFEST).exists() and read_manifest(out).tokenizer_fingerprint == fingerprint
-    if not exported:
-        export_codes(tokenizer, out, device=device, force=True)
+    begun = (out / MANIFEST).exists() and read_manifest(out).tokenizer_fingerprint == fingerprint
+    if not begun or not read_manifest(out).complete:
+        export_codes(tokenizer, out, device=device, force=not begun)
     return out
 
 
@@ -219,7 +240,7 @@ def _matching_tokenizer(
     fingerprint, made_by = read_info(folder, "tokenizer").fingerprint, codes.manifest.tokenizer_fingerprint
     if required or fingerprint == made_by:
         remedy = f"export them again with export-codes --tokenizer {folder}, or name the tokenizer that made them"
-        check_same_tokenizer(fingerprint, made_by, f"codes in {codes.folder}", remedy)
+        check_same_tokenizer(fingerprint, made_by, f"codes in {codes.where}", remedy)
         return load_tokenizer(folder).to(device)
     print(f"note: the tokenizer in {folder} did not make these codes; training goes on without pictures")
     return None

@@ -201,6 +201,7 @@ def test_reconstruct_and_export_with_nothing_said(
         assert picture.size[1] > 2 * HEIGHT
     assert codegrid("export-codes").status == 0
     assert sorted(os.listdir("checkpoints/codes")) == [
+        "README.md",
         "codes-00000.npy",
         "labels-00000.npy",
         "manifest.json",

@@ -11,7 +11,9 @@ import torch
 from torch.utils.data import DataLoader
 
 from pipeline.checkpoint import load_tokenizer
-from pipeline.codes import CodeDataset, CodeManifest, code_dtype, read_manifest, write_manifest, write_shard
+from pipeline.code_manifest import CodeManifest, code_dtype, read_manifest, write_manifest
+from pipeline.code_shards import write_shard
+from pipeline.codes import CodeDataset
 from pipeline.errors import InputError
 from pipeline.export import export_codes
 from pipeline.settings import RunFolder

@@ -1,0 +1,116 @@
+"""Copies of a code data set in the formats that other programs read: one `codes.npz`, or Parquet, a file a shard.
+
+    codes.npz            arrays codes [N,H,W], labels [N], names [N], class_names [classes], and flipped [N] bool
+    codes-00000.parquet  columns codes (a list of H lists of W numbers), label, class_name, name, flipped
+
+n grids of H x W codes; N in all.
+"""
+
+import io
+from collections.abc import Iterator
+from dataclasses import replace
+from importlib.util import find_spec
+from itertools import accumulate
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .code_card import write_card
+from .code_manifest import CodeManifest, read_manifest, write_manifest
+from .code_shards import open_shard, read_names
+from .codes import CodeDataset
+from .errors import InputError
+from .files import sha256, write_atomic
+
+if TYPE_CHECKING:
+    import pyarrow
+
+LARGEST_NPZ = 2**32  # bytes of codes; a .npz is made and read in memory
+
+
+def check_table(to: str | None) -> None:
+    """See that the format can be written, before anything else is. Raises InputError."""
+    if to not in (None, "npz", "parquet"):
+        raise InputError(expected="npz or parquet as --to", got=str(to), do="choose one of them")
+    if to == "parquet" and find_spec("pyarrow") is None:
+        raise InputError(
+            expected="the library pyarrow for --to parquet", got="none", do="pip install 'codegrid[parquet]'"
+        )
+
+
+def add_table(folder: Path, to: str) -> CodeManifest:
+    """Write the codes of a finished folder once more, as `to`, and name the files in its manifest and card.
+
+    Raises:
+        InputError: the format is not known or its library is missing, or the codes are too many for it.
+    """
+    check_table(to)
+    manifest = read_manifest(folder)
+    files = {"npz": _npz, "parquet": _parquet}[to](folder, manifest)
+    tables = dict(manifest.tables)
+    for name, data in files:
+        write_atomic(folder / name, data)
+        tables[name] = sha256(data)
+    manifest = replace(manifest, tables=dict(sorted(tables.items())))
+    write_manifest(folder, manifest)
+    write_card(folder, manifest)
+    return manifest
+
+
+def _npz(folder: Path, manifest: CodeManifest) -> Iterator[tuple[str, bytes]]:
+    size = manifest.count * int(np.prod(manifest.grid)) * np.dtype(manifest.dtype).itemsize
+    if size > LARGEST_NPZ:
+        raise InputError(
+            expected=f"at most {LARGEST_NPZ:,} bytes of codes for --to npz", got=f"{size:,}", do="use --to parquet"
+        )
+    codes = CodeDataset(folder)
+    buffer = io.BytesIO()
+    np.savez_compressed(  # with fixed dates inside, so that the same codes give the same bytes
+        buffer,
+        allow_pickle=False,
+        codes=np.concatenate([shard.codes for shard in codes.shards()]),
+        labels=codes.labels,
+        names=np.array(list(codes.names()), dtype=np.str_),
+        class_names=np.array(manifest.class_names, dtype=np.str_),
+        flipped=flipped(manifest, 0, manifest.count),
+    )
+    yield "codes.npz", buffer.getvalue()
+
+
+def _parquet(folder: Path, manifest: CodeManifest) -> Iterator[tuple[str, bytes]]:
+    import pyarrow
+    from pyarrow import parquet
+
+    starts = [0, *accumulate(int(entry["count"]) for entry in manifest.shards)]
+    for index, (entry, start) in enumerate(zip(manifest.shards, starts, strict=False)):
+        shard = open_shard(folder, entry, manifest)
+        class_names = [manifest.class_names[label] if label >= 0 else None for label in shard.labels.tolist()]
+        table = pyarrow.table(
+            {
+                "codes": _lists(shard.codes),
+                "label": shard.labels,
+                "class_name": pyarrow.array(class_names, pyarrow.string()),
+                "name": [name.encode("utf-8", "replace").decode() for name in read_names(shard.names_file)],
+                "flipped": flipped(manifest, start, start + len(shard.labels)),
+            }
+        )
+        buffer = io.BytesIO()
+        parquet.write_table(table, buffer, compression="zstd")
+        yield f"codes-{index:05d}.parquet", buffer.getvalue()
+
+
+def flipped(manifest: CodeManifest, start: int, stop: int) -> np.ndarray:
+    """Whether rows start .. stop - 1 are of mirrored images: bool [n]."""
+    return np.arange(start, stop) >= (manifest.count // 2 if manifest.flips else manifest.count)
+
+
+def _lists(codes: np.ndarray) -> "pyarrow.ListArray":
+    """Grids [n,H,W] as n lists of H lists of W numbers."""
+    import pyarrow
+
+    column = pyarrow.array(np.ascontiguousarray(codes).ravel())
+    count, height, width = codes.shape
+    for length, lists in ((width, count * height), (height, count)):
+        column = pyarrow.ListArray.from_arrays(np.arange(lists + 1, dtype=np.int32) * length, column)
+    return column

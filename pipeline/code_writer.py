@@ -1,0 +1,227 @@
+"""Writing a code data set so that it can be stopped at any moment, continued, and divided over processes.
+
+A shard counts from the moment its entry, `shard-00003.json`, is written, after its files. The leading process moves
+entries into the manifest as they come; once all shards are there the manifest gets its statistics and the folder its
+card, and no entry is left. So a kill leaves whole shards, and a manifest that counts no others; the same request finds
+them, checks their hashes, and writes what is missing. The bytes depend on the rows and the shard size alone.
+
+n grids of H x W codes.
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from .code_card import CARD_MARK, write_card
+from .code_manifest import CARD, MANIFEST, CodeManifest, read_manifest, write_manifest
+from .code_shards import write_shard
+from .codes import CodeDataset
+from .errors import InputError
+from .files import sha256, to_json, write_atomic
+from .folders import check_free, clear
+from .health import codebook_health
+from .processes import Processes
+
+ENTRY = "shard-{:05d}.json"
+OUR_FILES = (MANIFEST, "codes-*.npy", "labels-*.npy", "names-*.json", "shard-*.json", "codes.npz", "codes-*.parquet")
+RESULTS = {"count", "shards", "statistics", "tables"}  # fields of the manifest that are not asked for but come out
+MADE_WITH = "made_with"  # matters while shards are missing: two versions of torch may round differently
+QUIET = 20  # the manifest is written again no sooner than this many times as long as the last writing took
+SEEN_WITHIN = 30.0  # seconds, for files that another machine wrote
+HASHED_AT_ONCE = 65_536  # names
+
+
+class Rows(Protocol):
+    """What is to be written: any rows from `start` on, before `stop`, whatever was asked before."""
+
+    def __len__(self) -> int: ...
+
+    def codes(self, start: int, stop: int) -> np.ndarray:
+        """[n,H,W] of the type that the manifest names."""
+
+    def labels(self, start: int, stop: int) -> np.ndarray:
+        """[n] int64, -1 for none."""
+
+    def names(self, start: int, stop: int) -> Sequence[str]:
+        """n of them."""
+
+
+def write_codes(
+    folder: Path,
+    asked: CodeManifest,
+    rows: Rows,
+    processes: Processes,
+    *,
+    force: bool = False,
+    on_start: Callable[[int, int], None] = lambda here, there: None,
+) -> CodeManifest:
+    """Write `rows` into `folder`, or what is missing of them; each of `processes` calls this and does its share.
+
+    Args:
+        folder: new, empty, or left by the same request.
+        asked: the manifest, without results; `shard_size` and `total` are set.
+        rows: `asked.total` of them, the same in each process.
+        processes: that share the work, and see one folder.
+        force: clear what is in the folder first.
+        on_start: called with the number of rows that this process will write, and of those that are there.
+
+    Returns:
+        the manifest as written.
+
+    Raises:
+        InputError: the folder holds something else, a shard cannot be found that another process wrote.
+    """
+    starts = range(0, len(rows), asked.shard_size or 1)
+    found = processes.leader(lambda: _claim(folder, asked, force))
+    there = {int(shard["start"]) for shard in found.shards}
+    mine = processes.share([start for start in starts if start not in there])
+    spans = [(start, min(start + starts.step, len(rows))) for start in mine]
+    on_start(sum(stop - start for start, stop in spans), found.count)
+    ledger = _Ledger(folder, found)
+    for start, stop in spans:
+        index = start // starts.step
+        codes, labels, names = rows.codes(start, stop), rows.labels(start, stop), rows.names(start, stop)
+        entry = write_shard(folder, index, codes, labels, names, start=start)
+        write_atomic(folder / ENTRY.format(index), to_json(entry))
+        if processes.leads:
+            ledger.update()
+    processes.wait()
+    return processes.leader(ledger.finish)
+
+
+def rows_hash(rows: Rows) -> str:
+    """SHA-256 of the names and labels of all rows, in order."""
+    digest = hashlib.sha256()
+    for start in range(0, len(rows), HASHED_AT_ONCE):
+        stop = min(start + HASHED_AT_ONCE, len(rows))
+        digest.update(json.dumps(list(rows.names(start, stop)), ensure_ascii=False).encode("utf-8", "surrogatepass"))
+        digest.update(rows.labels(start, stop).astype("<i8").tobytes())
+    return digest.hexdigest()
+
+
+class _Ledger:
+    """The manifest while shards are coming in; the leading process keeps it."""
+
+    def __init__(self, folder: Path, manifest: CodeManifest) -> None:
+        self.folder, self.manifest = folder, manifest
+        self._next = 0.0
+
+    def update(self) -> None:
+        """Count the shards that were finished since, unless that was done a moment ago."""
+        begin = time.monotonic()
+        if begin >= self._next:
+            self.manifest = _move_entries(self.folder, self.manifest)
+            self._next = time.monotonic() + QUIET * (time.monotonic() - begin)
+
+    def finish(self) -> CodeManifest:
+        """The manifest of the whole, with statistics, and the card."""
+        deadline = time.monotonic() + SEEN_WITHIN
+        self.manifest = _move_entries(self.folder, self.manifest)
+        while not self.manifest.complete:
+            if time.monotonic() > deadline:
+                raise InputError(
+                    expected=f"{self.manifest.total:,} grids in {self.folder} once all processes are done",
+                    got=f"{self.manifest.count:,}",
+                    do="give them one --out folder that all machines share, and run the same command again",
+                )
+            time.sleep(0.2)
+            self.manifest = _move_entries(self.folder, self.manifest)
+        manifest = replace(self.manifest, statistics=_statistics(CodeDataset(self.folder)))
+        write_manifest(self.folder, manifest)
+        write_card(self.folder, manifest)
+        clear(self.folder, [f"{name}.new" for name in OUR_FILES])
+        return manifest
+
+
+def _move_entries(folder: Path, manifest: CodeManifest) -> CodeManifest:
+    """The manifest with the entries that lie beside it, which it takes the place of."""
+    entries = _entries(folder)
+    if entries:
+        manifest = _with_shards(manifest, [*manifest.shards, *(json.loads(data) for data in entries.values())])
+        write_manifest(folder, manifest)
+        for path in entries:
+            path.unlink()
+    return manifest
+
+
+def _claim(folder: Path, asked: CodeManifest, force: bool) -> CodeManifest:
+    """Make the folder this request's own: `asked` with the shards of it that are there and whole."""
+    card = folder / CARD
+    if card.exists() and CARD_MARK not in card.read_text("utf-8", "replace"):
+        raise InputError(
+            expected=f"a folder for codes as --out {folder}",
+            got=f"one with a {CARD} that export-codes did not write",
+            do="name another folder",
+        )
+    if force or not (folder / MANIFEST).exists():
+        check_free(folder, force=force)
+        clear(folder, (*OUR_FILES, CARD))
+        write_manifest(folder, asked)
+        return asked
+    found = read_manifest(folder)
+    _check_same_request(folder, found, asked)
+    written = [*found.shards, *(json.loads(data) for data in _entries(folder).values())]
+    claimed = _with_shards(
+        replace(asked, tables=found.tables), [entry for entry in written if _is_whole(folder, entry)]
+    )
+    if claimed.shards != found.shards:
+        write_manifest(folder, claimed)
+        clear(folder, ("shard-*.json",))
+    return claimed
+
+
+def _with_shards(manifest: CodeManifest, entries: Sequence[dict[str, Any]]) -> CodeManifest:
+    """`manifest` with these shards, each once, in the order of rows."""
+    by_start = {int(entry["start"]): entry for entry in entries}
+    shards = [by_start[start] for start in sorted(by_start)]
+    return replace(manifest, shards=shards, count=sum(int(shard["count"]) for shard in shards))
+
+
+def _check_same_request(folder: Path, found: CodeManifest, asked: CodeManifest) -> None:
+    before, now = asdict(found), asdict(asked)
+    settled = RESULTS if not found.complete else RESULTS | {MADE_WITH}
+    for name in now.keys() - settled:
+        if before[name] != now[name]:
+            raise InputError(
+                expected=f"an empty or new folder as --out {folder}, or one that this very command began",
+                got=f"codes with {name} {_short(before[name])} where this is {_short(now[name])}",
+                do="name another folder, or use --force to replace what is there",
+            )
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 100 else f"{text[:100]}..."
+
+
+def _is_whole(folder: Path, entry: dict[str, Any]) -> bool:
+    """Whether its files are there, with their hashes."""
+    try:
+        return all(sha256((folder / name).read_bytes()) == digest for name, digest in entry["files"].items())
+    except OSError:
+        return False
+
+
+def _entries(folder: Path) -> dict[Path, bytes]:
+    """The entries of shards that were finished and may not be in the manifest."""
+    return {path: path.read_bytes() for path in sorted(folder.glob("shard-*.json"))}
+
+
+def _statistics(codes: CodeDataset) -> dict[str, float]:
+    """Of the histogram of all codes."""
+    histogram = np.zeros(codes.manifest.num_codes, dtype=np.int64)
+    for shard in codes.shards():
+        histogram += np.bincount(shard.codes.ravel(), minlength=len(histogram))
+    health = codebook_health(torch.from_numpy(histogram))
+    return {
+        "codes_used": health.codes_used,
+        "perplexity": health.perplexity,
+        "entropy_bits_per_code": float(np.log2(health.perplexity)),
+    }

@@ -1,0 +1,102 @@
+"""Code grids back to images: a picture of them, a PNG each, or one array."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from .checkpoint import check_same_tokenizer, load_tokenizer, read_info
+from .codes import CodeDataset
+from .device import choose_device
+from .errors import InputError
+from .folders import claim_file, claim_folder
+from .pictures import save_grid, save_png
+from .reconstruct import decode
+
+PICTURED = 64  # images in a picture, if not told otherwise
+
+
+def decode_codes(
+    folder: Path,
+    tokenizer_folder: Path,
+    out: Path,
+    *,
+    start: int = 0,
+    n: int | None = None,
+    device: str = "auto",
+    force: bool = False,
+) -> int:
+    """Write the images of rows start .. start + n - 1 of a code data set, in their order; how many were written.
+
+    Args:
+        folder: what export-codes wrote.
+        tokenizer_folder: the tokenizer that made the codes.
+        out: FILE.png for one picture of all, FILE.npy for an array uint8 [n,C,H',W'], or a folder for a PNG each, named
+            by row.
+        start: first row.
+        n: how many; by default all to the end, and for a picture at most PICTURED.
+        device: where to compute.
+        force: replace what is there.
+
+    Raises:
+        InputError: the codes, the tokenizer, the rows or `out` cannot be used.
+    """
+    codes = CodeDataset(folder)
+    info = read_info(tokenizer_folder, "tokenizer")
+    remedy = "name the tokenizer that made them"
+    check_same_tokenizer(info.fingerprint, codes.manifest.tokenizer_fingerprint, f"codes in {folder}", remedy)
+    tokenizer = load_tokenizer(tokenizer_folder).to(choose_device(device))
+    kind = out.suffix.lower()
+    left = len(codes) - start
+    if left <= 0:
+        raise InputError(expected=f"a first row below {len(codes)}", got=str(start), do="choose a lower --start")
+    n = min(left, n if n is not None else PICTURED if kind == ".png" else left)
+    if kind in (".png", ".npy"):
+        claim_file(out, force=force)
+    else:
+        claim_folder(out, force=force, ours=("[0-9]*.png",))
+
+    def rows(first: int, last: int) -> Tensor:
+        return codes.batch(np.arange(start + first, start + last))[0]
+
+    with tqdm(total=n, unit="image", desc="decoding", dynamic_ncols=True) as bar:
+        images = _counted(decode(tokenizer, rows, n), bar)
+        if kind == ".png":
+            save_grid(torch.cat(list(images)), out)
+        elif kind == ".npy":
+            _write_array(images, n, out)
+        else:
+            _write_files(images, start, out)
+    return n
+
+
+def _counted(images: Iterator[Tensor], bar: "tqdm[None]") -> Iterator[Tensor]:
+    for part in images:
+        yield part
+        bar.update(len(part))
+
+
+def _write_array(images: Iterator[Tensor], n: int, out: Path) -> None:
+    """Through a memory map beside `out`, renamed once it is whole."""
+    beside = out.with_name(f"{out.name}.new")
+    array: np.ndarray | None = None
+    done = 0
+    for part in images:
+        if array is None:
+            array = np.lib.format.open_memmap(beside, "w+", np.uint8, (n, *part.shape[1:]))
+        array[done : done + len(part)] = part.numpy()
+        done += len(part)
+    del array
+    os.replace(beside, out)
+
+
+def _write_files(images: Iterator[Tensor], start: int, out: Path) -> None:
+    row = start
+    for part in images:
+        for image in part:
+            save_png(image, out / f"{row:05d}.png")
+            row += 1
