@@ -211,7 +211,9 @@ def decode_codes(codes: Path, tokenizer: Path, out: Path, **chosen: Any) -> None
 
 
 @cli.command("train-prior")
-@click.option("--codes", metavar="DIR", help="Codes to learn.  [default: those of the tokenizer's own images]")
+@click.option(
+    "--codes", metavar="DIR", multiple=True, help="Codes to learn; repeatable.  [default: of the tokenizer's images]"
+)
 @click.option("--tokenizer", metavar="DIR", help=f"For codes and pictures.  [default: {TOKENIZER}]")
 @click.option("--out", type=PathType(), default=PRIOR, show_default=True, help="Folder to write.")
 @click.option("--channels", type=click.IntRange(min=1), help="Width of the two stacks.  [default: 64]")
@@ -223,7 +225,9 @@ def train_prior(out: Path, device: str, resume: bool, force: bool, **given: Any)
     from pipeline.settings import RunFolder
     from pipeline.train_prior import train_prior as run
 
-    click.echo(f"stage two: a prior over {given['codes'] or 'the codes of the tokenizer'}, into {out}")
+    given["codes"] = list(given["codes"]) or None
+    learned = ", ".join(given["codes"] or ["the codes of the tokenizer"])
+    click.echo(f"stage two: a prior over {learned}, into {out}")
     info = run(RunFolder(out=out, resume=resume, force=force, device=device), given, TOKENIZER)
     click.echo(f"done: best at step {info.step:,}; {describe(info.metrics)}\nnext: codegrid sample --n 64")
 
@@ -315,6 +319,40 @@ def evaluate(tokenizer: Path, prior: Path | None, json_file: Path | None, force:
         click.echo(f"{name:>14}  {value:.6g}" if isinstance(value, float) else f"{name:>14}  {value}")
     if json_file is not None:
         write_atomic(json_file, to_json(numbers))
+
+
+@cli.command("measure-rate")
+@tokenizer_option
+@click.option("--prior", type=PathType(), help="Also measure this prior.")
+@data_options
+@click.option(
+    "--split",
+    "splits",
+    type=click.Choice(["train", "test"]),
+    multiple=True,
+    default=("train", "test"),
+    help="Part of the images; repeatable.  [default: both]",
+)
+@click.option("--n", type=click.IntRange(min=1), help="Measure this many of each, chosen at random.  [default: all]")
+@click.option("--json", "json_file", type=PathType(), help="Also write the numbers to this file.")
+@device_option
+@click.option("--force", is_flag=True, help="Replace the file that --json names.")
+def measure_rate(tokenizer: Path, prior: Path | None, json_file: Path | None, force: bool, **chosen: Any) -> None:
+    """Measure the bytes an image costs as codes, next to PNG, and to JPEG of the same PSNR."""
+    from pipeline.files import to_json, write_atomic
+    from pipeline.folders import claim_file
+    from pipeline.rate import measure_rate as run
+    from pipeline.rate import rate_table
+
+    if json_file is not None:
+        claim_file(json_file, force=force, option="--json")
+    rate = run(tokenizer, prior, **chosen)
+    for split, numbers in rate["splits"].items():
+        click.echo(f"{split}: {rate_table(numbers)}\n")
+    for remark in rate["remarks"]:
+        click.echo(f"note: {remark}")
+    if json_file is not None:
+        write_atomic(json_file, to_json(rate))
 
 
 def describe(numbers: dict[str, float]) -> str:

@@ -9,7 +9,7 @@ which is also faster than all threads on one block.
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -46,9 +46,9 @@ def in_blocks(
             return torch.cat(parts).cpu()
 
     waiting: deque[Future[Tensor]] = deque()
-    pool = ThreadPoolExecutor(threads)
+    # OpenMP counts threads for each of ours, and a new one begins with all: what the caller's has set is not passed on.
+    pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
     with evaluating(model), _exact():
-        torch.set_num_threads(1)
         try:
             for start in range(0, count, batch):
                 waiting.append(pool.submit(run, start))
@@ -58,7 +58,7 @@ def in_blocks(
                 yield waiting.popleft().result()
         finally:
             pool.shutdown(cancel_futures=True)
-            torch.set_num_threads(threads)
+            torch.set_num_threads(threads)  # of threads that begin from now on
 
 
 def _filled(items: Tensor) -> Tensor:
@@ -67,6 +67,13 @@ def _filled(items: Tensor) -> Tensor:
     return items if missing == 0 else torch.cat([items, items.new_zeros(missing, *items.shape[1:])])
 
 
-def _exact() -> AbstractContextManager[None]:
-    """No TensorFloat-32, and no choice of algorithm by the clock, in the convolutions of a GPU."""
-    return torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
+@contextmanager
+def _exact() -> Iterator[None]:
+    """No TensorFloat-32 on a GPU, and no choice of algorithm by the clock."""
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(precision)

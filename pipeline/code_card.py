@@ -48,13 +48,14 @@ PARQUET = """With pandas, DuckDB or datasets, columns codes, label, class_name, 
 
 ```python
 import datasets
-rows = datasets.load_dataset("parquet", data_files="codes-*.parquet", split="train")
+rows = datasets.load_dataset("parquet", data_files={{"{split}": "codes-*.parquet"}}, split="{split}")
 ```
 """
 NPZ = """All in one file, arrays codes, labels, names, class_names and flipped:
 
 ```python
-codes = numpy.load("codes.npz")["codes"]
+import numpy
+codes = numpy.load("codes.npz")["codes"]  # [N,H,W]
 ```
 """
 CHECKING = """## Checking it, and back to images
@@ -73,10 +74,10 @@ def card(manifest: CodeManifest) -> str:
     parts = [
         FRONT.format(split=manifest.split) if _has(manifest, ".parquet") else "",
         INTRODUCTION,
-        "".join(f"| {name} | {value} |\n" for name, value in _facts(manifest).items()),
+        "".join(f"| {name} | {_cell(value)} |\n" for name, value in _facts(manifest).items()),
         _classes(manifest),
         READING.format(shards=len(manifest.shards), manifest=MANIFEST),
-        PARQUET if _has(manifest, ".parquet") else "",
+        PARQUET.format(split=manifest.split) if _has(manifest, ".parquet") else "",
         NPZ if _has(manifest, ".npz") else "",
         CHECKING,
     ]
@@ -100,6 +101,11 @@ def _facts(manifest: CodeManifest) -> dict[str, str]:
         "tokenizer": f"fingerprint (SHA-256 of its model.safetensors) {manifest.tokenizer_fingerprint}",
         "made with": ", ".join(f"{name} {value}" for name, value in manifest.made_with.items()),
     }
+
+
+def _cell(text: str) -> str:
+    """`text` in a table of Markdown."""
+    return " ".join(text.splitlines()).replace("|", "\\|")
 
 
 def _has(manifest: CodeManifest, suffix: str) -> bool:

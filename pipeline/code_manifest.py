@@ -13,7 +13,8 @@ rows is the first half again, each image mirrored left to right, with the same l
 import json
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 import numpy as np
 
@@ -95,12 +96,24 @@ def _parse(content: Any, path: Path) -> CodeManifest:
         known = {item.name for item in fields(CodeManifest)}
         chosen = {name: value for name, value in content.items() if name in known}
         manifest = CodeManifest(**{**chosen, "grid": tuple(content["grid"])})
-        problem = _contradiction(manifest)
+        problem = _mistyped(manifest) or _contradiction(manifest)
     except (AttributeError, TypeError, KeyError, ValueError) as error:
         raise _not_ours(path, str(error)) from None
     if problem is not None:
         raise _not_ours(path, problem)
     return manifest
+
+
+def _mistyped(manifest: CodeManifest) -> str | None:
+    """A field that holds another kind of value than it should, if there is one."""
+    for name, hint in get_type_hints(CodeManifest).items():
+        allowed = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+        value = getattr(manifest, name)
+        if not isinstance(value, tuple(get_origin(kind) or kind for kind in allowed)):
+            return f"the {type(value).__name__} {value} as {name}"
+    if not all(isinstance(name, str) for name in manifest.class_names):
+        return f"the class names {manifest.class_names}"
+    return None
 
 
 def _contradiction(manifest: CodeManifest) -> str | None:
@@ -113,7 +126,7 @@ def _contradiction(manifest: CodeManifest) -> str | None:
     for shard in manifest.shards:
         if len(shard["files"]) != len(SHARD_FILES) or any(Path(name).name != name for name in shard["files"]):
             return f"a shard of the files {list(shard['files'])}"
-    if len(manifest.grid) != 2 or min(manifest.grid) < 1:
+    if len(manifest.grid) != 2 or not all(isinstance(side, int) and side >= 1 for side in manifest.grid):
         return f"the grid {list(manifest.grid)}"
     if manifest.num_codes < 1 or manifest.dtype != code_dtype(manifest.num_codes).name:
         return f"codes of {manifest.dtype} for K = {manifest.num_codes}"

@@ -6,10 +6,11 @@ n grids of H x W codes.
 import io
 import json
 import os
+import tokenize
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -69,6 +70,8 @@ def read_names(path: Path) -> list[str]:
         names: list[str] = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
         raise _unusable(path, str(error)) from None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise _unusable(path, "something else than a list of names")
     return names
 
 
@@ -78,25 +81,30 @@ def map_npy(path: Path, shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndar
     numpy holds one open file for each array, and systems allow 256 or 1,024 of them to a process.
 
     Raises:
-        InputError: no such file, or not an array of this shape and type, whole.
+        InputError: no such file, or not an array of this shape and type, whole; or the system maps no more.
     """
     try:
         with open(path, "rb") as file:
-            version = np.lib.format.read_magic(file)
-            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-            found_shape, fortran, found_dtype = read(file)
+            found_shape, fortran, found_dtype = _read_header(file)
             offset, size = file.tell(), os.fstat(file.fileno()).st_size
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError) as error:
         raise _unusable(path, str(error)) from None
     if found_shape != shape or found_dtype != dtype or fortran:
         raise InputError(
             expected=f"{dtype} of the shape {list(shape)} in {path}",
-            got=f"{found_dtype} {list(found_shape)}",
+            got=f"{found_dtype} {list(found_shape)}{' by columns' if fortran else ''}",
             do="export the codes again",
         )
     if size != offset + int(np.prod(shape)) * dtype.itemsize:
         raise _unusable(path, f"{size:,} bytes, which is not its whole")
-    mapped: np.ndarray = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8).numpy()
+    try:
+        mapped: np.ndarray = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8).numpy()
+    except RuntimeError as error:
+        raise InputError(
+            expected=f"a file that can be mapped into memory at {path}",
+            got=" ".join(str(error).split()),
+            do="export with a larger --shard-size, into a folder whose path is Unicode",
+        ) from None
     mapped.flags.writeable = False
     return mapped[offset:].view(dtype).reshape(shape)
 
@@ -106,6 +114,16 @@ def npy_bytes(array: np.ndarray) -> bytes:
     buffer = io.BytesIO()
     np.save(buffer, array, allow_pickle=False)
     return buffer.getvalue()
+
+
+def _read_header(file: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    """Shape, whether by columns, and type of a .npy file, which is left at its first number. Raises ValueError."""
+    version = np.lib.format.read_magic(file)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    try:
+        return read(file)
+    except (SyntaxError, TypeError, tokenize.TokenError) as error:  # numpy reads the header as Python
+        raise ValueError(f"a damaged header ({error})") from None
 
 
 def _unusable(path: Path, got: str) -> InputError:

@@ -8,10 +8,10 @@ them, checks their hashes, and writes what is missing. The bytes depend on the r
 n grids of H x W codes.
 """
 
-import hashlib
 import json
+import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,17 +25,20 @@ from .code_shards import write_shard
 from .codes import CodeDataset
 from .errors import InputError
 from .files import sha256, to_json, write_atomic
-from .folders import check_free, clear
+from .folders import check_free
 from .health import codebook_health
 from .processes import Processes
 
 ENTRY = "shard-{:05d}.json"
-OUR_FILES = (MANIFEST, "codes-*.npy", "labels-*.npy", "names-*.json", "shard-*.json", "codes.npz", "codes-*.parquet")
+OUR_FILES = re.compile(
+    r"manifest\.json|README\.md|(codes|labels)-\d{5,}\.npy|(names|shard)-\d{5,}\.json|codes\.npz|codes-\d{5,}\.parquet"
+)
+BEFORE_ALL = {".writable", f"{MANIFEST}.new"}  # a kill in the first moment leaves one of them, and nothing else
 RESULTS = {"count", "shards", "statistics", "tables"}  # fields of the manifest that are not asked for but come out
 MADE_WITH = "made_with"  # matters while shards are missing: two versions of torch may round differently
+CAUSES = ("tokenizer_fingerprint", "source", "split", "flips", "shard_size")  # the other fields follow from these
 QUIET = 20  # the manifest is written again no sooner than this many times as long as the last writing took
 SEEN_WITHIN = 30.0  # seconds, for files that another machine wrote
-HASHED_AT_ONCE = 65_536  # names
 
 
 class Rows(Protocol):
@@ -96,16 +99,6 @@ def write_codes(
     return processes.leader(ledger.finish)
 
 
-def rows_hash(rows: Rows) -> str:
-    """SHA-256 of the names and labels of all rows, in order."""
-    digest = hashlib.sha256()
-    for start in range(0, len(rows), HASHED_AT_ONCE):
-        stop = min(start + HASHED_AT_ONCE, len(rows))
-        digest.update(json.dumps(list(rows.names(start, stop)), ensure_ascii=False).encode("utf-8", "surrogatepass"))
-        digest.update(rows.labels(start, stop).astype("<i8").tobytes())
-    return digest.hexdigest()
-
-
 class _Ledger:
     """The manifest while shards are coming in; the leading process keeps it."""
 
@@ -133,26 +126,26 @@ class _Ledger:
                 )
             time.sleep(0.2)
             self.manifest = _move_entries(self.folder, self.manifest)
-        manifest = replace(self.manifest, statistics=_statistics(CodeDataset(self.folder)))
-        write_manifest(self.folder, manifest)
-        write_card(self.folder, manifest)
-        clear(self.folder, [f"{name}.new" for name in OUR_FILES])
-        return manifest
+        if not self.manifest.statistics:
+            self.manifest = replace(self.manifest, statistics=_statistics(CodeDataset(self.folder)))
+            write_manifest(self.folder, self.manifest)
+        write_card(self.folder, self.manifest)
+        _remove(path for path in self.folder.iterdir() if _is_leftover(path.name))
+        return self.manifest
 
 
 def _move_entries(folder: Path, manifest: CodeManifest) -> CodeManifest:
     """The manifest with the entries that lie beside it, which it takes the place of."""
     entries = _entries(folder)
     if entries:
-        manifest = _with_shards(manifest, [*manifest.shards, *(json.loads(data) for data in entries.values())])
+        manifest = _with_shards(manifest, [*manifest.shards, *entries.values()])
         write_manifest(folder, manifest)
-        for path in entries:
-            path.unlink()
+        _remove(entries)
     return manifest
 
 
 def _claim(folder: Path, asked: CodeManifest, force: bool) -> CodeManifest:
-    """Make the folder this request's own: `asked` with the shards of it that are there and whole."""
+    """Make the folder this request's own: the manifest with the shards that are there and whole."""
     card = folder / CARD
     if card.exists() and CARD_MARK not in card.read_text("utf-8", "replace"):
         raise InputError(
@@ -160,20 +153,30 @@ def _claim(folder: Path, asked: CodeManifest, force: bool) -> CodeManifest:
             got=f"one with a {CARD} that export-codes did not write",
             do="name another folder",
         )
-    if force or not (folder / MANIFEST).exists():
-        check_free(folder, force=force)
-        clear(folder, (*OUR_FILES, CARD))
-        write_manifest(folder, asked)
-        return asked
+    if (folder / MANIFEST).exists() and not force:
+        return _go_on(folder, asked)
+    if folder.is_dir() and {path.name for path in folder.iterdir()} <= BEFORE_ALL:
+        _remove(folder.iterdir())
+    check_free(folder, force=force)
+    (folder / MANIFEST).unlink(missing_ok=True)  # first: no manifest counts files that are gone
+    _remove(path for path in folder.iterdir() if OUR_FILES.fullmatch(path.name.removesuffix(".new")))
+    write_manifest(folder, asked)
+    return asked
+
+
+def _go_on(folder: Path, asked: CodeManifest) -> CodeManifest:
+    """The manifest of the same request, with the shards that are whole, and with no others. Raises InputError."""
     found = read_manifest(folder)
     _check_same_request(folder, found, asked)
-    written = [*found.shards, *(json.loads(data) for data in _entries(folder).values())]
-    claimed = _with_shards(
-        replace(asked, tables=found.tables), [entry for entry in written if _is_whole(folder, entry)]
-    )
-    if claimed.shards != found.shards:
+    entries = _entries(folder)
+    shards = [entry for entry in (*found.shards, *entries.values()) if _is_whole(folder, entry)]
+    claimed = _with_shards(replace(found, statistics={}), shards)
+    if claimed.shards == found.shards:
+        claimed = found
+    else:
+        _check_same_request(folder, claimed, asked)
         write_manifest(folder, claimed)
-        clear(folder, ("shard-*.json",))
+    _remove(entries)
     return claimed
 
 
@@ -186,12 +189,12 @@ def _with_shards(manifest: CodeManifest, entries: Sequence[dict[str, Any]]) -> C
 
 def _check_same_request(folder: Path, found: CodeManifest, asked: CodeManifest) -> None:
     before, now = asdict(found), asdict(asked)
-    settled = RESULTS if not found.complete else RESULTS | {MADE_WITH}
-    for name in now.keys() - settled:
-        if before[name] != now[name]:
+    settled = RESULTS | {MADE_WITH} if found.complete else RESULTS
+    for name in (*CAUSES, *now):
+        if name not in settled and before[name] != now[name]:
             raise InputError(
                 expected=f"an empty or new folder as --out {folder}, or one that this very command began",
-                got=f"codes with {name} {_short(before[name])} where this is {_short(now[name])}",
+                got=f"codes with {name.replace('_', ' ')} {_short(before[name])} where this is {_short(now[name])}",
                 do="name another folder, or use --force to replace what is there",
             )
 
@@ -209,9 +212,19 @@ def _is_whole(folder: Path, entry: dict[str, Any]) -> bool:
         return False
 
 
-def _entries(folder: Path) -> dict[Path, bytes]:
-    """The entries of shards that were finished and may not be in the manifest."""
-    return {path: path.read_bytes() for path in sorted(folder.glob("shard-*.json"))}
+def _entries(folder: Path) -> dict[Path, dict[str, Any]]:
+    """The entries of shards that were finished and may not be in the manifest, by the file of each."""
+    return {path: json.loads(path.read_bytes()) for path in sorted(folder.glob("shard-*.json"))}
+
+
+def _is_leftover(name: str) -> bool:
+    """Whether a kill in the middle of a writing left this file."""
+    return name in BEFORE_ALL or (name.endswith(".new") and bool(OUR_FILES.fullmatch(name.removesuffix(".new"))))
+
+
+def _remove(files: Iterable[Path]) -> None:
+    for path in list(files):
+        path.unlink(missing_ok=True)
 
 
 def _statistics(codes: CodeDataset) -> dict[str, float]:

@@ -3,11 +3,10 @@
 n rows in a batch, H W grid of codes.
 """
 
-import bisect
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import accumulate
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +59,8 @@ class CodeDataset(Dataset[tuple[Tensor, int]]):
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         if not -len(self) <= index < len(self):
             raise IndexError(f"expected an index from {-len(self)} to {len(self) - 1}, got {index}")
-        index %= len(self)
-        place = bisect.bisect_right(self._ends, index)
+        index = int(index) % len(self)
+        place = np.searchsorted(self._ends, index, side="right")
         row, shard = index - self._starts[place], self._shards[place]
         codes = shard.codes[row]
         self._check_range(codes)
@@ -81,20 +80,9 @@ class CodeDataset(Dataset[tuple[Tensor, int]]):
         """
         if len(indices) and not -len(self) <= indices.min() <= indices.max() < len(self):
             raise IndexError(f"expected indices from {-len(self)} to {len(self) - 1}, got {indices}")
-        indices = indices % len(self)
-        order = np.argsort(indices)  # row after row, so that each shard is asked once
-        rows = indices[order]
-        stored = np.empty((len(rows), *self.manifest.grid), dtype=self.manifest.dtype)
-        stored_labels = np.empty(len(rows), dtype=np.int64)
-        cuts = np.searchsorted(rows, self._ends)
-        first = 0
-        for place in np.flatnonzero(np.diff(cuts, prepend=0)):
-            last, shard = cuts[place], self._shards[place]
-            here = rows[first:last] - self._starts[place]
-            # In range already; numpy writes into `out` without a buffer only when told that it need not check.
-            shard.codes.take(here, axis=0, out=stored[first:last], mode="clip")
-            shard.labels.take(here, out=stored_labels[first:last], mode="clip")
-            first = last
+        rows = indices.astype(np.int64) % len(self)
+        order = np.argsort(rows)
+        stored, stored_labels = self._gather(rows[order])
         self._check_range(stored)
         codes = np.empty(stored.shape, dtype=np.int64)
         labels = np.empty(len(rows), dtype=np.int64)
@@ -140,8 +128,23 @@ class CodeDataset(Dataset[tuple[Tensor, int]]):
             for folder, manifest in zip(self.folders, self._manifests, strict=True)
             for entry in manifest.shards
         ]
-        self._ends = list(accumulate(len(shard.labels) for shard in self._shards))
-        self._starts = [0, *self._ends[:-1]]
+        counts = np.array([len(shard.labels) for shard in self._shards], dtype=np.int64)
+        self._ends = counts.cumsum()
+        self._starts = self._ends - counts
+
+    def _gather(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Codes [n,H,W] as they are stored, and labels [n], of ascending rows: each shard is asked once."""
+        codes = np.empty((len(rows), *self.manifest.grid), dtype=self.manifest.dtype)
+        labels = np.empty(len(rows), dtype=np.int64)
+        places = np.searchsorted(self._ends, rows, side="right")
+        rows = rows - self._starts[places]
+        cuts = np.flatnonzero(np.diff(places, prepend=-1)).tolist()
+        for first, last in pairwise([*cuts, len(rows)]):
+            shard, part = self._shards[places[first]], rows[first:last]
+            # In range already; numpy writes into `out` without a buffer only when told that it need not check.
+            shard.codes.take(part, axis=0, out=codes[first:last], mode="clip")
+            shard.labels.take(part, out=labels[first:last], mode="clip")
+        return codes, labels
 
     def _check_range(self, codes: np.ndarray) -> None:
         """A wrong code would be an index out of range far from here, in an embedding on the GPU."""
@@ -178,6 +181,7 @@ def _merged(folders: Sequence[Path], manifests: Sequence[CodeManifest]) -> CodeM
         shard_size=None,
         flips=False,
         rows_sha256="",
+        made_with={},
         statistics={},
         tables={},
     )

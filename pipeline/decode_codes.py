@@ -51,9 +51,8 @@ def decode_codes(
     check_same_tokenizer(info.fingerprint, codes.manifest.tokenizer_fingerprint, f"codes in {folder}", remedy)
     tokenizer = load_tokenizer(tokenizer_folder).to(choose_device(device))
     kind = out.suffix.lower()
+    _check_start(codes, start)
     left = len(codes) - start
-    if left <= 0:
-        raise InputError(expected=f"a first row below {len(codes)}", got=str(start), do="choose a lower --start")
     n = min(left, n if n is not None else PICTURED if kind == ".png" else left)
     if kind in (".png", ".npy"):
         claim_file(out, force=force)
@@ -80,18 +79,30 @@ def _counted(images: Iterator[Tensor], bar: "tqdm[None]") -> Iterator[Tensor]:
         bar.update(len(part))
 
 
+def _check_start(codes: CodeDataset, start: int) -> None:
+    if len(codes) == 0:
+        raise InputError(
+            expected=f"grids in {codes.where}", got="none yet", do="run the export-codes that began it again"
+        )
+    if not 0 <= start < len(codes):
+        raise InputError(expected=f"a --start from 0 to {len(codes) - 1}", got=str(start), do="choose another")
+
+
 def _write_array(images: Iterator[Tensor], n: int, out: Path) -> None:
-    """Through a memory map beside `out`, renamed once it is whole."""
+    """Part by part into a file beside `out`, renamed once it is whole and on the disk; else nothing is left of it."""
     beside = out.with_name(f"{out.name}.new")
-    array: np.ndarray | None = None
-    done = 0
-    for part in images:
-        if array is None:
-            array = np.lib.format.open_memmap(beside, "w+", np.uint8, (n, *part.shape[1:]))
-        array[done : done + len(part)] = part.numpy()
-        done += len(part)
-    del array
-    os.replace(beside, out)
+    try:
+        with open(beside, "wb") as file:
+            for index, part in enumerate(images):
+                if index == 0:
+                    header = {"descr": "|u1", "fortran_order": False, "shape": (n, *part.shape[1:])}
+                    np.lib.format.write_array_header_1_0(file, header)
+                file.write(part.numpy().tobytes())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, out)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def _write_files(images: Iterator[Tensor], start: int, out: Path) -> None:

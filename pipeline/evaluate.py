@@ -49,9 +49,13 @@ def measure_reconstruction(
             if isinstance(model, VQVAE):
                 histogram += torch.bincount(latents.flatten().cpu(), minlength=len(histogram))
     mse = squared_error / values
-    psnr = -10 * math.log10(max(mse, 1e-12))
-    numbers = ReconstructionNumbers(mse=mse, psnr=psnr, nmse=mse / model.config.data_variance)
+    numbers = ReconstructionNumbers(mse=mse, psnr=psnr_of(mse), nmse=mse / model.config.data_variance)
     return numbers, codebook_health(histogram) if isinstance(model, VQVAE) else None
+
+
+def psnr_of(mse: float) -> float:
+    """dB, of a mean squared error of values in [0,1]; at most 120."""
+    return -10 * math.log10(max(mse, 1e-12))
 
 
 def measure_prior(prior: GatedPixelCNN, batches: Iterable[tuple[Tensor, Tensor]]) -> float:
@@ -85,21 +89,21 @@ def evaluate(
     model = load_autoencoder(tokenizer_folder).to(where)
     images = images_of(info, data=data, data_root=data_root)
     part = part_of(images, split)
-    with_prior = None if prior_folder is None else _load_with_prior(model, tokenizer_folder, info, prior_folder)
+    with_prior = None if prior_folder is None else load_with_prior(model, tokenizer_folder, info, prior_folder)
     numbers, health = measure_reconstruction(model, part, progress=True)
     result = {"data": images.source, "split": split, "images": len(part), **vars(numbers)}
     if health is not None:
         result |= {"codes_used": health.codes_used, "perplexity": health.perplexity, "codebook": health.verdict}
     if with_prior is not None:
         tokenizer, prior, class_names = with_prior
-        labels = _labels_for(prior, class_names, images.class_names, part.labels)
+        labels = labels_for(prior, class_names, images.class_names, part.labels)
         bits = measure_prior(prior, _encoded(tokenizer, part, labels, where))
         shape = (info.preprocessing["channels"], info.preprocessing["height"], info.preprocessing["width"])
         result |= {"bits_per_code": bits, "bits_per_dim": bits_per_dim(bits, tokenizer.grid(*shape[1:]), shape)}
     return result
 
 
-def _load_with_prior(
+def load_with_prior(
     model: VQVAE | Baseline, tokenizer_folder: Path, info: CheckpointInfo, prior_folder: Path
 ) -> tuple[VQVAE, GatedPixelCNN, list[str]]:
     """The model as a tokenizer, the prior over its codes on the same device, and the classes that the prior knows."""
@@ -121,7 +125,7 @@ def _encoded(
         yield tokenizer.encode(split.batch(rows).to(device)), torch.from_numpy(labels[rows])
 
 
-def _labels_for(prior: GatedPixelCNN, known: list[str], found: tuple[str, ...], labels: np.ndarray) -> np.ndarray:
+def labels_for(prior: GatedPixelCNN, known: list[str], found: tuple[str, ...], labels: np.ndarray) -> np.ndarray:
     """The labels of a data set in the prior's numbering, matched by class name."""
     if prior.config.num_classes == 0:
         return labels

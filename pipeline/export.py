@@ -1,6 +1,12 @@
 """Images to code grids: runs the encoder over a data set and writes a code data set (`code_writer.py`)."""
 
-from collections.abc import Sequence
+import hashlib
+import json
+import sys
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import fields
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +18,10 @@ from tqdm import tqdm
 from tokenizer import VQVAE
 
 from .blocks import BLOCK, in_blocks
-from .checkpoint import CheckpointInfo, library_versions, load_tokenizer, read_info
+from .checkpoint import CheckpointInfo, check_same_tokenizer, library_versions, load_tokenizer, read_info
 from .code_manifest import CodeManifest, code_dtype
 from .code_tables import add_table, check_table
-from .code_writer import rows_hash, write_codes
+from .code_writer import write_codes
 from .device import choose_device
 from .errors import InputError
 from .processes import Processes, processes
@@ -24,6 +30,7 @@ from .stored_images import images_of, part_of
 
 SHARD_SIZE = 65_536  # grids a shard
 BATCH = 256  # images read at a time
+HASHED_AT_ONCE = 4_096  # images
 
 
 class EncodedImages:
@@ -45,25 +52,29 @@ class EncodedImages:
     def codes(self, start: int, stop: int) -> np.ndarray:
         """[n,H,W] of rows start .. stop - 1."""
         first, last = start - start % BLOCK, min(stop - stop % -BLOCK, len(self))
-        blocks = []
-        if self._last is not None and self._last[0] == first:
-            blocks.append(self._last[1])
-        known = first + sum(map(len, blocks))
-        self.bar.update(max(0, min(known, stop) - start))
-        for part in in_blocks(
-            self.tokenizer,
-            self.tokenizer.encode,
-            lambda a, b: self._images(known + a, known + b),
-            last - known,
-            batch_size=self.batch_size,
-        ):
-            done = first + sum(map(len, blocks))
-            blocks.append(part.numpy().astype(self._dtype))
-            self.bar.update(max(0, min(done + len(part), stop) - max(done, start)))
+        known = [self._last[1]] if self._last is not None and self._last[0] == first else []
+        blocks, done = [], first
+        with closing(self._computed(first + sum(map(len, known)), last)) as computed:
+            for some in chain(known, computed):
+                blocks.append(some)
+                self.bar.update(max(0, min(done + len(some), stop) - max(done, start)))
+                done += len(some)
         codes = np.concatenate(blocks)
         tail = (len(codes) - 1) // BLOCK * BLOCK
         self._last = (first + tail, codes[tail:].copy())
         return codes[start - first : stop - first]
+
+    def _computed(self, start: int, stop: int) -> Generator[np.ndarray, None, None]:
+        """The codes of rows start .. stop - 1, where a block starts, some blocks at a time."""
+        parts = in_blocks(
+            self.tokenizer,
+            self.tokenizer.encode,
+            lambda first, last: self._images(start + first, start + last),
+            stop - start,
+            batch_size=self.batch_size,
+        )
+        for part in parts:
+            yield part.numpy().astype(self._dtype)
 
     def labels(self, start: int, stop: int) -> np.ndarray:
         """[n], -1 for none."""
@@ -72,6 +83,17 @@ class EncodedImages:
     def names(self, start: int, stop: int) -> Sequence[str]:
         """n of them."""
         return [self.part.names[row] for row in self._rows(start, stop)]
+
+    def sha256(self) -> str:
+        """Of the names, labels and pixels of all images, in order."""
+        digest = hashlib.sha256()
+        for start in range(0, len(self.part), HASHED_AT_ONCE):
+            some = slice(start, start + HASHED_AT_ONCE)
+            names = json.dumps(self.part.names[some], ensure_ascii=False).encode("utf-8", "surrogatepass")
+            digest.update(names)
+            digest.update(self.part.labels[some].astype("<i8").tobytes())
+            digest.update(self.part.images[some].tobytes())
+        return digest.hexdigest()
 
     def _rows(self, start: int, stop: int) -> np.ndarray:
         return np.arange(start, stop) % len(self.part)
@@ -118,24 +140,27 @@ def export_codes(
     Raises:
         InputError: the tokenizer, the images or the folder cannot be used.
     """
-    check_table(to)
     with processes() as team:
+        team.together(lambda: check_table(to))
         info = team.together(lambda: read_info(tokenizer_folder, "tokenizer"))
         where = team.together(lambda: choose_device(team.device(device)))
-        tokenizer = team.together(lambda: load_tokenizer(tokenizer_folder)).to(where)
+        tokenizer = team.together(lambda: _load(tokenizer_folder, info.fingerprint)).to(where)
         images = team.in_turns(lambda: images_of(info, data=data, data_root=data_root))
         part = team.together(lambda: part_of(images, split))
         with _progress(split, team) as bar:
             rows = EncodedImages(tokenizer, part, flips=flips, batch_size=batch_size, bar=bar)
             asked = _request(info, tokenizer, images, rows, split=split, flips=flips, shard_size=shard_size)
-            team.together(lambda: _check_same_images(team.gather(asked.rows_sha256)))
+            requests = team.gather(asked)
+            team.together(lambda: _check_same_in_all(requests))
+            team.together(lambda: check_table(to, asked))
 
             def start(here: int, there: int) -> None:
                 bar.reset(here)
                 if there and team.leads:
                     bar.write(f"{there:,} grids are there already, {asked.total:,} in all: {out}")
 
-            manifest = write_codes(out, asked, rows, team, force=force, on_start=start)
+            with _said_when_stopped(bar, team, force=force):
+                manifest = write_codes(out, asked, rows, team, force=force, on_start=start)
         if to is not None:
             manifest = team.leader(lambda: add_table(out, to))
         if team.leads:
@@ -170,7 +195,7 @@ def _request(
         shards=[],
         shard_size=shard_size,
         flips=flips,
-        rows_sha256=rows_hash(rows),
+        rows_sha256=rows.sha256(),
         made_with={
             "device": _device_name(next(tokenizer.parameters()).device),
             **{name: versions[name] for name in ("codegrid", "torch") if name in versions},
@@ -178,14 +203,25 @@ def _request(
     )
 
 
-def _check_same_images(hashes: list[str]) -> None:
-    if len(set(hashes)) > 1:
-        other = next(rank for rank, found in enumerate(hashes) if found != hashes[0])
-        raise InputError(
-            expected="the same images in every process",
-            got=f"other names or labels in process {other} than in process 0",
-            do="give all machines the same --data",
-        )
+def _load(folder: Path, fingerprint: str) -> VQVAE:
+    """The tokenizer with this fingerprint. Raises InputError if there is none, or another was saved meanwhile."""
+    tokenizer = load_tokenizer(folder)
+    found = read_info(folder, "tokenizer").fingerprint
+    check_same_tokenizer(fingerprint, found, f"{folder} read", "wait until its training has ended")
+    return tokenizer
+
+
+def _check_same_in_all(requests: Sequence[CodeManifest]) -> None:
+    """See that every process is about to write the same; only where the images lie may be its machine's affair."""
+    for name in (field.name for field in fields(CodeManifest) if field.name != "source"):
+        values = [getattr(request, name) for request in requests]
+        other = next((rank for rank, value in enumerate(values) if value != values[0]), None)
+        if other is not None:
+            raise InputError(
+                expected=f"the same {name.replace('_', ' ')} in every process",
+                got=f"{values[other]} in process {other}, {values[0]} in process 0",
+                do="give all machines the same tokenizer, images, devices and versions",
+            )
 
 
 def _device_name(device: torch.device) -> str:
@@ -195,3 +231,15 @@ def _device_name(device: torch.device) -> str:
 def _progress(split: str, team: Processes) -> "tqdm[Any]":
     share = f" (process {team.rank + 1} of {team.count})" if team.count > 1 else ""
     return tqdm(unit="image", desc=f"encoding {split}{share}", dynamic_ncols=True, disable=not team.leads, total=0)
+
+
+@contextmanager
+def _said_when_stopped(bar: "tqdm[Any]", team: Processes, *, force: bool) -> Iterator[None]:
+    """On Ctrl-C, say that nothing is lost."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if team.leads:
+            command = "the same command without --force" if force else "the same command"
+            bar.write(f"stopped; finished shards are kept, and {command} continues", file=sys.stderr)
+        raise

@@ -1,7 +1,7 @@
 """The settings of a training run: what was given, what the resumed run was started with, and the defaults."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -91,9 +91,14 @@ def recorded(settings: Any) -> dict[str, Any]:
 
 def _same(name: str, given: Any, before: Any) -> bool:
     """Whether two values of a setting mean the same; of paths, that both lead to one place."""
-    if name in PATHS and before is not None and not {given, before} & set(IMAGE_SOURCES):
-        given, before = (os.path.abspath(os.path.expanduser(path)) for path in (given, before))
+    if name in PATHS and before is not None and not any(value in IMAGE_SOURCES for value in (given, before)):
+        given, before = _places(given), _places(before)
     return bool(_plain(given) == _plain(before))
+
+
+def _places(paths: str | Sequence[str]) -> list[str]:
+    """One path or several, absolute."""
+    return [os.path.abspath(os.path.expanduser(path)) for path in ([paths] if isinstance(paths, str) else paths)]
 
 
 def _plain(value: Any) -> Any:

@@ -1,7 +1,7 @@
 """Stage two: train a gated PixelCNN on code grids."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -35,7 +35,7 @@ EVALUATION_BATCH = 256
 class PriorSettings:
     """What a user can choose about stage two; the rest of `PriorConfig` follows from the codes."""
 
-    codes: str | None = None  # folder of a code data set; None exports the tokenizer's own images first
+    codes: str | Sequence[str] | None = None  # folders of code data sets; None exports the tokenizer's own images first
     tokenizer: str | None = None  # folder of the tokenizer; needed to export, and to draw pictures
     steps: int = 2000
     batch_size: int = 32
@@ -177,7 +177,7 @@ def _open_codes(
     else:
         assert tokenizer is not None
         claim_run(run, saved)
-        codes = CodeDataset(_codes_of_own_images(tokenizer, run.out / "codes", saved, run.device))
+        codes = _whole(CodeDataset(_codes_of_own_images(tokenizer, run, saved)))
     if saved is not None:
         check_same_tokenizer(
             saved.tokenizer_fingerprint,
@@ -189,7 +189,7 @@ def _open_codes(
 
 
 def _whole(codes: CodeDataset) -> CodeDataset:
-    """`codes`, if they are all there and their labels are of their classes. Raises InputError."""
+    """`codes`, if there are any, all are there, and their labels are of their classes. Raises InputError."""
     manifest = codes.manifest
     if not manifest.complete:
         raise InputError(
@@ -197,6 +197,8 @@ def _whole(codes: CodeDataset) -> CodeDataset:
             got=f"{manifest.count:,}",
             do="run the export-codes that was interrupted once more: it goes on",
         )
+    if not len(codes):
+        raise InputError(expected=f"at least one grid in {codes.where}", got="none", do="export the codes of images")
     highest = max(int(shard.labels.max()) for shard in codes.shards())
     if manifest.class_names and highest >= len(manifest.class_names):
         raise InputError(
@@ -215,8 +217,11 @@ def _tokenizer_folder(settings: PriorSettings, default: Path) -> Path | None:
     return None
 
 
-def _codes_of_own_images(tokenizer: Path, out: Path, saved: CheckpointInfo | None, device: str) -> Path:
-    """The codes of the images that the tokenizer was trained on, exported into `out` unless they are there already."""
+def _codes_of_own_images(tokenizer: Path, run: RunFolder, saved: CheckpointInfo | None) -> Path:
+    """The codes of the images that the tokenizer was trained on, exported into the run unless they are there already.
+
+    An export that was interrupted goes on, or with --force starts anew.
+    """
     fingerprint = read_info(tokenizer, "tokenizer").fingerprint
     if saved is not None:
         check_same_tokenizer(
@@ -225,9 +230,12 @@ def _codes_of_own_images(tokenizer: Path, out: Path, saved: CheckpointInfo | Non
             f"a tokenizer in {tokenizer}",
             "train a new prior with another --out",
         )
-    begun = (out / MANIFEST).exists() and read_manifest(out).tokenizer_fingerprint == fingerprint
-    if not begun or not read_manifest(out).complete:
-        export_codes(tokenizer, out, device=device, force=not begun)
+    out = run.out / "codes"
+    found = read_manifest(out) if (out / MANIFEST).exists() else None
+    if found is None or found.tokenizer_fingerprint != fingerprint:
+        export_codes(tokenizer, out, device=run.device, force=True)
+    elif not found.complete:
+        export_codes(tokenizer, out, device=run.device, force=run.force)
     return out
 
 

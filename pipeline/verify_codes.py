@@ -1,18 +1,21 @@
 """Is a folder of codes what its manifest says? Every file is read."""
 
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from .checkpoint import check_same_tokenizer, read_info
 from .code_manifest import CARD, MANIFEST, CodeManifest, read_manifest
-from .code_shards import open_shard, read_names
+from .code_shards import map_npy, read_names
+from .code_writer import OUR_FILES
 from .errors import InputError
-from .files import sha256
 
 NAMED = 5  # problems in the one line of the error; all are printed
+READ_AT_ONCE = 2**20  # bytes
 
 
 def verify_codes(folder: Path, tokenizer_folder: Path | None = None) -> CodeManifest:
@@ -57,11 +60,12 @@ def _problems(folder: Path, manifest: CodeManifest) -> Iterator[str]:
         if not changed:  # a file whose bytes are wrong is reported once
             yield from _wrong_content(folder, entry, manifest)
     yield from _changed(folder, manifest.tables)
-    if manifest.complete and not (folder / CARD).exists():
+    if manifest.complete and manifest.shard_size is not None and not (folder / CARD).exists():
         yield f"{CARD} is missing"
-    for path in sorted(folder.iterdir()):
-        if path.name not in expected:
-            yield f"{path.name} is not of this data set"
+    for name in sorted(path.name for path in folder.iterdir()):
+        coming = not manifest.complete and OUR_FILES.fullmatch(name.removesuffix(".new"))
+        if name not in expected and not coming:
+            yield f"{name.encode('utf-8', 'replace').decode()} is not of this data set"
 
 
 def _gaps(manifest: CodeManifest, shard_size: int) -> Iterator[str]:
@@ -75,35 +79,58 @@ def _gaps(manifest: CodeManifest, shard_size: int) -> Iterator[str]:
             yield f"shard {index} starts at row {start} in place of {index * shard_size}"
 
 
-def _changed(folder: Path, files: dict[str, str]) -> Iterator[str]:
+def _changed(folder: Path, files: Mapping[str, str]) -> Iterator[str]:
     for name, digest in files.items():
         try:
-            data = (folder / name).read_bytes()
+            found, size = _hash_and_size(folder / name)
         except FileNotFoundError:
             yield f"{name} is missing"
         except OSError as error:
             yield f"{name} cannot be read ({error.strerror or error})"
         else:
-            if sha256(data) != digest:
-                yield f"{name} has other bytes than when it was written ({len(data):,} bytes, another SHA-256)"
+            if found != digest:
+                yield f"{name} has other bytes than when it was written ({size:,} bytes, another SHA-256)"
 
 
-def _wrong_content(folder: Path, entry: dict[str, dict[str, str]], manifest: CodeManifest) -> Iterator[str]:
+def _hash_and_size(path: Path) -> tuple[str, int]:
+    """SHA-256 and bytes of a file, which may be larger than the memory."""
+    digest, size = hashlib.sha256(), 0
+    with open(path, "rb") as file:
+        while part := file.read(READ_AT_ONCE):
+            digest.update(part)
+            size += len(part)
+    return digest.hexdigest(), size
+
+
+def _wrong_content(folder: Path, entry: Mapping[str, Any], manifest: CodeManifest) -> Iterator[str]:
     """What the right bytes say that cannot be: then the export itself, or the manifest, was wrong."""
-    codes_file, labels_file, names_file = entry["files"]
-    try:
-        shard = open_shard(folder, entry, manifest)
-        names = read_names(shard.names_file)
-    except InputError as error:
-        yield f"{codes_file}: {error}"
-        return
-    if not 0 <= shard.codes.min() <= shard.codes.max() < manifest.num_codes:
-        row = int(np.argmax((shard.codes < 0) | (shard.codes >= manifest.num_codes)) // np.prod(manifest.grid))
-        found = f"{shard.codes.min()} to {shard.codes.max()}, first in row {row}"
-        yield f"{codes_file} holds codes from {found}, where 0 to {manifest.num_codes - 1} is possible"
-    highest = max(len(manifest.class_names), 0) - 1
-    if shard.labels.min() < -1 or shard.labels.max() > highest:
-        found = f"{shard.labels.min()} to {shard.labels.max()}"
-        yield f"{labels_file} holds labels from {found}, where -1 to {highest} is possible"
-    if len(names) != len(shard.labels):
-        yield f"{names_file} holds {len(names)} names for {len(shard.labels)} grids"
+    for name, check in zip(entry["files"], (_wrong_codes, _wrong_labels, _wrong_names), strict=True):
+        try:
+            problem = check(folder / name, int(entry["count"]), manifest)
+        except InputError as error:
+            problem = f"is {error.got}, in place of {error.expected}"
+        if problem is not None:
+            yield f"{name} {problem}"
+
+
+def _wrong_codes(path: Path, count: int, manifest: CodeManifest) -> str | None:
+    codes = map_npy(path, (count, *manifest.grid), np.dtype(manifest.dtype))
+    lowest, highest = codes.min(), codes.max()
+    if 0 <= lowest <= highest < manifest.num_codes:
+        return None
+    row = int(np.argmax((codes < 0) | (codes >= manifest.num_codes)) // np.prod(manifest.grid))
+    possible = manifest.num_codes - 1
+    return f"holds codes from {lowest} to {highest}, where 0 to {possible} is possible; first in row {row} of the file"
+
+
+def _wrong_labels(path: Path, count: int, manifest: CodeManifest) -> str | None:
+    labels = map_npy(path, (count,), np.dtype(np.int64))
+    possible = len(manifest.class_names) - 1
+    if -1 <= labels.min() <= labels.max() <= possible:
+        return None
+    return f"holds labels from {labels.min()} to {labels.max()}, where -1 to {possible} is possible"
+
+
+def _wrong_names(path: Path, count: int, manifest: CodeManifest) -> str | None:
+    names = read_names(path)
+    return f"holds {len(names)} names for {count} grids" if len(names) != count else None

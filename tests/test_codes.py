@@ -1,18 +1,15 @@
-"""Code data sets: every grid is its own image's, with its label and name, in any shard, and numpy reads it alone."""
+"""Exporting codes: every grid is its own image's, with its label and name, in any shard, and numpy reads it alone."""
 
 import hashlib
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader
 
 from pipeline.checkpoint import load_tokenizer
-from pipeline.code_manifest import CodeManifest, code_dtype, read_manifest, write_manifest
-from pipeline.code_shards import write_shard
+from pipeline.code_manifest import code_dtype
 from pipeline.codes import CodeDataset
 from pipeline.errors import InputError
 from pipeline.export import export_codes
@@ -39,34 +36,6 @@ from .support import (
 def tokenizer(tmp_path: Path, grey_folder: Path) -> Path:
     save_tokenizer(tmp_path / "tokenizer", brightness_tokenizer(), grey_folder)
     return tmp_path / "tokenizer"
-
-
-def written(folder: Path, shards: list[np.ndarray], num_codes: int = 16) -> CodeDataset:
-    """A data set of these grids; the label of row i is i, its name "i"."""
-    counts = np.cumsum([0, *map(len, shards)])
-    entries = []
-    for i, codes in enumerate(shards):
-        rows = np.arange(counts[i], counts[i + 1])
-        entries.append(write_shard(folder, i, codes, rows, [str(row) for row in rows]))
-    manifest = CodeManifest(
-        count=int(counts[-1]),
-        num_codes=num_codes,
-        grid=(shards[0].shape[1], shards[0].shape[2]),
-        dtype=shards[0].dtype.name,
-        class_names=[],
-        split="train",
-        source="nowhere",
-        image={"height": 8, "width": 12, "channels": 1},
-        tokenizer_fingerprint="0" * 64,
-        shards=entries,
-    )
-    write_manifest(folder, manifest)
-    return CodeDataset(folder)
-
-
-def random_shards(*counts: int, seed: int = 0) -> list[np.ndarray]:
-    random = np.random.default_rng(seed)
-    return [random.integers(0, LEVELS, (count, *GRID)).astype(np.uint8) for count in counts]
 
 
 # From images to codes
@@ -200,101 +169,7 @@ def test_numpy_reads_it_without_us(trained: Trained) -> None:
     np.testing.assert_array_equal(np.concatenate(labels), dataset.labels)
 
 
-@pytest.mark.parametrize("counts", [(1,), (3, 1, 4), (2, 2, 2)])
-def test_items_batches_and_the_arrays_agree(tmp_path: Path, counts: tuple[int, ...]) -> None:
-    shards = random_shards(*counts)
-    dataset, expected = written(tmp_path, shards), np.concatenate(shards)
-    assert len(dataset) == len(expected) == dataset.manifest.count
-    for i in range(-len(expected), len(expected)):
-        codes, label = dataset[i]
-        assert codes.dtype == torch.int64
-        assert isinstance(label, int)
-        np.testing.assert_array_equal(codes, expected[i])
-        assert label == i % len(expected)
-    indices = np.random.default_rng(0).integers(0, len(expected), 20)  # out of order, and more than once
-    codes, labels = dataset.batch(indices)
-    assert codes.dtype == labels.dtype == torch.int64
-    np.testing.assert_array_equal(codes, expected[indices])
-    np.testing.assert_array_equal(labels, indices)
-    assert list(dataset.names()) == [str(i) for i in range(len(expected))]
-
-
-def test_a_batch_counts_from_the_end_as_an_item_does(tmp_path: Path) -> None:
-    dataset = written(tmp_path, random_shards(3, 1, 4))
-    np.testing.assert_array_equal(dataset.batch(np.array([-1, -8, 3]))[1], [7, 0, 3])
-    for outside in (-9, 8):
-        with pytest.raises(IndexError):
-            dataset.batch(np.array([0, outside]))
-
-
-def test_an_index_out_of_range(tmp_path: Path) -> None:
-    dataset = written(tmp_path, random_shards(3, 2))
-    for index in (5, -6, 100):
-        with pytest.raises(IndexError):
-            dataset[index]
-    with pytest.raises(IndexError):
-        dataset.batch(np.array([0, 5]))
-
-
-def test_an_item_is_a_copy(tmp_path: Path) -> None:
-    dataset = written(tmp_path, random_shards(2))
-    first = dataset[0][0].clone()
-    dataset[0][0].fill_(9)
-    dataset.batch(np.array([0]))[0].fill_(9)
-    assert torch.equal(dataset[0][0], first)
-
-
-def test_a_loader_of_torch_takes_it(tmp_path: Path) -> None:
-    dataset = written(tmp_path, random_shards(3, 4))
-    batches = list(DataLoader(dataset, batch_size=3))
-    assert [len(labels) for _, labels in batches] == [3, 3, 1]
-    assert torch.cat([labels for _, labels in batches]).tolist() == list(range(7))
-    assert torch.equal(torch.cat([codes for codes, _ in batches]), dataset.batch(np.arange(7))[0])
-
-
 # What is refused
-
-
-def test_no_data_set_or_an_unfinished_one(tmp_path: Path) -> None:
-    for folder in (tmp_path, tmp_path / "nosuch"):
-        with pytest.raises(InputError, match=r"expected a code data set in .*, got no manifest.json; make one with"):
-            CodeDataset(folder)
-    written(tmp_path, random_shards(2))
-    (tmp_path / "manifest.json").unlink()  # it is written last
-    with pytest.raises(InputError, match=r"got no manifest.json"):
-        CodeDataset(tmp_path)
-
-
-@pytest.mark.parametrize("content", [b"", b"{}", b"null", b"[]", b'{"grid": [2, 3], "count": 1}', b'{"grid": 3}'])
-def test_a_manifest_that_is_not_ours(tmp_path: Path, content: bytes) -> None:
-    (tmp_path / "manifest.json").write_bytes(content)
-    with pytest.raises(InputError, match="export the codes again"):
-        CodeDataset(tmp_path)
-
-
-def test_another_format_version(tmp_path: Path) -> None:
-    write_manifest(tmp_path, replace(written(tmp_path, random_shards(2)).manifest, format_version=2))
-    with pytest.raises(InputError, match=r"expected format version 1 .*, got 2;"):
-        read_manifest(tmp_path)
-
-
-@pytest.mark.parametrize("name", ["codes-00001.npy", "labels-00000.npy"])
-@pytest.mark.parametrize("harm", ["missing", "empty", "cut short", "text", "another shape", "pickled"])
-def test_a_missing_or_corrupt_shard(tmp_path: Path, name: str, harm: str) -> None:
-    written(tmp_path, random_shards(3, 2))
-    path = tmp_path / name
-    if harm == "missing":
-        path.unlink()
-    elif harm == "another shape":
-        np.save(path, np.zeros((3, 6, 4), dtype=np.uint8))
-    elif harm == "pickled":
-        np.save(path, np.array([{}], dtype=object), allow_pickle=True)
-    else:
-        whole = path.read_bytes()
-        path.write_bytes({"empty": b"", "cut short": whole[:-1], "text": b"no array"}[harm])
-    with pytest.raises(InputError, match=f"{name}.*; export the codes again") as error:
-        CodeDataset(tmp_path)
-    assert "\n" not in str(error.value)
 
 
 def test_codes_of_another_tokenizer(tmp_path: Path, tokenizer: Path, grey_folder: Path) -> None:

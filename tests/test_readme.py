@@ -65,7 +65,8 @@ def test_the_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     tokenizer, prior = Path("checkpoints/tokenizer"), Path("checkpoints/prior")
     fingerprint = save_tokenizer(tokenizer, brightness_tokenizer(), images, CLASS_NAMES).fingerprint
     save_prior(prior, tiny_prior(num_classes=len(CLASS_NAMES)), fingerprint, CLASS_NAMES)
-    export_codes(tokenizer, prior / "codes", device="cpu")
+    for folder in (prior / "codes", Path("codes/train")):
+        export_codes(tokenizer, folder, device="cpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     namespace: dict[str, object] = {}
     for number, block in enumerate(PYTHON):

@@ -1,0 +1,194 @@
+"""Blocks: the bytes of a plain loop over padded blocks, however the work is cut, and nothing left changed."""
+
+import ctypes
+import itertools
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pipeline.blocks import BLOCK, in_blocks
+
+SHAPE = (3, 6, 10)
+COUNTS = [0, 1, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK + 8]
+
+
+@pytest.fixture(params=[1, 2, 5])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 5, 4, stride=2)).eval()
+
+
+def items_of(count: int) -> Tensor:
+    return torch.rand(count, *SHAPE, generator=torch.Generator().manual_seed(count))
+
+
+def where_it_is(block: Tensor) -> Tensor:
+    """What a network must not be: each item with its place in the block, and the size of the block."""
+    return block.sum(dim=(1, 2, 3)) + torch.arange(len(block)) * 1000 + len(block)
+
+
+def plainly(compute: nn.Module, items: Tensor) -> Tensor:
+    """The oracle: block after block, each filled up with zeros, on one thread."""
+    threads, found = torch.get_num_threads(), []
+    torch.set_num_threads(1)
+    with torch.no_grad():
+        for start in range(0, len(items), BLOCK):
+            some = items[start : start + BLOCK]
+            block = torch.zeros(BLOCK, *SHAPE)
+            block[: len(some)] = some
+            found.append(compute(block)[: len(some)])
+    torch.set_num_threads(threads)
+    return torch.cat(found)
+
+
+@pytest.mark.parametrize("batch_size", [1, BLOCK, BLOCK + 1, 1000])
+@pytest.mark.parametrize("count", COUNTS)
+def test_the_bytes_are_those_of_a_plain_loop(count: int, batch_size: int, threads: int, model: nn.Module) -> None:
+    items = items_of(count)
+    for compute in (model, where_it_is):
+        found = list(in_blocks(model, compute, lambda a, b: items[a:b], count, batch_size=batch_size))
+        assert len(found) == -(-count // (-(-batch_size // BLOCK) * BLOCK))
+        if count:
+            assert torch.equal(torch.cat(found), plainly(compute, items))
+
+
+def test_the_network_sees_whole_blocks_on_one_thread_without_gradients(threads: int, model: nn.Module) -> None:
+    """Of OpenMP's threads too, which a new thread of ours would have all of."""
+    omp = _openmp()
+    model.train()
+    seen: list[tuple[object, ...]] = []
+
+    def compute(block: Tensor) -> Tensor:
+        omp_threads = omp.omp_get_max_threads() if omp else 1  # asked before torch is, which would set it
+        cudnn = torch.backends.cudnn
+        exact = not cudnn.allow_tf32 and not cudnn.benchmark and torch.get_float32_matmul_precision() == "highest"
+        seen.append((len(block), omp_threads, torch.is_grad_enabled(), model.training, exact, block.dtype))
+        return model(block)
+
+    list(in_blocks(model, compute, lambda a, b: items_of(b - a), 5 * BLOCK + 1, batch_size=1))
+    assert seen == [(BLOCK, 1, False, False, True, torch.float32)] * 6
+
+
+def _openmp() -> ctypes.CDLL | None:
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        return None
+    loaded = [line.split(maxsplit=5)[5].strip() for line in maps.read_text().splitlines() if "omp" in line]
+    libraries = [
+        ctypes.CDLL(path) for path in dict.fromkeys(loaded) if Path(path).name.startswith(("libgomp", "libomp"))
+    ]
+    return libraries[0] if len(libraries) == 1 else None
+
+
+def test_the_order_is_kept_though_the_second_batch_is_done_first(model: nn.Module) -> None:
+    before, second_is_done = torch.get_num_threads(), threading.Event()
+    torch.set_num_threads(2)
+
+    def load(start: int, stop: int) -> Tensor:
+        if start == 0:
+            assert second_is_done.wait(30)
+        return torch.arange(start, stop)[:, None]
+
+    def compute(block: Tensor) -> Tensor:
+        if block[0] == BLOCK:
+            second_is_done.set()
+        return block
+
+    found = torch.cat(list(in_blocks(model, compute, load, 5 * BLOCK - 3)))
+    torch.set_num_threads(before)
+    assert found[:, 0].tolist() == list(range(5 * BLOCK - 3))
+
+
+def test_no_more_is_loaded_than_is_soon_asked_for(model: nn.Module) -> None:
+    loaded = []
+
+    def load(start: int, stop: int) -> Tensor:
+        loaded.append(start)
+        return items_of(stop - start)
+
+    batches = in_blocks(model, model, load, 100 * BLOCK)
+    assert loaded == []
+    next(batches)
+    batches.close()  # type: ignore[attr-defined]
+    assert 1 <= len(loaded) <= 2 * torch.get_num_threads() + 1
+
+
+# What is left behind
+
+
+def _state(model: nn.Module) -> tuple[object, ...]:
+    cudnn = torch.backends.cudnn
+    flags = (cudnn.enabled, cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32)
+    return torch.get_num_threads(), model.training, torch.is_grad_enabled(), flags, torch.get_float32_matmul_precision()
+
+
+@pytest.fixture
+def unusual() -> Iterator[None]:
+    """Settings that `in_blocks` has to change."""
+    torch.set_float32_matmul_precision("high")
+    with torch.backends.cudnn.flags(enabled=True, benchmark=True, deterministic=False, allow_tf32=True):
+        yield
+    torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.usefixtures("unusual")
+@pytest.mark.parametrize("end", ["exhausted", "load fails", "compute fails", "abandoned", "the caller fails"])
+@pytest.mark.parametrize("training", [True, False])
+def test_every_setting_is_as_before(end: str, training: bool, threads: int, model: nn.Module) -> None:
+    model.train(training)
+    before = _state(model)
+    calls = itertools.count()
+
+    def fails(what: str) -> None:
+        if end == f"{what} fails" and next(calls) == 2:
+            raise ZeroDivisionError(what)
+
+    def load(start: int, stop: int) -> Tensor:
+        fails("load")
+        return items_of(stop - start)
+
+    def compute(block: Tensor) -> Tensor:
+        fails("compute")
+        return model(block)
+
+    def use() -> None:
+        batches = in_blocks(model, compute, load, 40 * BLOCK)
+        for _ in batches:
+            if end == "abandoned":
+                return
+            if end == "the caller fails":
+                raise ZeroDivisionError("caller")
+
+    if end.endswith("fails"):
+        with pytest.raises(ZeroDivisionError, match=end.split()[-2]):
+            use()
+    else:
+        use()
+    assert _state(model) == before
+    if end.endswith("fails") and not end.startswith("the"):
+        assert next(calls) < 40  # the rest is not done any more
+    in_new_thread: list[int] = []
+    thread = threading.Thread(target=lambda: in_new_thread.append(torch.get_num_threads()))
+    thread.start()
+    thread.join()
+    assert in_new_thread == [threads]
+
+
+def test_two_at_a_time_leave_the_number_of_threads(threads: int, model: nn.Module) -> None:
+    items = items_of(3 * BLOCK)
+    several = (in_blocks(model, model, lambda a, b: items[a:b], len(items)) for _ in range(2))
+    for one, other in zip(*several, strict=True):
+        assert torch.equal(one, other)
+    assert torch.get_num_threads() == threads

@@ -1,0 +1,22 @@
+"""Which images are set aside, against the definition, name by name (`test_sources.py` has the rest)."""
+
+import hashlib
+import unicodedata
+
+import numpy as np
+import pytest
+
+from pipeline.splits import by_hash
+
+
+@pytest.mark.parametrize("salt", ["validation", "test"])
+def test_a_name_is_chosen_when_its_hash_is_low(salt: str) -> None:
+    """Names in any script, that are no Unicode, in two normal forms, with the separators of two systems."""
+    patterns = ("class/{}.png", "cl\\a/{}", "été {}", "e\u0301te\u0301 {}", "日本/{}", "\udce9{}", "{}\0")
+    names = [pattern.format(i) for i in range(200) for pattern in patterns]
+    expected = []
+    for name in names:
+        text = f"{salt}/" + unicodedata.normalize("NFC", name.replace("\\", "/"))
+        digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+        expected.append(int(digest[:16], 16) / 2**64 < 0.3)
+    np.testing.assert_array_equal(by_hash(iter(names), 0.3, salt), expected)
