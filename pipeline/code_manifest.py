@@ -43,7 +43,7 @@ class CodeManifest:
     total: int | None = None  # grids when all is written; None means `count`
     shard_size: int | None = None  # grids a shard, but for the last one
     flips: bool = False  # whether the second half of the rows is mirrored
-    rows_sha256: str = ""  # of the names and labels of all rows
+    rows_sha256: str = ""  # of the names, labels and pixels of all images
     made_with: dict[str, str] = field(default_factory=dict)  # the device and the versions that decide a rounding
     statistics: dict[str, float] = field(default_factory=dict)  # of all codes: codes_used, perplexity, entropy in bits
     tables: dict[str, str] = field(default_factory=dict)  # {file name: SHA-256} of copies in other formats

@@ -55,7 +55,7 @@ def test_an_option_in_a_table_is_one_that_the_command_has(line: str) -> None:
 def test_an_option_anywhere_is_one_that_some_command_has() -> None:
     known = {option for command in cli.cli.commands.values() for p in command.params for option in p.opts}
     named = {word for line in INLINE for word in re.findall(r"(?<!\S)--[a-z][a-z-]*", line)}
-    assert named <= known | {"--help", "--debug", "--version"}
+    assert named <= known | {"--help", "--debug", "--version", "--nproc-per-node"}  # the last is torchrun's
 
 
 def test_the_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
