@@ -14,7 +14,7 @@ from einops import reduce
 from PIL import Image
 from torch import Tensor
 
-from prior.sampling import UNKNOWN
+from prior.raster import UNKNOWN
 from tokenizer import VQVAE
 
 from .errors import InputError

@@ -10,7 +10,7 @@ from einops import repeat
 from torch import Tensor
 from tqdm import tqdm
 
-from prior.sampling import check_choice
+from prior import SamplingParameters
 
 from .code_shards import npy_bytes
 from .completion import HALVES, half_mask, hidden, mask_from_file
@@ -40,7 +40,7 @@ class SampleOptions:
     def __post_init__(self) -> None:
         if self.n < 1:
             raise ValueError(f"n: expected at least 1 image, got {self.n}")
-        check_choice(self.temperature, self.top_k, self.top_p)
+        SamplingParameters(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p)
 
     def choice(self) -> dict[str, Any]:
         """What `ImagePipeline` calls these."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from prior import GatedPixelCNN, complete_codes, sample_codes
-from prior.sampling import sample_numbers
+from prior.uniforms import draw_seed, seeded_generator, uniforms
 from tokenizer import VQVAE
 
 from .checkpoint import CheckpointInfo, check_same_tokenizer, load_prior, load_tokenizer, read_info
@@ -109,7 +109,7 @@ class ImagePipeline:
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
-            generator=_generator(seed),
+            generator=seeded_generator(seed),
             first=first,
             on_row=on_row,
         )
@@ -161,7 +161,7 @@ class ImagePipeline:
             )
         floats = (to_float(images) if images.dtype == torch.uint8 else images.float()).cpu()
         keep = keep_mask.bool().cpu().expand(count, *shape[1:])
-        generator = _generator(seed)
+        generator = seeded_generator(seed)
         device = next(self.tokenizer.parameters()).device
         known = known_codes(self.tokenizer, floats.to(device), keep.to(device))
         chosen = None if labels is None else self.labels_for(count, labels)
@@ -228,15 +228,6 @@ class ImagePipeline:
 
 def open_labels(count: int, candidates: int, num_classes: int, generator: torch.Generator) -> Tensor:
     """A label for each candidate, [n,m]: spread over the classes, each as likely as the others."""
-    seed = int(torch.randint(2**62, (1,), generator=generator))
-    offset = sample_numbers(seed, count, (1, 1))[0]  # of each image its own, however many there are
+    seed = draw_seed(generator)
+    offset = uniforms(range(seed, seed + count), 1)[:, 0]  # of each image its own, however many there are
     return ((torch.arange(candidates) + offset[:, None]) * num_classes / candidates).long().clamp_max(num_classes - 1)
-
-
-def _generator(seed: int | None) -> torch.Generator:
-    """A source of randomness from a seed, or from one that nobody knows."""
-    generator = torch.Generator()
-    if seed is None:
-        generator.seed()
-        return generator
-    return generator.manual_seed(seed)

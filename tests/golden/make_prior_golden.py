@@ -10,15 +10,13 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from einops import rearrange
 from safetensors.torch import save_file
 from torch import Tensor
 
 from prior import GatedPixelCNN, sample_codes
 from prior.objective import grid_bits
-from prior.sampling import sample_numbers
 
-from ..prior.oracles import generator, stream_seed, tiny_prior
+from ..prior.oracles import generator, stream_of, tiny_prior
 
 FOLDER = Path(__file__).parent
 GRID = (4, 6)
@@ -42,7 +40,7 @@ def answers(prior: GatedPixelCNN, codes: Tensor, labels: Tensor, known: Tensor) 
     return {
         "logits": logits,
         "bits": grid_bits(logits, codes),
-        "numbers": rearrange(sample_numbers(stream_seed(SEED), 3, GRID), "(h w) n -> n h w", w=GRID[1]),
+        "numbers": stream_of(SEED, 3, GRID),
         "drawn": draw(),
         "drawn_greedy": draw(temperature=0),
         "drawn_cut": draw(temperature=1.5, top_k=4, top_p=0.8),

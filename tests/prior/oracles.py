@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from prior import GatedPixelCNN, PriorConfig
 from prior.objective import grid_bits
-from prior.sampling import sample_numbers
+from prior.uniforms import draw_seed, uniforms
 
 Grid = tuple[int, int]
 
@@ -128,7 +128,7 @@ def sample_slowly(
     **choice: Any,
 ) -> Tensor:
     """`sample_codes` with the whole network run on the whole grid at every position, and nothing remembered."""
-    numbers = sample_numbers(stream_seed(seed), num_samples, grid)
+    numbers = stream_of(seed, num_samples, grid)
     unknown = torch.full((num_samples, *grid), -1) if known is None else known
     codes = torch.zeros(num_samples, *grid, dtype=torch.long)
     for row in range(grid[0]):
@@ -137,7 +137,7 @@ def sample_slowly(
             for sample in range(num_samples):
                 code = int(unknown[sample, row, column])
                 if code == -1:
-                    number = float(numbers[row * grid[1] + column, sample])
+                    number = float(numbers[sample, row, column])
                     code = choose_slowly(logits[sample, :, row, column].tolist(), number, **choice)
                 codes[sample, row, column] = code
     return codes
@@ -172,9 +172,10 @@ def chi_square_tail(counts: Sequence[int], probabilities: Sequence[float]) -> fl
     return math.exp(-x / 2) * sum((x / 2) ** i / math.factorial(i) for i in range(degrees // 2))
 
 
-def stream_seed(seed: int) -> int:
-    """What `sample_codes` and `complete_codes` hand to `sample_numbers`, given `generator(seed)`."""
-    return int(torch.randint(2**62, (1,), generator=generator(seed)))
+def stream_of(seed: int, num_samples: int, grid: Grid) -> Tensor:
+    """The numbers [n,H,W] that `sample_codes` draws by, given `generator(seed)`."""
+    first = draw_seed(generator(seed))
+    return uniforms(range(first, first + num_samples), math.prod(grid)).view(num_samples, *grid)
 
 
 def generator(seed: int = 0) -> torch.Generator:

@@ -1,15 +1,18 @@
 """Completion against the exact conditional distribution, by enumerating every grid; and what resampling promises."""
 
 import math
+import random
+from bisect import bisect_right
 from collections.abc import Callable
+from itertools import accumulate, product
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from prior import GatedPixelCNN, complete_codes, sample_codes
-from prior.completion import known_after_unknown, resample
+from prior import GatedPixelCNN, complete_codes, raster, sample_codes
+from prior.completion import known_after_unknown
 
 from .oracles import Grid, all_grids, chi_square_tail, count, generator, tiny_prior
 
@@ -62,6 +65,100 @@ def test_candidates_bring_the_draws_to_the_exact_conditional(
         assert codes.min() >= 0
 
 
+@torch.no_grad()
+def law_of_the_filter(prior: GatedPixelCNN, known: Tensor, num_particles: int) -> Tensor:
+    """The probability of every grid when, of m grids drawn independently, one is chosen by its weight, by enumeration.
+
+    It holds where nothing is weighed after a resampling, for systematic resampling alone changes no probability. A
+    weight is the probability of the known codes given what is before them.
+    """
+    grid = (known.shape[0], known.shape[1])
+    everything, joint = all_grids(prior, grid)
+    fits = ((everything == known) | (known == -1)).flatten(1).all(dim=1)
+    logits = prior(everything)
+    each = logits.log_softmax(dim=1).gather(1, everything[:, None])[:, 0]  # log p of each code
+    weights = torch.where(known == -1, 0.0, each).flatten(1).sum(dim=1).exp()
+    drawn = torch.where(known == -1, each, 0.0).flatten(1).sum(dim=1).exp() * fits
+    law = torch.zeros(len(joint), dtype=torch.float64)
+    possible = torch.nonzero(fits)[:, 0].tolist()
+    for particles in product(possible, repeat=num_particles):
+        chance, total = drawn[list(particles)].prod(), weights[list(particles)].sum()
+        for particle in particles:
+            law[particle] += chance * weights[particle] / total
+    return law
+
+
+@pytest.mark.parametrize("num_particles", [2, 3, 4])
+@pytest.mark.parametrize(("grid", "place"), [((1, 2), (0, 1)), ((2, 1), (1, 0)), ((3, 1), (1, 0))])
+def test_few_particles_have_the_law_that_enumeration_gives(
+    grid: Grid, place: tuple[int, int], num_particles: int
+) -> None:
+    """The hard middle: the bias of m particles is what it must be, and not that of dependent random numbers.
+
+    On the last grid a row follows the known code, so that particles are resampled before it.
+    """
+    prior = tiny_prior(num_codes=3, seed=7)
+    known = marked(grid, {place: 1})
+    law = law_of_the_filter(prior, known, num_particles)
+    drawn = complete_codes(prior, known.expand(8000, *grid), candidates=num_particles, generator=generator(5))
+    counts = torch.tensor(count(drawn, 3))
+    possible = law > 0
+    assert int(counts[~possible].sum()) == 0
+    assert math.isclose(float(law.sum()), 1)
+    assert chi_square_tail(counts[possible].tolist(), law[possible].tolist()) > SURE
+    share, _ = conditional(prior, known)
+    assert distance(drawn, law) < 0.03
+    if num_particles == 2:
+        assert float((law - share).abs().sum() / 2) > 0.04  # so that the exact conditional is not taken for the law
+
+
+def filtered_slowly(prior: GatedPixelCNN, known: Tensor, num_particles: int, random: random.Random) -> list[list[int]]:
+    """One completion by a particle filter in plain steps, with random numbers of its own."""
+    height, width = known.shape
+    particles, weights = [known.clamp_min(0).tolist() for _ in range(num_particles)], [1.0] * num_particles
+    for row in range(height):
+        shares = [weight / sum(weights) for weight in weights]
+        if row > 0 and 1 / sum(share**2 for share in shares) < num_particles / 2:
+            places, offset = list(accumulate(shares)), random.random()
+            chosen = [bisect_right(places, (i + offset) / num_particles) for i in range(num_particles)]
+            particles = [[list(codes) for codes in particles[min(i, num_particles - 1)]] for i in chosen]
+            weights = [1.0] * num_particles
+        for column in range(width):
+            logits = prior(torch.tensor(particles))[:, :, row, column].double().softmax(dim=1).tolist()
+            for i, shares in enumerate(logits):
+                code = int(known[row, column])
+                if code == -1:
+                    particles[i][row][column] = random.choices(range(len(shares)), shares)[0]
+                else:
+                    weights[i] *= shares[code]
+    return random.choices(particles, weights)[0]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("num_particles", [2, 4])
+def test_weights_of_several_rows_agree_with_a_slow_filter(num_particles: int) -> None:
+    """Known codes in two rows, the second after a resampling: two samples of the same law, as far as 1500 can tell."""
+    prior = tiny_prior(num_codes=3, seed=7)
+    known = marked((3, 2), {(0, 1): 1, (1, 1): 2})
+    source = random.Random(0)
+    slow = torch.tensor([filtered_slowly(prior, known, num_particles, source) for _ in range(1500)])
+    fast = complete_codes(prior, known.expand(6000, 3, 2), candidates=num_particles, generator=generator(1))
+    for places in ([(0, 0), (1, 0)], [(1, 0), (2, 0)], [(2, 0), (2, 1)]):
+        one, other = (
+            torch.bincount(3 * drawn[:, places[0][0], places[0][1]] + drawn[:, places[1][0], places[1][1]], minlength=9)
+            for drawn in (slow, fast)
+        )
+        assert two_sample_tail(one.tolist(), other.tolist()) > SURE
+
+
+def two_sample_tail(one: list[int], other: list[int]) -> float:
+    """How probable it is that two samples of one law differ this much or more: the tail of chi-square, 8 degrees."""
+    assert len(one) == len(other) == 9
+    a, b = sum(one), sum(other)
+    x = sum((i * (b / a) ** 0.5 - j * (a / b) ** 0.5) ** 2 / (i + j) for i, j in zip(one, other, strict=True) if i + j)
+    return math.exp(-x / 2) * sum((x / 2) ** i / math.factorial(i) for i in range(4))
+
+
 @pytest.mark.parametrize("grid", [(2, 3), (3, 2)])
 def test_what_is_known_first_is_kept_and_the_rest_drawn_as_sampling_draws_it(grid: Grid) -> None:
     """The same codes, at the cost of one candidate, also where nothing or all is known."""
@@ -77,13 +174,13 @@ def test_what_is_known_first_is_kept_and_the_rest_drawn_as_sampling_draws_it(gri
 
 def test_one_candidate_is_used_where_all_known_codes_come_first(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = []
-    network = complete_codes.__globals__["IncrementalPrior"]
+    network = raster.IncrementalPrior
 
     def spy(prior: GatedPixelCNN, num_samples: int, *more: Any) -> Any:
         sizes.append(num_samples)
         return network(prior, num_samples, *more)
 
-    monkeypatch.setitem(complete_codes.__globals__, "IncrementalPrior", spy)
+    monkeypatch.setattr(raster, "IncrementalPrior", spy)
     known = torch.full((3, 2, 2), -1)
     known[:, 0] = 1
     complete_codes(tiny_prior(), known, candidates=7)
@@ -235,60 +332,6 @@ def test_a_prior_without_classes_refuses_labels() -> None:
     for labels in (torch.zeros(2).long(), torch.zeros(2, 5).long()):
         with pytest.raises(ValueError, match="without labels"):
             complete_codes(tiny_prior(), KNOWN, candidates=5, labels=labels)
-
-
-# Resampling
-
-
-def survivors_of(weights: list[float], luck: float) -> list[int]:
-    """How many copies of each candidate survive."""
-    log_weights = torch.tensor([weights], dtype=torch.float64).log()
-    survivors, left = resample(log_weights, torch.tensor([luck], dtype=torch.float64))
-    assert left.tolist() == [[0] * len(weights)]
-    return survivors.bincount(minlength=len(weights)).tolist()
-
-
-@pytest.mark.parametrize("weights", [[0.05, 0.75, 0.1, 0.1, 0, 0], [0, 0, 0, 0, 0, 1], [1e-9, 0.0, 0.3, 0.7, 0, 0]])
-def test_copies_of_a_candidate_are_its_share_rounded_up_or_down(weights: list[float]) -> None:
-    """Systematic resampling: floor or ceil, whatever the luck, and the share itself in the mean over all luck."""
-    steps = [(i + 0.5) / 1000 for i in range(1000)]
-    counts = torch.tensor([survivors_of(weights, luck) for luck in (0.0, *steps, 1 - 2.0**-40)])
-    shares = 6 * torch.tensor(weights, dtype=torch.float64) / sum(weights)
-    assert (counts >= shares.floor()).all()
-    assert (counts <= shares.ceil()).all()
-    assert (counts.sum(dim=1) == 6).all()
-    torch.testing.assert_close(counts[1:-1].double().mean(dim=0), shares, rtol=0, atol=2e-3)
-
-
-def test_a_candidate_without_weight_never_survives() -> None:
-    for impossible in ([0, 1, 2], [3, 4, 5], [0, 5], [1, 2, 4]):
-        weights = [0.0 if i in impossible else 0.01 for i in range(6)]
-        weights[next(i for i in range(6) if i not in impossible)] = 3.0
-        for luck in (0.0, 1e-12, 0.5, 1 - 2.0**-40):
-            copies = survivors_of(weights, luck)
-            assert [copies[i] for i in impossible] == [0] * len(impossible)
-
-
-def test_only_grids_with_uneven_weights_are_resampled() -> None:
-    """Their effective number of candidates falls below half; other grids keep their candidates and their weights."""
-    weights = torch.tensor(
-        [[0.2, 0.3, 0.25, 0.25], [0.97, 0.01, 0.01, 0.01], [1, 1, 1, 1], [0.5, 0.5, 0, 0], [0.6, 0.4, 0, 0]]
-    )
-    log_weights = weights.double().log()
-    survivors, left = resample(log_weights, torch.full((5,), 0.3, dtype=torch.float64))
-    assert survivors.view(5, 4).tolist()[:4] == [[0, 1, 2, 3], [4, 4, 4, 4], [8, 9, 10, 11], [12, 13, 14, 15]]
-    assert survivors.view(5, 4).tolist()[4] == [16, 16, 16, 17]  # 4 x 0.6 at 0.3, 1.3, 2.3 | 3.3
-    even = [0, 2, 3]
-    assert torch.equal(left[even], log_weights[even])
-    assert left[[1, 4]].tolist() == [[0] * 4] * 2
-
-
-def test_a_scale_of_the_weights_changes_nothing() -> None:
-    log_weights = 5 * torch.randn(20, 8, dtype=torch.float64, generator=generator(0))
-    luck = torch.rand(20, dtype=torch.float64, generator=generator(1))
-    plain, moved = resample(log_weights, luck)[0], resample(log_weights - 2000, luck)[0]
-    assert torch.equal(plain, moved)
-    assert len(set(plain.tolist())) < 160
 
 
 def test_the_last_choice_is_by_weight() -> None:

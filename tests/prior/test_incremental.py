@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from prior import GatedPixelCNN
 from prior.incremental import IncrementalPrior
+from prior.layers import GatedLayer
 
 from .oracles import Grid, generator, tiny_prior
 
@@ -13,14 +14,14 @@ GRIDS = [(1, 1), (1, 9), (9, 1), (7, 7), (8, 16), (16, 8)]
 
 
 def rows_of_logits(network: IncrementalPrior, codes: Tensor) -> list[Tensor]:
-    """[n,K,W] of each row of codes [n,R,W] that follows; the codes of a position are put after its logits are there."""
+    """[n,K,W] of each row of codes [n,R,W] that follows; the codes of a position are set after its logits are there."""
     rows = []
     for row in codes.unbind(dim=1):
         network.start_row()
         columns = []
-        for column, put in enumerate(row.unbind(dim=1)):
+        for column, known in enumerate(row.unbind(dim=1)):
             columns.append(network.logits(network.features(column)).clone())
-            network.put(column, put)
+            network.set_codes(column, known)
         rows.append(torch.stack(columns, dim=2))
     return rows
 
@@ -84,3 +85,21 @@ def test_selected_samples_go_on_as_if_there_had_been_no_others(
         (found,), (expected,) = (rows_of_logits(n, codes[:, row : row + 1]) for n in (network, alone))
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
         torch.testing.assert_close(found, prior(codes, labels)[:, :, row], rtol=0, atol=1e-12)
+
+
+def test_a_layer_that_is_not_known_is_refused_and_not_left_out() -> None:
+    class Louder(GatedLayer):
+        """Computes something else, and is a GatedLayer by its type."""
+
+    for layer in (nn.Identity(), Louder(4, 3)):
+        prior = tiny_prior()
+        prior.layers.insert(1, layer)
+        with pytest.raises(TypeError, match=f"layer 1: expected a GatedLayer, got a {type(layer).__name__}"):
+            IncrementalPrior(prior, 1, 3, None)
+
+
+def test_a_head_that_is_not_known_is_refused_and_not_left_out() -> None:
+    prior = tiny_prior()
+    prior.to_logits.insert(2, nn.Dropout())
+    with pytest.raises(TypeError, match=r"to_logits: expected ReLU, Conv2d, ReLU, Conv2d, got .*'Dropout'"):
+        IncrementalPrior(prior, 1, 3, None)

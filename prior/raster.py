@@ -1,0 +1,84 @@
+"""The one loop over positions: grids are completed row by row, from the left, each code drawn given those before it.
+
+Sampling is this loop alone; completion (`completion.py`) runs it over the particles of a particle filter, and reads
+after each row how likely the known codes in it were.
+
+Legend: n grids, H W grid, K codes.
+"""
+
+import torch
+from torch import Tensor
+
+from .choosing import SamplingParameters, choose_codes
+from .incremental import IncrementalPrior
+from .model import GatedPixelCNN
+
+UNKNOWN = -1  # a position that the prior is to draw
+
+
+class Raster:
+    """n grids, of which some codes are known and the others are drawn, one row at a time.
+
+    Args:
+        prior: in `eval()` mode, and unchanged meanwhile.
+        known: [n,H,W] codes, UNKNOWN where one is to be drawn.
+        uniforms: [n,H*W] in [0,1), float64, one for each position in raster order.
+        labels: [n], or None.
+        parameters: how to choose a code.
+        weigh: whether `log_likelihood` is computed.
+    """
+
+    def __init__(
+        self,
+        prior: GatedPixelCNN,
+        known: Tensor,
+        uniforms: Tensor,
+        labels: Tensor | None,
+        parameters: SamplingParameters,
+        *,
+        weigh: bool = False,
+    ) -> None:
+        device = next(prior.parameters()).device
+        self.chooser = torch.device("cpu") if device.type == "mps" else device  # which has no float64
+        count, _, self.width = known.shape
+        self.codes = known.to(device, copy=True)
+        self.unknown = self.codes == UNKNOWN
+        self.any_unknown = self.unknown.any(dim=0).tolist()
+        self.any_known = (~self.unknown).any(dim=0).tolist()
+        self.uniforms = uniforms.T.contiguous().to(self.chooser).unbind(dim=0)
+        self.parameters, self.weigh = parameters, weigh
+        self.log_likelihood = torch.zeros(count, dtype=torch.float64, device=self.chooser)  # of the known codes so far
+        self.network = IncrementalPrior(prior, count, self.width, None if labels is None else labels.to(device))
+
+    def draw_row(self, row: int) -> None:
+        """Draw the unknown codes of the next row."""
+        self.network.start_row()
+        for column in range(self.width):
+            features = self.network.features(column)
+            codes = self.codes[:, row, column]
+            any_unknown, any_known = self.any_unknown[row][column], self.any_known[row][column]
+            if any_unknown or self.weigh:
+                logits = self.network.logits(features).to(self.chooser)
+            if any_unknown:
+                chosen = choose_codes(logits, self.uniforms[row * self.width + column], self.parameters)
+                chosen = chosen.to(codes.device)
+                codes.copy_(torch.where(self.unknown[:, row, column], chosen, codes) if any_known else chosen)
+            if self.weigh and any_known:
+                self._weigh(logits, row, column)
+            self.network.set_codes(column, codes)
+
+    def result(self) -> Tensor:
+        """Return the codes [n,H,W], once all rows are drawn."""
+        return self.codes
+
+    def select(self, samples: Tensor) -> None:
+        """Continue, between two rows, with these samples [n], indices of the present ones, of the same grids."""
+        samples = samples.to(self.codes.device)
+        self.codes = self.codes[samples]
+        self.network.select(samples)
+
+    def _weigh(self, logits: Tensor, row: int, column: int) -> None:
+        """Add the log-probability of the codes known at a position: the prior's own, whatever the parameters."""
+        codes, unknown = (x[:, row, column].to(self.chooser) for x in (self.codes, self.unknown))
+        likelihood = logits.double().log_softmax(dim=1).gather(1, codes[:, None])[:, 0]
+        self.log_likelihood += likelihood.masked_fill(unknown, 0)
