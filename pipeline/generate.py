@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from prior import GatedPixelCNN, complete_codes, sample_codes
-from prior.uniforms import draw_seed, seeded_generator, uniforms
+from prior.uniforms import draw_seed, draw_uniforms, seeded_generator
 from tokenizer import VQVAE
 
 from .checkpoint import CheckpointInfo, check_same_tokenizer, load_prior, load_tokenizer, read_info
@@ -229,5 +229,5 @@ class ImagePipeline:
 def open_labels(count: int, candidates: int, num_classes: int, generator: torch.Generator) -> Tensor:
     """A label for each candidate, [n,m]: spread over the classes, each as likely as the others."""
     seed = draw_seed(generator)
-    offset = uniforms(range(seed, seed + count), 1)[:, 0]  # of each image its own, however many there are
+    offset = draw_uniforms(range(seed, seed + count), 1)[:, 0]  # of each image its own, however many there are
     return ((torch.arange(candidates) + offset[:, None]) * num_classes / candidates).long().clamp_max(num_classes - 1)

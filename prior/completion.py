@@ -18,10 +18,10 @@ from torch import Tensor
 
 from .choosing import SamplingParameters
 from .model import GatedPixelCNN
-from .particles import Particles, numbers_needed
+from .particles import Particles, uniforms_needed
 from .raster import UNKNOWN
 from .sampling import FinishedRows, check_grids, draw_in_batches, evaluating, most_at_once, start_codes
-from .uniforms import draw_seed, uniforms
+from .uniforms import draw_seed, draw_uniforms
 
 
 def complete_codes(
@@ -69,9 +69,9 @@ def complete_codes(
     seed, finished_rows = draw_seed(generator) + first, FinishedRows(codes, on_row)
 
     def begin(batch: Tensor, num_particles: int) -> Particles:
-        numbers = uniforms((seed + batch).tolist(), numbers_needed(num_particles, height, width))
+        uniforms = draw_uniforms((seed + batch).tolist(), uniforms_needed(num_particles, height, width))
         batch_labels = None if each_label is None else each_label[batch, :num_particles]
-        return Particles(prior, codes[batch], num_particles, numbers, batch_labels, parameters)
+        return Particles(prior, codes[batch], num_particles, uniforms, batch_labels, parameters)
 
     with evaluating(prior), torch.inference_mode():
         for chosen, m in ((~filtered, 1), (filtered, candidates)):

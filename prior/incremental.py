@@ -1,4 +1,4 @@
-"""The same network as `GatedPixelCNN.forward`, one row and one column at a time, each activation computed once.
+"""The network of `GatedPixelCNN.forward`, one row and one column at a time, each activation computed once.
 
 Drawing needs the logits of a position only when all codes before it are there. So the vertical stack, which sees the
 rows above, runs once a row, for all columns together; the horizontal stack runs once a column. What a later position
@@ -28,7 +28,7 @@ from .model import GatedPixelCNN
 
 
 class IncrementalPrior:
-    """`prior` over n grids that are being drawn: rows from the top, columns from the left.
+    """Runs `prior` over n grids that are being drawn: rows from the top, columns from the left.
 
     Args:
         prior: in `eval()` mode, and unchanged meanwhile.
@@ -81,7 +81,7 @@ class IncrementalPrior:
 
 
 class _VerticalStack:
-    """The vertical stack of one layer: its weights as matrices, and the last rows of its input.
+    """Holds the vertical stack of one layer: its weights as matrices, and the last rows of its input.
 
     The rows are stored as the patches that the kernel sees, so that one product is the whole convolution. They form a
     ring buffer: the newest row replaces the oldest, and for each place of the oldest there is a copy of the weights
@@ -144,7 +144,7 @@ class _Column(NamedTuple):
 
 
 class _HorizontalStack:
-    """The horizontal stacks of all layers over one row.
+    """Holds the horizontal stacks of all layers, and what they compute over one row.
 
     The first layer sees the embedded codes left of a column, and not the column itself; every later one sees the
     outputs of the layer before, those of the same column included.

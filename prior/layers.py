@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 
 class VerticalConv(nn.Module):
-    """[B,C_in,H,W] -> [B,C_out,H,W]; row i sees rows i-k//2 .. i, with `strict` only to i-1, and k columns."""
+    """Maps [B,C_in,H,W] to [B,C_out,H,W]; row i sees rows i-k//2 .. i, with `strict` only to i-1, and k columns."""
 
     def __init__(self, channels_in: int, channels_out: int, kernel_size: int, *, strict: bool = False) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class VerticalConv(nn.Module):
 
 
 class HorizontalConv(nn.Module):
-    """[B,C_in,H,W] -> [B,C_out,H,W]; column j sees columns j-k//2 .. j of its row, with `strict` only to j-1."""
+    """Maps [B,C_in,H,W] to [B,C_out,H,W]; column j sees columns j-k//2 .. j of its row, with `strict` only to j-1."""
 
     def __init__(self, channels_in: int, channels_out: int, kernel_size: int, *, strict: bool = False) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ class HorizontalConv(nn.Module):
 
 
 def gate(x: Tensor) -> Tensor:
-    """[B,2C,...] -> [B,C,...]: tanh(first half) * sigmoid(second half) [1, eq. 2]."""
+    """Return tanh(first half) * sigmoid(second half) [B,C,...] of x [B,2C,...] [1, eq. 2]."""
     features, gates = x.chunk(2, dim=1)
     return torch.tanh(features) * torch.sigmoid(gates)
 

@@ -16,7 +16,7 @@ from .layers import GatedLayer
 
 
 class GatedPixelCNN(nn.Module):
-    """Codes [B,H,W] (and labels [B]) -> logits [B,K,H,W]; those at (i, j) depend on codes before (i, j) alone."""
+    """Maps codes [B,H,W] (and labels [B]) to logits [B,K,H,W]; those at (i, j) depend on codes before (i, j) alone."""
 
     def __init__(self, config: PriorConfig) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class GatedPixelCNN(nn.Module):
         )
 
     def forward(self, codes: Tensor, labels: Tensor | None = None) -> Tensor:
-        """The logits [B,K,H,W] of every position, given the codes [B,H,W] before it and the labels [B].
+        """Return the logits [B,K,H,W] of every position, given the codes [B,H,W] before it and the labels [B].
 
         Raises:
             ValueError: codes that are not [B,H,W], or labels that do not fit the configuration.

@@ -11,12 +11,12 @@ from torch.nn import functional as F
 
 
 def cross_entropy(logits: Tensor, codes: Tensor) -> Tensor:
-    """Mean of -ln p(code) over every position of logits [B,K,H,W] and codes [B,H,W], in nats; computed in float32."""
+    """Return the mean of -ln p(code) over all positions of logits [B,K,H,W] and codes [B,H,W], in nats and float32."""
     return F.cross_entropy(_at_least_float32(logits), codes.long())
 
 
 def grid_bits(logits: Tensor, codes: Tensor) -> Tensor:
-    """-log2 p(grid) of each grid, [B] float64 on the CPU, from logits [B,K,H,W] and codes [B,H,W].
+    """Return -log2 p(grid) of each grid, [B] float64 on the CPU, from logits [B,K,H,W] and codes [B,H,W].
 
     Summed over a data set and divided by its number of codes this is bits per code, exact for any batch sizes; a
     uniform model scores log2 K.
@@ -26,7 +26,7 @@ def grid_bits(logits: Tensor, codes: Tensor) -> Tensor:
 
 
 def bits_per_dim(bits_per_code: float, grid: tuple[int, int], image: tuple[int, int, int]) -> float:
-    """Bits per code as bits per colour value of the image: bits_per_code * H W / (C H' W').
+    """Return bits per code as bits per colour value of the image: bits_per_code * H W / (C H' W').
 
     Args:
         bits_per_code: of the prior.

@@ -17,19 +17,19 @@ from .model import GatedPixelCNN
 from .raster import Raster
 
 
-def numbers_needed(num_particles: int, height: int, width: int) -> int:
+def uniforms_needed(num_particles: int, height: int, width: int) -> int:
     """Return how many uniforms a grid takes: one for each position of each particle, and one after each row."""
     return num_particles * height * width + height
 
 
 class Particles:
-    """m particles of each of n grids; what is drawn of one grid does not depend on the others.
+    """Draws m particles of each of n grids; what is drawn of one grid does not depend on the others.
 
     Args:
         prior: in `eval()` mode, and unchanged meanwhile.
         known: [n,H,W] codes, UNKNOWN where one is to be drawn.
         num_particles: m.
-        uniforms: [n,numbers_needed(m, H, W)] in [0,1), float64.
+        uniforms: [n,uniforms_needed(m, H, W)] in [0,1), float64.
         labels: [n,m], or None.
         parameters: how a particle chooses a code.
     """
@@ -72,7 +72,7 @@ class Particles:
 
     @property
     def log_weights(self) -> Tensor:
-        """[n,m] float64, up to a constant for each grid."""
+        """Return the weights of the particles, [n,m] float64, up to a constant for each grid."""
         return rearrange(self.raster.log_likelihood, "(n m) -> n m", m=self.num_particles)
 
 

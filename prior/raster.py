@@ -17,7 +17,7 @@ UNKNOWN = -1  # a position that the prior is to draw
 
 
 class Raster:
-    """n grids, of which some codes are known and the others are drawn, one row at a time.
+    """Draws n grids, of which some codes are known, one row at a time.
 
     Args:
         prior: in `eval()` mode, and unchanged meanwhile.

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .choosing import SamplingParameters
 from .model import GatedPixelCNN
 from .raster import UNKNOWN, Raster
-from .uniforms import draw_seed, uniforms
+from .uniforms import draw_seed, draw_uniforms
 
 MOST_ACTIVATIONS = 2**28  # kept at a time, 1 GB in float32; more samples are drawn in batches
 
@@ -65,8 +65,8 @@ def sample_codes(
     seed = draw_seed(generator) + first
 
     def begin(batch: Tensor) -> Raster:
-        numbers = uniforms((seed + batch).tolist(), math.prod(grid))
-        return Raster(prior, codes[batch], numbers, None if labels is None else labels[batch], parameters)
+        uniforms = draw_uniforms((seed + batch).tolist(), math.prod(grid))
+        return Raster(prior, codes[batch], uniforms, None if labels is None else labels[batch], parameters)
 
     labels = None if labels is None else labels.cpu()
     with evaluating(prior), torch.inference_mode():

@@ -36,7 +36,7 @@ def draw_seed(generator: torch.Generator | None) -> int:
     return drawn if high_bits == 0 else _hashed(f"{high_bits}/{drawn}", bits=62)
 
 
-def uniforms(seeds: Iterable[int], count: int) -> Tensor:
+def draw_uniforms(seeds: Iterable[int], count: int) -> Tensor:
     """Return `count` numbers in [0,1) from the stream of each seed: [n,count] float64, on the CPU."""
     stream = torch.Generator()
     rows = [torch.rand(count, dtype=torch.float64, generator=stream.manual_seed(seed)) for seed in seeds]

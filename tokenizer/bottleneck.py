@@ -1,4 +1,4 @@
-"""What else can stand between encoder and decoder: nothing (a plain autoencoder) or a Gaussian (a VAE [1]).
+"""Bottlenecks without codes: none at all (a plain autoencoder) or a Gaussian (a VAE [1]).
 
 Baselines for the quantizer, with the same encoder and decoder. Neither has codes.
 
@@ -12,22 +12,22 @@ from torch import Tensor, nn
 
 
 class NoBottleneck(nn.Module):
-    """The vectors z [B,D,H,W] as they are: a plain autoencoder, whose latents nobody can draw."""
+    """Leaves the vectors z [B,D,H,W] as they are: a plain autoencoder, from whose latents nobody can sample."""
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """-> latents [B,D,H,W], and no price."""
+        """Return the latents [B,D,H,W], and a penalty of 0."""
         return z, z.new_zeros(())
 
     def mode(self, z: Tensor) -> Tensor:
-        """-> latents [B,D,H,W]."""
+        """Return the latents [B,D,H,W]."""
         return z
 
 
 class GaussianBottleneck(nn.Module):
-    """z [B,2D,H,W] is mean and log-variance of a Gaussian at each position; the latent is a draw from it."""
+    """Takes z [B,2D,H,W] as mean and log-variance of a Gaussian at each position, and samples the latent from it."""
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """-> mean + deviation * N(0,1) [B,D,H,W], and KL(N(mean, deviation^2) || N(0,1)) in nats per image."""
+        """Return mean + deviation * N(0,1) [B,D,H,W], and KL(N(mean, deviation^2) || N(0,1)) in nats per image."""
         with torch.autocast(z.device.type, enabled=False):
             mean, log_variance = z.to(torch.promote_types(z.dtype, torch.float32)).chunk(2, dim=1)
             kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance)
@@ -35,5 +35,5 @@ class GaussianBottleneck(nn.Module):
             return latents, kl.sum(dim=(1, 2, 3)).mean()
 
     def mode(self, z: Tensor) -> Tensor:
-        """-> the most likely latents [B,D,H,W], the means."""
+        """Return the most likely latents [B,D,H,W], the means."""
         return z.chunk(2, dim=1)[0]

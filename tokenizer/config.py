@@ -20,7 +20,7 @@ class TokenizerConfig:
     hidden_channels: int = 128  # channels of the residual stacks
     num_residual_layers: int = 4  # 3x3 -> 1x1 blocks in the encoder, and as many in the decoder
     residual_channels: int = 32  # channels inside a residual block
-    downsample: int = 4  # pixels a code covers along each side: 2, 4, 8 or 16
+    downsample: int = 4  # pixels that a code covers along each side: 2, 4, 8 or 16
     num_codes: int = 512  # K, vectors in the codebook
     code_dim: int = 8  # D, their dimension; few dimensions keep all codes in use
     codebook_update: CodebookUpdate = "ema"  # moving averages [1, appendix A.1] or gradient [1, eq. 3]
@@ -48,12 +48,12 @@ class TokenizerConfig:
 
     @property
     def encoder_channels(self) -> int:
-        """Channels that the encoder hands to the bottleneck: `code_dim`, or as many means and log-variances."""
+        """Return the channels between encoder and bottleneck: `code_dim`, or as many means and log-variances."""
         return 2 * self.code_dim if self.bottleneck == "vae" else self.code_dim
 
     @property
     def num_downsampling_layers(self) -> int:
-        """Stride-2 convolutions in the encoder: log2 of `downsample`."""
+        """Return the number of stride-2 convolutions in the encoder: log2 of `downsample`."""
         return self.downsample.bit_length() - 1
 
 

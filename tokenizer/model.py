@@ -36,7 +36,7 @@ class BaselineOutput:
 
 
 class Autoencoder(nn.Module):
-    """An encoder and a decoder; what stands between them is the matter of `VQVAE` and `Baseline`."""
+    """Holds an encoder and a decoder; `VQVAE` and `Baseline` add what is between them."""
 
     def __init__(self, config: TokenizerConfig) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ class Autoencoder(nn.Module):
         self.decoder = Decoder(config)
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
-        """The grid (H, W) of codes of an image of `height` x `width` pixels."""
+        """Return the grid (H, W) of codes of an image of `height` x `width` pixels."""
         return height // self.config.downsample, width // self.config.downsample
 
     def check_images(self, images: Tensor) -> None:
@@ -102,7 +102,7 @@ class VQVAE(Autoencoder):
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """Images [B,C,H',W'] in [0,1] -> codes [B,H,W] int64 in [0,K). Never changes the codebook.
+        """Encode images [B,C,H',W'] in [0,1] to codes [B,H,W] int64 in [0,K). Never changes the codebook.
 
         Raises:
             ValueError: wrong number of channels, or a side that is no multiple of `downsample`.
@@ -112,7 +112,7 @@ class VQVAE(Autoencoder):
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
-        """Codes [B,H,W] int64 in [0,K) -> images [B,C,H*downsample,W*downsample] in [0,1].
+        """Decode codes [B,H,W] int64 in [0,K) to images [B,C,H*downsample,W*downsample] in [0,1].
 
         Raises:
             ValueError: codes of another shape, or out of range.
@@ -123,7 +123,7 @@ class VQVAE(Autoencoder):
 
 
 class Baseline(Autoencoder):
-    """What a VQ-VAE is compared with: the same encoder and decoder around a Gaussian ("vae") or nothing ("ae").
+    """A model to compare a VQ-VAE with: the same encoder and decoder around a Gaussian ("vae") or nothing ("ae").
 
     The loss of the VAE is, but for a constant factor, the negative evidence lower bound with a Gaussian decoder of
     variance data_variance * kl_weight / 2.
@@ -153,16 +153,16 @@ class Baseline(Autoencoder):
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """Images [B,C,H',W'] in [0,1] -> their most likely latents [B,D,H,W]. Raises ValueError as `VQVAE` does."""
+        """Encode images [B,C,H',W'] in [0,1] to their most likely latents [B,D,H,W]. Raises as `VQVAE` does."""
         self.check_images(images)
         return self.bottleneck.mode(self.encoder(images))
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents [B,D,H,W] -> images [B,C,H*downsample,W*downsample] in [0,1]; of a VAE, N(0,1) gives new images."""
+        """Decode latents [B,D,H,W] to images [B,C,H*downsample,W*downsample] in [0,1]; a VAE's of N(0,1) are new."""
         return self.decoder(latents).clamp(0, 1)
 
 
 def build_model(config: TokenizerConfig) -> VQVAE | Baseline:
-    """The model with the bottleneck that the config asks for."""
+    """Build the model with the bottleneck that the config asks for."""
     return VQVAE(config) if config.bottleneck == "vq" else Baseline(config)

@@ -21,7 +21,7 @@ from .config import TokenizerConfig
 
 
 class ResidualBlock(nn.Module):
-    """x + conv1x1(silu(conv3x3(silu(x))))"""
+    """Computes x + conv1x1(silu(conv3x3(silu(x))))."""
 
     def __init__(self, channels: int, residual_channels: int) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class ResidualBlock(nn.Module):
 
 
 def residual_stack(config: TokenizerConfig) -> list[nn.Module]:
-    """The residual blocks and the SiLU that closes them."""
+    """Return the residual blocks and the SiLU after them."""
     blocks = [
         ResidualBlock(config.hidden_channels, config.residual_channels) for _ in range(config.num_residual_layers)
     ]
@@ -45,7 +45,7 @@ def residual_stack(config: TokenizerConfig) -> list[nn.Module]:
 
 
 class Encoder(nn.Module):
-    """Images [B,C,H',W'] in [0,1] -> vectors [B,D,H,W] (2D channels for a Gaussian bottleneck)."""
+    """Maps images [B,C,H',W'] in [0,1] to vectors [B,D,H,W] (2D channels for a Gaussian bottleneck)."""
 
     def __init__(self, config: TokenizerConfig) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Vectors [B,D,H,W] -> images [B,C,H',W'], about [0,1] but not clamped to it."""
+    """Maps vectors [B,D,H,W] to images [B,C,H',W'], about [0,1] but not clamped to it."""
 
     def __init__(self, config: TokenizerConfig) -> None:
         super().__init__()
@@ -82,7 +82,7 @@ class Decoder(nn.Module):
 
 
 def _pyramid(config: TokenizerConfig) -> list[int]:
-    """Channels at each resolution, from the pixels down to the grid; the first stride-2 layer has half the hidden ones.
+    """Return the channels at each resolution, from pixels to grid; the first stride-2 layer has half the hidden ones.
 
     downsample 2: C, hidden;  4: C, hidden/2, hidden;  8: C, hidden/2, hidden, hidden
     """

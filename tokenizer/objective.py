@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 
 def reconstruction_loss(decoded: Tensor, images: Tensor, data_variance: float) -> Tensor:
-    """Mean squared error over every element, divided by the variance of the training pixels (both on [0,1]).
+    """Return the mean squared error over every element, divided by the variance of the training pixels.
 
     Always predicting the mean of the data scores 1. A mean, not a sum, so that neither the batch size nor the size of
     the image changes its weight against the quantizer's loss.

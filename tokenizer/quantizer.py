@@ -41,7 +41,7 @@ class QuantizerOutput:
 
 
 class VectorQuantizer(nn.Module):
-    """z [B,D,*S] -> the nearest codebook vectors, their codes and the losses that train both sides.
+    """Maps z [B,D,*S] to the nearest codebook vectors, their codes and the losses that train both sides.
 
     Computes in float32 (float64 after `.double()`), whatever autocast says. In `eval()` no buffer changes, ever.
 
@@ -128,14 +128,14 @@ class VectorQuantizer(nn.Module):
 
     @torch.no_grad()
     def nearest(self, z: Tensor) -> Tensor:
-        """The codes [B,*S] of z [B,D,*S]. Changes nothing, in any mode. Raises ValueError as `forward` does."""
+        """Return the codes [B,*S] of z [B,D,*S]. Changes nothing, in any mode. Raises ValueError as `forward` does."""
         self._check_vectors(z)
         with torch.autocast(z.device.type, enabled=False):
             vectors = rearrange(z.to(self.codebook.dtype), "b d ... -> (b ...) d")
             return nearest_codes(vectors, self.codebook).reshape(z.shape[0], *z.shape[2:])
 
     def lookup(self, codes: Tensor) -> Tensor:
-        """The codebook vectors [B,D,*S] of integer codes [B,*S].
+        """Return the codebook vectors [B,D,*S] of integer codes [B,*S].
 
         Raises:
             ValueError: a code outside [0,K).
@@ -168,7 +168,7 @@ class VectorQuantizer(nn.Module):
         return rearrange(F.embedding(codes, self.codebook), "b ... d -> b d ...")
 
     def _start_from(self, vectors: Tensor) -> None:
-        """The codebook becomes K different vectors of the batch [N,D]; with fewer than K, the rest lie close by."""
+        """Set the codebook to K different vectors of the batch [N,D]; with fewer than K, the rest are close to them."""
         found = draw_distinct(vectors, self.num_codes)
         copies = found[torch.arange(self.num_codes - len(found), device=found.device) % len(found)]
         nearness = 0.01 * vectors.std(correction=0) + 1e-3 * vectors.abs().amax().clamp_min(0.1)
@@ -180,7 +180,7 @@ class VectorQuantizer(nn.Module):
 
     @torch.no_grad()
     def _learn(self, vectors: Tensor, codes: Tensor) -> None:
-        """One step of the moving averages over vectors [N,D] and their codes [N], then revival."""
+        """Take one step of the moving averages over vectors [N,D] and their codes [N], then revive dead codes."""
         counts, sums = code_statistics(vectors, codes, self.num_codes)
         decay = (1 - 9 / (10 + self.updates)).clamp_max(self.ema_decay).to(counts.dtype)
         self.updates += 1
@@ -193,7 +193,7 @@ class VectorQuantizer(nn.Module):
         self._revive(vectors, codes)
 
     def _revive(self, vectors: Tensor, codes: Tensor) -> None:
-        """Move dead codes onto different vectors of the batch that no code stands on yet."""
+        """Move dead codes onto different vectors of the batch that no code is equal to yet."""
         mean_use = self.counts.mean()
         dead = torch.nonzero(self.counts < self.revival_threshold * mean_use).flatten()  # CPU-GPU sync
         if len(dead) == 0:
@@ -220,15 +220,14 @@ class VectorQuantizer(nn.Module):
 
 @torch.no_grad()
 def nearest_codes(vectors: Tensor, codebook: Tensor, *, at_once: int = DISTANCES_AT_ONCE) -> Tensor:
-    """The index [N] of the nearest of `codebook` [K,D] for each of `vectors` [N,D]; of equals, the lowest index.
+    """Return the index [N] of the nearest of `codebook` [K,D] for each of `vectors` [N,D]; of equals, the lowest.
 
     argmin_k |z - e_k|^2 = argmin_k |e_k|^2 - 2 z e_k, one matrix product for every `at_once` distances.
     """
     squared_norms = codebook.square().sum(dim=1)
     rows = min(len(vectors), max(1, at_once // len(codebook)))
-    table = vectors.new_empty(
-        rows, len(codebook)
-    )  # used again for each chunk: freeing and taking it fragments the heap
+    # One table is used again for each chunk: freeing and taking it would fragment the heap.
+    table = vectors.new_empty(rows, len(codebook))
     codes = torch.empty(len(vectors), dtype=torch.int64, device=vectors.device)
     for start in range(0, len(vectors), max(1, rows)):
         chunk = vectors[start : start + rows]
@@ -238,14 +237,14 @@ def nearest_codes(vectors: Tensor, codebook: Tensor, *, at_once: int = DISTANCES
 
 
 def code_statistics(vectors: Tensor, codes: Tensor, num_codes: int) -> tuple[Tensor, Tensor]:
-    """How many of `vectors` [N,D] chose each code, [K], and their sum for each code, [K,D]."""
+    """Return how many of `vectors` [N,D] chose each code, [K], and their sum for each code, [K,D]."""
     counts = torch.bincount(codes, minlength=num_codes).to(vectors.dtype)
     sums = vectors.new_zeros(num_codes, vectors.shape[1]).index_add_(0, codes, vectors)
     return counts, sums
 
 
 def draw_distinct(vectors: Tensor, count: int) -> Tensor:
-    """Up to `count` rows of `vectors` [N,D] at random, no two of them equal.
+    """Return up to `count` rows of `vectors` [N,D] at random, no two of them equal.
 
     A picture's background gives the same vector many times over, so drawing rows alone would draw the same code twice.
     """

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from prior import GatedPixelCNN, PriorConfig
 from prior.objective import grid_bits
-from prior.uniforms import draw_seed, uniforms
+from prior.uniforms import draw_seed, draw_uniforms
 
 Grid = tuple[int, int]
 
@@ -175,7 +175,7 @@ def chi_square_tail(counts: Sequence[int], probabilities: Sequence[float]) -> fl
 def stream_of(seed: int, num_samples: int, grid: Grid) -> Tensor:
     """The numbers [n,H,W] that `sample_codes` draws by, given `generator(seed)`."""
     first = draw_seed(generator(seed))
-    return uniforms(range(first, first + num_samples), math.prod(grid)).view(num_samples, *grid)
+    return draw_uniforms(range(first, first + num_samples), math.prod(grid)).view(num_samples, *grid)
 
 
 def generator(seed: int = 0) -> torch.Generator:

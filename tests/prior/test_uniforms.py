@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from prior import complete_codes, sample_codes
-from prior.uniforms import draw_seed, seeded_generator, uniforms
+from prior.uniforms import draw_seed, draw_uniforms, seeded_generator
 
 from .oracles import chi_square_tail, generator, tiny_prior
 
@@ -13,7 +13,7 @@ SURE = 1e-3  # as in test_sampling
 
 def test_numbers_are_uniform_and_unrelated() -> None:
     """Within a stream, and between those of neighbouring seeds, at the same and at the next place."""
-    numbers = uniforms(range(4, 4004), 3)
+    numbers = draw_uniforms(range(4, 4004), 3)
     assert numbers.dtype == torch.float64
     assert ((numbers >= 0) & (numbers < 1)).all()
     thirds = (numbers * 3).long()
@@ -25,11 +25,11 @@ def test_numbers_are_uniform_and_unrelated() -> None:
 def test_streams_of_one_call_differ_pairwise() -> None:
     """Every number of every stream: 2000 neighbouring samples of 5 numbers each, none of which occurs twice."""
     first = draw_seed(generator(3))
-    assert uniforms(range(first, first + 2000), 5).unique().numel() == 10_000
+    assert draw_uniforms(range(first, first + 2000), 5).unique().numel() == 10_000
 
 
 def test_a_longer_stream_begins_as_a_shorter_one() -> None:
-    assert torch.equal(uniforms([7, 2**61 + 3], 9)[:, :4], uniforms([7, 2**61 + 3], 4))
+    assert torch.equal(draw_uniforms([7, 2**61 + 3], 9)[:, :4], draw_uniforms([7, 2**61 + 3], 4))
 
 
 @pytest.mark.parametrize("low", [0, 1, 5, 2**32 - 1])
