@@ -1,6 +1,7 @@
 """The settings of a training run: what was given, what the resumed run was started with, and the defaults."""
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -9,10 +10,11 @@ from typing import Any, TypeVar
 from .checkpoint import CONFIG, MODEL, TRAINING, CheckpointInfo, read_info
 from .errors import InputError
 from .files import current
-from .folders import check_free, clear
+from .folders import check_free, remove_files
 from .sources import IMAGE_SOURCES
 
-LOGS = ("metrics.jsonl", "pictures/step-*.png")
+PICTURES = "pictures"
+LOGS = re.compile(rf"metrics\.jsonl|{PICTURES}/step-([0-9]{{7}}|[1-9][0-9]{{7,}})(-codebook)?\.png")
 MAY_CHANGE = frozenset(
     {"steps", "precision", "compile", "data_root", "tokenizer"}
 )  # on --resume; fingerprints tell tokenizers
@@ -59,7 +61,7 @@ def clear_run(run: RunFolder, saved: CheckpointInfo | None) -> None:
     Its checkpoint stays until the first save of the new run takes its place.
     """
     if saved is None:
-        clear(run.out, LOGS)
+        remove_files(run.out, LOGS.fullmatch, subfolder=PICTURES)
 
 
 def settle(kind: type[Settings], given: Mapping[str, Any], saved: CheckpointInfo | None) -> Settings:
