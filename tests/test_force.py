@@ -253,3 +253,15 @@ def test_training_leaves_names_like_those_of_its_logs(
     assert not any((out / name).exists() for name in old)
     assert (out / "pictures" / "step-0000098.png").is_dir()
     assert (out / "pictures" / "step-0000001.png").is_file()
+
+
+def test_an_export_leaves_names_like_those_of_its_shards(tmp_path: Path, trained: Trained, codegrid: Codegrid) -> None:
+    out = tmp_path / "codes"
+    shutil.copytree(trained.codes, out)
+    names = ["codes-0.npy", "codes-00000 (copy).npy", "labels-1.npy", "names-old.json", "shard-1.json", "codes-.npy"]
+    theirs = add_files(out, [*names, "commit.json", "notes.new", "00000.png", "elsewhere/codes-00000.npy"])
+    assert codegrid("export-codes", "--tokenizer", trained.tokenizer, "--out", out, "--force").status == 0
+    assert {name: (out / name).read_bytes() for name in theirs} == theirs
+    assert names_below(out) == {
+        *("manifest.json", "README.md", "codes-00000.npy", "labels-00000.npy", "names-00000.json", *theirs),
+    }
