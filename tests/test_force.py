@@ -255,6 +255,37 @@ def test_training_leaves_names_like_those_of_its_logs(
     assert (out / "pictures" / "step-0000001.png").is_file()
 
 
+@pytest.mark.parametrize("content", ['["notes.txt"]', '{"sha": "0123"}', "[1]", "mine", "[[]]"])
+@pytest.mark.parametrize("option", ["--force", "--resume"])
+def test_training_refuses_a_commit_file_of_others(
+    tmp_path: Path, trained: Trained, content: str, option: str, codegrid: Codegrid
+) -> None:
+    """Its name is that of the file by which a checkpoint is replaced as one; it would be replaced, too."""
+    out = tmp_path / "run"
+    shutil.copytree(trained.prior, out)
+    (out / "commit.json").write_text(content)
+    before = digest_of(out)
+    outcome = codegrid("train-prior", "--codes", trained.codes, "--out", out, "--steps", 9, option)
+    line = f"no commit.json in --out {out} but that of a checkpoint, got another; move it away or name another folder"
+    assert (outcome.status, outcome.error_lines) == (1, [f"Error: expected {line}"])
+    assert digest_of(out) == before
+
+
+def test_training_goes_on_where_a_kill_left_half_a_checkpoint(
+    tmp_path: Path, trained: Trained, codegrid: Codegrid
+) -> None:
+    """The commit file that is ours is no reason to refuse; and the files that it names stay until the next save."""
+    for option in ("--force", "--resume"):
+        out = tmp_path / option
+        shutil.copytree(trained.prior, out)
+        (out / "model.safetensors").rename(out / "model.safetensors.new")
+        (out / "commit.json").write_text('["config.json", "model.safetensors", "training.safetensors"]')
+        outcome = codegrid("train-prior", "--codes", trained.codes, "--out", out, "--steps", 4, option)
+        assert outcome.status == 0, outcome
+        assert not (out / "commit.json").exists()
+        assert not (out / "model.safetensors.new").exists()
+
+
 def test_an_export_leaves_names_like_those_of_its_shards(tmp_path: Path, trained: Trained, codegrid: Codegrid) -> None:
     out = tmp_path / "codes"
     shutil.copytree(trained.codes, out)
