@@ -51,7 +51,7 @@ def options(*decorators: Callable[[Command], Command]) -> Callable[[Command], Co
 device_option = click.option(
     "--device", default="auto", show_default=True, metavar="auto|cpu|cuda|mps", help="Where to compute."
 )
-force_option = click.option("--force", is_flag=True, help="Replace what --out holds.")
+force_option = click.option("--force", is_flag=True, help="Replace the file --out, or what an earlier run wrote there.")
 data_options = options(
     click.option("--data", metavar="SOURCE", help=f"{DATA_HELP}  [default: what the tokenizer was trained on]"),
     click.option("--data-root", metavar="DIR", help="Where a torchvision set lies, or is downloaded to."),
@@ -203,7 +203,8 @@ def verify_codes(codes: Path, tokenizer: Path | None) -> None:
 def decode_codes(codes: Path, tokenizer: Path, out: Path, **chosen: Any) -> None:
     """Turn exported codes back into images.
 
-    Into a folder of PNGs named by row; or into one picture of them, FILE.png; or one array, FILE.npy.
+    Into a folder of PNGs named by row, and decode.json, which names the rows; or into one picture of them, FILE.png; or
+    one array, FILE.npy.
     """
     from pipeline.decode_codes import decode_codes as run
 
@@ -243,7 +244,9 @@ def sample(out: Path, tokenizer: Path, prior: Path, device: str, force: bool, **
     """
     from pipeline.drawing import SampleOptions, sample_to_folder
     from pipeline.generate import ImagePipeline
+    from pipeline.sample_record import SAMPLE, check_sample_folder
 
+    check_sample_folder(out, SAMPLE, chosen["n"], force=force)  # before the models are loaded
     images = ImagePipeline.from_pretrained(tokenizer, prior, device)
     picture = sample_to_folder(images, SampleOptions(**chosen), out, force=force)
     click.echo(f"{chosen['n']} new images: {picture}")
@@ -276,7 +279,9 @@ def complete(
     """
     from pipeline.drawing import SampleOptions, complete_to_folder
     from pipeline.generate import ImagePipeline
+    from pipeline.sample_record import COMPLETION, check_sample_folder
 
+    check_sample_folder(out, COMPLETION, chosen["n"], force=force)  # before the models are loaded
     pipeline = ImagePipeline.from_pretrained(tokenizer, prior, device)
     options = SampleOptions(**chosen)
     picture = complete_to_folder(pipeline, image, keep, options, out, candidates=candidates, force=force)
@@ -305,15 +310,15 @@ def reconstruct(tokenizer: Path, out: Path, **chosen: Any) -> None:
 @split_option
 @click.option("--json", "json_file", type=PathType(), help="Also write the numbers to this file.")
 @device_option
-@force_option
+@click.option("--force", is_flag=True, help="Replace the file that --json names.")
 def evaluate(tokenizer: Path, prior: Path | None, json_file: Path | None, force: bool, **chosen: Any) -> None:
     """Measure reconstruction, codes in use and bits."""
     from pipeline.evaluate import evaluate as run
     from pipeline.files import to_json, write_atomic
-    from pipeline.folders import claim_file
+    from pipeline.folders import check_output_file
 
     if json_file is not None:
-        claim_file(json_file, force=force, option="--json")
+        check_output_file(json_file, force=force, option="--json")
     numbers = run(tokenizer, prior, **chosen)
     for name, value in numbers.items():
         click.echo(f"{name:>14}  {value:.6g}" if isinstance(value, float) else f"{name:>14}  {value}")
@@ -340,12 +345,12 @@ def evaluate(tokenizer: Path, prior: Path | None, json_file: Path | None, force:
 def measure_rate(tokenizer: Path, prior: Path | None, json_file: Path | None, force: bool, **chosen: Any) -> None:
     """Measure the bytes an image costs as codes, next to PNG, and to JPEG of the same PSNR."""
     from pipeline.files import to_json, write_atomic
-    from pipeline.folders import claim_file
+    from pipeline.folders import check_output_file
     from pipeline.rate import measure_rate as run
     from pipeline.rate import rate_table
 
     if json_file is not None:
-        claim_file(json_file, force=force, option="--json")
+        check_output_file(json_file, force=force, option="--json")
     rate = run(tokenizer, prior, **chosen)
     for split, numbers in rate["splits"].items():
         click.echo(f"{split}: {rate_table(numbers)}\n")

@@ -214,7 +214,8 @@ def _is_whole(folder: Path, entry: dict[str, Any]) -> bool:
 
 def _entries(folder: Path) -> dict[Path, dict[str, Any]]:
     """The entries of shards that were finished and may not be in the manifest, by the file of each."""
-    return {path: json.loads(path.read_bytes()) for path in sorted(folder.glob("shard-*.json"))}
+    files = [path for path in sorted(folder.glob("shard-*.json")) if OUR_FILES.fullmatch(path.name)]
+    return {path: json.loads(path.read_bytes()) for path in files}
 
 
 def _is_leftover(name: str) -> bool:

@@ -1,6 +1,7 @@
-"""Folders of drawn images: a picture of all, one PNG each, their codes, and what they were drawn with."""
+"""Folders of drawn images: a contact sheet, one PNG each, their codes, and what they were drawn with."""
 
 import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,14 +16,24 @@ from prior import SamplingParameters
 from .code_shards import npy_bytes
 from .completion import HALVES, half_mask, hidden, mask_from_file
 from .errors import InputError
-from .files import to_json, write_atomic
-from .folders import claim_folder
+from .files import write_atomic
 from .generate import ImagePipeline, Sampled
+from .image_folder import ImageFolder
 from .images import IMAGE_ERRORS, Preprocessing, read_image, to_float, to_uint8, why_unreadable
-from .pictures import save_grid, save_png
+from .pictures import save_grid
+from .sample_record import (
+    CODES,
+    COMPLETION,
+    GRID,
+    SAMPLE,
+    Fingerprints,
+    SampleRecord,
+    check_sample_folder,
+    earlier_samples,
+    sample_files,
+)
 
-OUR_FILES = ("grid.png", "images/[0-9]*.png", "codes.npy", "sample.json", "complete.json")
-MOST_IN_GRID = 1024  # images in the picture of all
+MOST_IN_GRID = 1024  # images in the contact sheet
 AT_ONCE = {"cpu": 64, "cuda": 1024, "mps": 256}  # images drawn together, and kept if the rest is interrupted
 
 
@@ -48,40 +59,31 @@ class SampleOptions:
 
 
 def sample_to_folder(pipeline: ImagePipeline, options: SampleOptions, out: Path, *, force: bool = False) -> Path:
-    """Draw images into `out`: grid.png, images/, codes.npy, sample.json; returns the path of grid.png.
+    """Draw images into `out`: grid.png, images/, codes.npy, sample.json; return the path of grid.png.
 
     Raises:
         InputError: an unknown label, or a folder that cannot be used.
         ValueError: an option out of its range.
         KeyboardInterrupt: Ctrl-C; the images that were finished are kept, and the record says how many.
     """
+    check_sample_folder(out, SAMPLE, options.n, force=force)
     labels = pipeline.labels_for(options.n, options.labels or None)
-    claim_folder(out, force=force, ours=OUR_FILES)
-    at_once = AT_ONCE[next(pipeline.prior.parameters()).device.type]
-    parts: list[Sampled] = []
-    try:
-        with _progress(options.n) as bar:
-            for start in range(0, options.n, at_once):
-                count = min(at_once, options.n - start)
-                some = None if labels is None else labels[start : start + count]
-                done = _Rows(bar, start, count, pipeline.grid[0])
-                part = pipeline.sample(count, labels=some, first=start, on_row=done, **options.choice())
-                for index, image in enumerate(part.images, start):
-                    save_png(image, out / "images" / f"{index:05d}.png")
-                parts.append(part)
-    except KeyboardInterrupt:
-        finished = sum(len(part.codes) for part in parts)
-        for path in (out / "images").glob("[0-9]*.png"):
-            if int(path.stem) >= finished:  # of the part that was being written
-                path.unlink()
-        print(f"stopped: {finished} of {options.n} images are in {out}", file=sys.stderr)
-        raise
-    finally:
-        if parts:
-            images, codes = (torch.cat([part[i] for part in parts]) for i in (0, 1))
-            _write(pipeline, options, out, codes, "sample.json", labels=labels)
-            save_grid(images[:MOST_IN_GRID], out / "grid.png")
-    return out / "grid.png"
+    batches: list[Sampled] = []
+    with _image_folder(out, SAMPLE, _record(pipeline, options, labels)) as folder:
+        try:
+            with _progress(options.n) as bar:
+                for batch in _sampled(pipeline, options, labels, bar):
+                    folder.add(batch.images)
+                    batches.append(batch)
+        except KeyboardInterrupt:
+            finished = sum(len(batch.codes) for batch in batches)
+            print(f"stopped: {finished} of {options.n} images are in {out}", file=sys.stderr)
+            raise
+        finally:
+            if batches:
+                images, codes = (torch.cat([batch[i] for batch in batches]) for i in (0, 1))
+                _finish(folder, codes, images[:MOST_IN_GRID])
+    return out / GRID
 
 
 def complete_to_folder(
@@ -94,9 +96,9 @@ def complete_to_folder(
     candidates: int = 32,
     force: bool = False,
 ) -> Path:
-    """Draw the missing part of a picture n times into `out`, as `sample_to_folder` does; returns the path of grid.png.
+    """Draw the missing part of a picture n times into `out`, as `sample_to_folder` does; return the path of grid.png.
 
-    The picture of all shows the original, what was kept, and the n completions.
+    The contact sheet shows the original, what was kept, and the n completions.
 
     Args:
         pipeline: of the two stages.
@@ -113,36 +115,49 @@ def complete_to_folder(
     """
     if candidates < 1:
         raise ValueError(f"candidates: expected at least 1, got {candidates}")
+    check_sample_folder(out, COMPLETION, options.n, force=force)
     labels = pipeline.labels_for(options.n, options.labels) if options.labels else None
     original = _read(image, Preprocessing(**pipeline.tokenizer_info.preprocessing))
     size = (original.shape[1], original.shape[2])
     mask = half_mask(keep, size) if keep in HALVES else mask_from_file(Path(keep), size)
     if bool(mask.all()):
         raise InputError(expected="a mask that leaves something to draw", got="one that keeps all", do="blacken a part")
-    claim_folder(out, force=force, ours=OUR_FILES)
-    with _progress(options.n) as bar:
-        images = repeat(original, "c h w -> n c h w", n=options.n)
-        done = _Rows(bar, 0, options.n, pipeline.grid[0])
-        drawn, codes = pipeline.complete(
-            images, mask, labels=labels, candidates=candidates, on_row=done, **options.choice()
-        )
-    for index, completed in enumerate(drawn):
-        save_png(completed, out / "images" / f"{index:05d}.png")
-    more = {"image": str(image), "keep": keep, "candidates": candidates}
-    _write(pipeline, options, out, codes, "complete.json", labels=labels, **more)
     kept = to_uint8(hidden(to_float(original[None]), mask[None]))
-    save_grid(torch.cat([original[None], kept, drawn]), out / "grid.png", columns=options.n + 2)
-    return out / "grid.png"
+    record = _record(pipeline, options, labels, image=str(image), keep=keep, candidates=candidates)
+    with _image_folder(out, COMPLETION, record) as folder:
+        with _progress(options.n) as bar:
+            completed = pipeline.complete(
+                repeat(original, "c h w -> n c h w", n=options.n),
+                mask,
+                labels=labels,
+                candidates=candidates,
+                on_row=_rows_on(bar, 0, options.n, pipeline.grid[0]),
+                **options.choice(),
+            )
+        folder.add(completed.images)
+        _finish(folder, completed.codes, torch.cat([original[None], kept, completed.images]), columns=options.n + 2)
+    return out / GRID
 
 
-class _Rows:
-    """Turns finished rows of the grids into finished images on a bar."""
+def _sampled(
+    pipeline: ImagePipeline, options: SampleOptions, labels: Tensor | None, bar: "tqdm[None]"
+) -> Iterator[Sampled]:
+    """Draw the samples, AT_ONCE at a time."""
+    at_once = AT_ONCE[next(pipeline.prior.parameters()).device.type]
+    for start in range(0, options.n, at_once):
+        count = min(at_once, options.n - start)
+        subset = None if labels is None else labels[start : start + count]
+        on_row = _rows_on(bar, start, count, pipeline.grid[0])
+        yield pipeline.sample(count, labels=subset, first=start, on_row=on_row, **options.choice())
 
-    def __init__(self, bar: "tqdm[None]", start: int, count: int, height: int) -> None:
-        self.bar, self.start, self.count, self.height = bar, start, count, height
 
-    def __call__(self, rows: int) -> None:
-        self.bar.update(self.start + self.count * rows / self.height - self.bar.n)
+def _rows_on(bar: "tqdm[None]", start: int, count: int, height: int) -> Callable[[int], None]:
+    """Return a function that shows finished rows of the grids of images start .. start + count - 1 as images."""
+
+    def show(rows: int) -> None:
+        bar.update(start + count * rows / height - bar.n)
+
+    return show
 
 
 def _progress(n: int) -> "tqdm[None]":
@@ -151,7 +166,7 @@ def _progress(n: int) -> "tqdm[None]":
 
 
 def _read(path: Path, preprocessing: Preprocessing) -> Tensor:
-    """A picture as uint8 [C,H',W']."""
+    """Return a picture as uint8 [C,H',W']. Raise InputError if it cannot be read."""
     try:
         return torch.from_numpy(read_image(path, preprocessing).copy())  # some are read-only
     except IMAGE_ERRORS as error:
@@ -160,29 +175,28 @@ def _read(path: Path, preprocessing: Preprocessing) -> Tensor:
         ) from None
 
 
-def _write(
-    pipeline: ImagePipeline,
-    options: SampleOptions,
-    out: Path,
-    codes: Tensor,
-    name: str,
-    *,
-    labels: Tensor | None,
-    **more: Any,
-) -> None:
-    """codes.npy, and the record of how the images came to be."""
-    write_atomic(out / "codes.npy", npy_bytes(codes.cpu().numpy()))
-    drawn = None if labels is None else labels.tolist()[: len(codes)]
-    record = {
-        "labels": drawn,
-        "class_names": None if drawn is None else [pipeline.class_names[i] for i in drawn],
-        "seed": options.seed,
-        "options": {k: v for k, v in vars(options).items() if k not in ("labels", "seed")} | more,
-        "finished": len(codes),
-        "fingerprints": {
-            "tokenizer": pipeline.tokenizer_info.fingerprint,
-            "prior": pipeline.prior_info.fingerprint,
-        },
-        "versions": pipeline.prior_info.versions,
-    }
-    write_atomic(out / name, to_json(record))
+def _record(pipeline: ImagePipeline, options: SampleOptions, labels: Tensor | None, **kept: int | str) -> SampleRecord:
+    """Return how the images come to be; of a completion also what was `kept`."""
+    chosen = None if labels is None else labels.tolist()
+    fingerprints = Fingerprints(tokenizer=pipeline.tokenizer_info.fingerprint, prior=pipeline.prior_info.fingerprint)
+    return SampleRecord(
+        labels=chosen,
+        class_names=None if chosen is None else [pipeline.class_names[i] for i in chosen],
+        seed=options.seed,
+        options={name: value for name, value in vars(options).items() if name not in ("labels", "seed")} | kept,
+        finished=options.n,
+        fingerprints=fingerprints,
+        versions=pipeline.prior_info.versions,
+    )
+
+
+def _image_folder(out: Path, name: str, record: SampleRecord) -> ImageFolder:
+    files = sample_files(name, record.finished)
+    return ImageFolder(out, files, earlier_samples(out), lambda finished: record.of_first(finished).to_bytes())
+
+
+def _finish(folder: ImageFolder, codes: Tensor, shown: Tensor, columns: int | None = None) -> None:
+    """Keep the images of these codes [n,H,W], and write what goes with them."""
+    folder.close(len(codes))
+    write_atomic(folder.folder / CODES, npy_bytes(codes.cpu().numpy()))
+    save_grid(shown, folder.folder / GRID, columns=columns)

@@ -6,11 +6,11 @@ H W height and width in pixels.
 from collections.abc import Iterator
 
 import numpy as np
-from PIL import Image
 
 from . import glyphs
 from .image_source import Contents, Part, Source
 from .images import Preprocessing, prepare
+from .pictures import to_pillow
 
 _CHUNK = 512  # images drawn at a time
 
@@ -33,12 +33,7 @@ def _part(part: str, start: int, count: int) -> Part:
         for first in range(0, count, _CHUNK):
             number = min(_CHUNK, count - first)
             images, _ = glyphs.draw_glyphs(number, size=size, start=start + first)
-            yield from (prepare(_picture(image), preprocessing) for image in images)
+            yield from (prepare(to_pillow(image), preprocessing) for image in images)
 
     names = [f"{part}/{i:05d}" for i in range(count)]
     return Part(names, glyphs.draw_labels(count, start=start).tolist(), prepared)
-
-
-def _picture(image: np.ndarray) -> Image.Image:
-    """uint8 [3, H, W] as a Pillow image."""
-    return Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0)))

@@ -20,6 +20,7 @@ from PIL import Image, ImageFile
 from tqdm import tqdm
 
 from .evaluate import psnr_of
+from .pictures import to_pillow
 
 QUALITIES = range(1, 101)  # of JPEG
 START_OF_SCAN = 0xDA  # the second byte of a marker in a JPEG file
@@ -41,7 +42,7 @@ class JpegRate:
 
 def mean_png_bytes(images: np.ndarray) -> float:
     """Bytes an image of uint8 [N,C,H',W'], each an optimised PNG."""
-    return sum(len(_saved(_picture(image), "PNG")) for image in progress(images, "PNG", len(images))) / len(images)
+    return sum(len(_saved(to_pillow(image), "PNG")) for image in progress(images, "PNG", len(images))) / len(images)
 
 
 def jpeg_at_psnr(psnr: float, images: np.ndarray) -> JpegRate:
@@ -76,7 +77,7 @@ def measure_jpeg(images: np.ndarray, quality: int, *, subsampling: str) -> JpegR
     error, file, scan = 0, 0, 0
     with _room_for(images[0]):
         for image in progress(images, f"JPEG {subsampling}, quality {quality}", len(images)):
-            picture = _picture(image)
+            picture = to_pillow(image)
             data = _saved(picture, "JPEG", quality=quality, subsampling=subsampling)
             with Image.open(io.BytesIO(data)) as again:
                 error += squared_error(np.asarray(again), np.asarray(picture))
@@ -105,11 +106,6 @@ def _room_for(image: np.ndarray) -> Iterator[None]:
         yield
     finally:
         ImageFile.MAXBLOCK = before
-
-
-def _picture(image: np.ndarray) -> Image.Image:
-    """Of uint8 [C,H',W']."""
-    return Image.fromarray(image[0] if len(image) == 1 else image.transpose(1, 2, 0))
 
 
 def _saved(picture: Image.Image, kind: str, **options: Any) -> bytes:

@@ -1,26 +1,33 @@
 """Pictures of pictures: many small images in one PNG that a person can look at."""
 
+from __future__ import annotations
+
 import io
 import math
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from einops import rearrange
+import numpy as np
 from PIL import Image
-from torch import Tensor
 
 from .files import write_atomic
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 GAP = 2  # white pixels between images, before enlarging
 SMALLEST_SIDE = 64  # images are enlarged, in whole steps, to about this many pixels
 
 
+def to_pillow(image: np.ndarray) -> Image.Image:
+    """Return a uint8 array [C,H,W] as a Pillow image: of mode L for 1 channel, RGB for 3."""
+    return Image.fromarray(image[0] if len(image) == 1 else np.ascontiguousarray(image.transpose(1, 2, 0)))
+
+
 def save_png(image: Tensor, path: Path) -> None:
     """Write one uint8 image [C,H,W] with 1 or 3 channels."""
-    pixels = rearrange(image.cpu(), "c h w -> h w c").numpy()
-    picture = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
     buffer = io.BytesIO()
-    picture.save(buffer, format="PNG")
+    to_pillow(image.cpu().numpy()).save(buffer, format="PNG")
     write_atomic(path, buffer.getvalue())
 
 
@@ -34,7 +41,7 @@ def tile(images: Tensor, columns: int) -> Tensor:
     """uint8 images [n,C,H,W] -> one image [C,rows*(H+GAP)+GAP,columns*(W+GAP)+GAP] on white."""
     count, channels, height, width = images.shape
     rows = math.ceil(count / columns)
-    sheet = torch.full((channels, rows * (height + GAP) + GAP, columns * (width + GAP) + GAP), 255, dtype=torch.uint8)
+    sheet = images.new_full((channels, rows * (height + GAP) + GAP, columns * (width + GAP) + GAP), 255)
     for index, image in enumerate(images):
         top = (index // columns) * (height + GAP) + GAP
         left = (index % columns) * (width + GAP) + GAP
@@ -50,6 +57,8 @@ def enlarge(sheet: Tensor, image_width: int) -> Tensor:
 
 def above_and_below(originals: Tensor, reconstructions: Tensor, columns: int) -> Tensor:
     """Order two equally long sets of images [n,...] so that rows of `columns` show originals above reconstructions."""
+    import torch  # here, so that sources of images can use `to_pillow` without it
+
     blank = originals.new_full((-len(originals) % columns, *originals.shape[1:]), 255)
     above, below = (torch.cat([images, blank]).split(columns) for images in (originals, reconstructions))
     return torch.cat([row for pair in zip(above, below, strict=True) for row in pair])

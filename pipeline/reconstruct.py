@@ -13,7 +13,7 @@ from tokenizer import VQVAE, Baseline
 from .blocks import in_blocks
 from .checkpoint import load_autoencoder, read_info
 from .device import choose_device
-from .folders import claim_file
+from .folders import check_output_file
 from .images import to_float, to_uint8
 from .pictures import above_and_below, save_grid
 from .stored_images import images_of, part_of
@@ -58,9 +58,9 @@ def reconstruct_to_file(
     Raises:
         InputError: the tokenizer, the images or the file cannot be used.
     """
+    check_output_file(out, force=force)
     info = read_info(tokenizer_folder, "tokenizer")
     model = load_autoencoder(tokenizer_folder).to(choose_device(device))
-    claim_file(out, force=force)
     part = part_of(images_of(info, data=data, data_root=data_root), split)
     if n > len(part):
         print(f"note: the {split} part has {len(part)} images, fewer than --n {n}", file=sys.stderr)

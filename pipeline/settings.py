@@ -1,6 +1,8 @@
 """The settings of a training run: what was given, what the resumed run was started with, and the defaults."""
 
+import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -8,11 +10,12 @@ from typing import Any, TypeVar
 
 from .checkpoint import CONFIG, MODEL, TRAINING, CheckpointInfo, read_info
 from .errors import InputError
-from .files import current
-from .folders import check_free, clear
+from .files import COMMIT, current
+from .folders import check_free, remove_files
 from .sources import IMAGE_SOURCES
 
-LOGS = ("metrics.jsonl", "pictures/step-*.png")
+PICTURES = "pictures"
+LOGS = re.compile(rf"metrics\.jsonl|{PICTURES}/step-([0-9]{{7}}|[1-9][0-9]{{7,}})(-codebook)?\.png")
 MAY_CHANGE = frozenset(
     {"steps", "precision", "compile", "data_root", "tokenizer"}
 )  # on --resume; fingerprints tell tokenizers
@@ -37,7 +40,12 @@ Settings = TypeVar("Settings")
 
 
 def saved_run(run: RunFolder, kind: str) -> CheckpointInfo | None:
-    """The checkpoint to resume from, or None to start from nothing. Raises InputError if it is of another kind."""
+    """Return the checkpoint to resume from, or None to start from nothing.
+
+    Raises:
+        InputError: it is of another kind, or the folder holds what a save of a checkpoint would replace.
+    """
+    _check_commit(run.out)
     if not run.resume or not current(run.out, CONFIG).exists():
         return None
     return read_info(run.out, kind)
@@ -53,13 +61,29 @@ def claim_run(run: RunFolder, saved: CheckpointInfo | None) -> None:
         check_free(run.out, force=run.force or (run.resume and unsaved), hint="--resume to continue or ")
 
 
+def _check_commit(folder: Path) -> None:
+    """Raise InputError for a commit file that no save of a checkpoint wrote: the next save would replace it."""
+    try:
+        names = json.loads((folder / COMMIT).read_bytes())
+    except OSError:
+        return
+    except ValueError:
+        names = None
+    if not isinstance(names, list) or not all(name in (MODEL, CONFIG, TRAINING) for name in names):
+        raise InputError(
+            expected=f"no {COMMIT} in --out {folder} but that of a checkpoint",
+            got="another",
+            do="move it away or name another folder",
+        )
+
+
 def clear_run(run: RunFolder, saved: CheckpointInfo | None) -> None:
     """Remove what an older run logged, unless it is resumed; called last, when nothing can be refused any more.
 
     Its checkpoint stays until the first save of the new run takes its place.
     """
     if saved is None:
-        clear(run.out, LOGS)
+        remove_files(run.out, LOGS.fullmatch, subfolder=PICTURES)
 
 
 def settle(kind: type[Settings], given: Mapping[str, Any], saved: CheckpointInfo | None) -> Settings:

@@ -455,6 +455,51 @@ def test_bad_input_is_told_in_one_line_and_loses_nothing(
     assert not (place / "new").exists() or not any((place / "new").iterdir())
 
 
+DESTINATIONS = {
+    "sample": "sample --tokenizer {no} --prior {no} --out",
+    "complete": "complete --tokenizer {no} --prior {no} --image {no} --keep {no} --out",
+    "reconstruct": "reconstruct --tokenizer {no} --data {no} --out",
+    "decode-codes": "decode-codes {codes} --tokenizer {no} --out",
+    "decode-codes, array": "decode-codes {codes} --tokenizer {no} --out",
+    "evaluate": "evaluate --tokenizer {no} --prior {no} --data {no} --json",
+    "measure-rate": "measure-rate --tokenizer {no} --prior {no} --data {no} --json",
+}
+
+
+@pytest.mark.parametrize("command", DESTINATIONS)
+def test_the_destination_is_looked_at_before_anything_is_loaded(
+    tmp_path: Path, trained: Trained, command: str, codegrid: Codegrid
+) -> None:
+    """Of all that is wrong it is told first; and a command that is refused for anything else makes no folder."""
+    words = [word.format(no=tmp_path / "nosuch", codes=trained.codes) for word in DESTINATIONS[command].split()]
+    name = {"reconstruct": "out.png", "decode-codes, array": "out.npy"}.get(command, "out")
+    taken = tmp_path / "taken" / name
+    (taken.parent if "." in name or words[-1] == "--json" else taken).mkdir(parents=True)
+    (taken if not taken.is_dir() else taken / "file").write_bytes(b"mine")
+    (tmp_path / "file").write_bytes(b"mine")
+    before = sorted(tmp_path.rglob("*"))
+    for path, told in ((taken, "--force"), (tmp_path / "file" / name, "a folder that can be written at .*Not a dir")):
+        outcome = codegrid(*words, path)
+        assert outcome.status == 1
+        assert re.search(told, outcome.error_lines[0]), outcome
+    outcome = codegrid(*words, tmp_path / "deep" / "in" / name)
+    assert outcome.status == 1
+    assert "nosuch" in outcome.error_lines[0]
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="root may write everywhere")
+@pytest.mark.parametrize("command", DESTINATIONS)
+def test_a_folder_that_cannot_be_written_is_told_before_anything_is_loaded(
+    tmp_path: Path, trained: Trained, command: str, codegrid: Codegrid
+) -> None:
+    words = [word.format(no=tmp_path / "nosuch", codes=trained.codes) for word in DESTINATIONS[command].split()]
+    (tmp_path / "closed").mkdir(mode=0o555)
+    outcome = codegrid(*words, tmp_path / "closed" / "out.npy")
+    assert outcome.status == 1
+    assert "got Permission denied" in outcome.error_lines[0]
+
+
 def test_both_fingerprints_are_told(tmp_path: Path, trained: Trained, codegrid: Codegrid) -> None:
     """C6"""
     other = save_tokenizer(tmp_path / "other", brightness_tokenizer()).fingerprint
@@ -529,7 +574,7 @@ def test_ctrl_c_while_drawing(
     outcome = codegrid(*command)
     assert outcome.status == 130
     assert outcome.error_lines == [f"stopped: 0 of 64 images are in {tmp_path / 'out'}"]
-    assert not any((tmp_path / "out").iterdir())
+    assert not (tmp_path / "out").exists()
 
 
 def test_ctrl_c_in_the_second_part_keeps_the_first(

@@ -1,5 +1,6 @@
 """decode-codes: the images that the tokenizer makes of its own codes, to the bit, in any of three forms."""
 
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -87,7 +88,7 @@ def test_each_form_holds_what_reconstruct_makes(
     found = np.load(tmp_path / "out.npy", allow_pickle=False)
     np.testing.assert_array_equal(found, expected)
     assert found.dtype == np.uint8
-    files = sorted((tmp_path / "out").iterdir())
+    files = sorted((tmp_path / "out").glob("*.png"))
     assert [path.name for path in files] == [f"{start + i:05d}.png" for i in range(len(expected))]
     np.testing.assert_array_equal(np.stack([pixels(path) for path in files]), expected)
     same_picture(tmp_path / "out.png", expected)
@@ -164,7 +165,8 @@ def test_what_exists_is_replaced_with_force_only(
     assert codegrid(*decode(trained, tmp_path / name, "--start", 5, "--force")).status == 0
     if name == "out":
         rows = range(5, len(again))
-        assert sorted(path.name for path in (tmp_path / name).iterdir()) == [f"{row:05d}.png" for row in rows]
+        names = [*(f"{row:05d}.png" for row in rows), "decode.json"]
+        assert sorted(path.name for path in (tmp_path / name).iterdir()) == names
     else:
         assert digest_of(tmp_path).keys() == before.keys()
         assert digest_of(tmp_path) != before
@@ -218,6 +220,50 @@ def test_a_failure_midway_leaves_the_old_array(
         with pytest.raises(type(error)):
             decode_codes(many / "codes", many / "tokenizer", tmp_path / "out.npy", n=4, force=True)
         assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == ({"out.npy": old} if old else {})
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError("No space left on device")])
+@pytest.mark.parametrize("after", [1, 3])
+def test_a_failure_midway_keeps_the_images_that_are_finished(
+    tmp_path: Path, many: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, after: int
+) -> None:
+    """And the record counts them, so that they and no others are replaced."""
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr("pipeline.decode_codes.decode", failing(after, error))
+        with pytest.raises(type(error)):
+            decode_codes(many / "codes", many / "tokenizer", out, start=2, n=4)
+    names = [f"{row:05d}.png" for row in range(2, 2 + after)]
+    assert sorted(path.name for path in out.iterdir()) == [*names, "decode.json"]
+    record = json.loads((out / "decode.json").read_text("utf-8"))
+    fingerprint = read_manifest(many / "codes").tokenizer_fingerprint
+    assert record == {"start": 2, "n": 4, "finished": after, "tokenizer_fingerprint": fingerprint}
+    (out / "00005.png").write_bytes(b"mine")
+    decode_codes(many / "codes", many / "tokenizer", out, start=0, n=1, force=True)
+    assert sorted(path.name for path in out.iterdir()) == ["00000.png", "00005.png", "decode.json"]
+
+
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError("No space left on device")])
+def test_a_failure_before_the_first_image_leaves_all_as_it_was(
+    tmp_path: Path, many: Path, monkeypatch: pytest.MonkeyPatch, name: str, error: BaseException
+) -> None:
+    decode_codes(many / "codes", many / "tokenizer", tmp_path / "old" / name, n=3)
+    before = digest_of(tmp_path)
+    monkeypatch.setattr("pipeline.decode_codes.decode", failing(0, error))
+    for folder in ("old", "deep/in/new"):
+        with pytest.raises(type(error)):
+            decode_codes(many / "codes", many / "tokenizer", tmp_path / folder / name, n=2, force=True)
+    assert digest_of(tmp_path) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["old"]
+
+
+def test_no_images_are_refused(tmp_path: Path, many: Path) -> None:
+    """Which the command line does not take at all."""
+    for name in KINDS:
+        with pytest.raises(ValueError, match="n: expected at least 1 image, got 0"):
+            decode_codes(many / "codes", many / "tokenizer", tmp_path / name, n=0)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_ctrl_c_ends_with_130(

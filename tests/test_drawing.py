@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline import drawing
+from pipeline import drawing, generate, image_folder
 from pipeline.completion import half_mask
 from pipeline.drawing import SampleOptions, complete_to_folder, sample_to_folder
 from pipeline.errors import InputError
@@ -141,15 +141,15 @@ def test_ctrl_c_in_the_first_part_writes_nothing(
 ) -> None:
     interrupt_part(monkeypatch, 0)
     with pytest.raises(KeyboardInterrupt):
-        sample_to_folder(labelled, SampleOptions(n=8), tmp_path / "out")
-    assert digest_of(tmp_path / "out") == {}
+        sample_to_folder(labelled, SampleOptions(n=8), tmp_path / "new" / "out")
+    assert not (tmp_path / "new").exists()
 
 
 def test_ctrl_c_while_a_part_is_written_leaves_no_image_without_its_codes(
     tmp_path: Path, labelled: ImagePipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(drawing.AT_ONCE, "cpu", 3)
-    write, written = drawing.save_png, []
+    write, written = image_folder.save_png, []
 
     def interrupted(image: torch.Tensor, path: Path) -> None:
         written.append(path)
@@ -157,13 +157,68 @@ def test_ctrl_c_while_a_part_is_written_leaves_no_image_without_its_codes(
             raise KeyboardInterrupt
         write(image, path)
 
-    monkeypatch.setattr(drawing, "save_png", interrupted)
+    monkeypatch.setattr(image_folder, "save_png", interrupted)
     with pytest.raises(KeyboardInterrupt):
         sample_to_folder(labelled, SampleOptions(n=8), tmp_path / "out")
     images = sorted(path.name for path in (tmp_path / "out" / "images").iterdir())
     finished = json.loads((tmp_path / "out" / "sample.json").read_text("utf-8"))["finished"]
     assert len(np.load(tmp_path / "out" / "codes.npy")) == finished
     assert images == [f"{i:05d}.png" for i in range(finished)]
+
+
+def interrupt_writing(monkeypatch: pytest.MonkeyPatch, number: int) -> list[dict[str, Any]]:
+    """Ctrl-C in the middle of writing an image, counted from 0; returns the records that were there by then."""
+    write, records = image_folder.save_png, []
+
+    def interrupted(image: torch.Tensor, path: Path) -> None:
+        records.append(json.loads(next((path.parents[1]).glob("*.json")).read_text("utf-8")))
+        write(image, path)
+        if len(records) > number:
+            path.with_name(f"{path.name}.new").write_bytes(b"...")
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(image_folder, "save_png", interrupted)
+    return records
+
+
+@pytest.mark.parametrize("folder", ["new", "old", "deep/in/new"])
+@pytest.mark.parametrize("number", [0, 2])
+def test_ctrl_c_while_the_first_part_is_written_leaves_nothing_new(
+    tmp_path: Path, colour: ImagePipeline, picture: Path, folder: str, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No image without codes, no record, and no folder that was not there. Until then the record counts no image."""
+    (tmp_path / "old").mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    for _ in range(2):
+        with monkeypatch.context() as patch:
+            records = interrupt_writing(patch, number)
+            with pytest.raises(KeyboardInterrupt):
+                sample_to_folder(colour, SampleOptions(n=4), tmp_path / folder)
+            with pytest.raises(KeyboardInterrupt):
+                complete_to_folder(colour, picture, "top", SampleOptions(n=4), tmp_path / folder, candidates=1)
+        assert [(record["finished"], record["options"]["n"]) for record in records] == [(0, 4)] * (number + 2)
+        assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_ctrl_c_before_anything_is_drawn_leaves_the_old_images(
+    tmp_path: Path, colour: ImagePipeline, picture: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are cleared away when the new ones are ready; and there is no empty folder where there was none."""
+
+    def interrupted(*arguments: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    sample_to_folder(colour, SampleOptions(n=2), tmp_path / "old")
+    before = digest_of(tmp_path)
+    monkeypatch.setattr(generate, "sample_codes", interrupted)
+    monkeypatch.setattr(generate, "complete_codes", interrupted)
+    for out in ("old", "new"):
+        with pytest.raises(KeyboardInterrupt):
+            sample_to_folder(colour, SampleOptions(n=3), tmp_path / out, force=True)
+        with pytest.raises(KeyboardInterrupt):
+            complete_to_folder(colour, picture, "top", SampleOptions(n=3), tmp_path / out, force=True)
+    assert digest_of(tmp_path) == before
+    assert not (tmp_path / "new").exists()
 
 
 def test_an_error_in_a_later_part_keeps_the_parts_before_it(

@@ -1,0 +1,298 @@
+"""--force replaces what an earlier run wrote; files of others survive every command, byte for byte.
+
+Their names are like ours: of one digit less or more, of other digits, another case, or one that an earlier run with
+more images could have written and did not.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from .conftest import Codegrid, Trained
+from .support import digest_of
+
+ARABIC_1 = "\u0660\u0660\u0660\u0660\u0661"  # 00001, as `int` reads it
+ALIKE = (
+    *("2024-trip.png", "20240101.png", "1.png", "0001.png", "000001.png", "0x1.png", "-0001.png", "+0001.png"),
+    *("00001 (copy).png", "00001.PNG", "00001.png~", "00001.png.bak", "00001.jpg", f"{ARABIC_1}.png", "0000\uff11.png"),
+    "00099.png",
+)
+TOP = ("commit.json", "notes.new", ".writable", "grid (1).png", "sample.json.bak", "metrics.jsonl.1", "decode.json~")
+NUMBERS = 3  # images of a run
+
+
+def names_alike(folder: str) -> list[str]:
+    """Names that no run writes, those of images in the folder that a command writes images into."""
+    return [*TOP, *(os.path.join(folder, name) for name in ALIKE), "elsewhere/00001.png", "elsewhere/commit.json"]
+
+
+def add_files(folder: Path, names: Sequence[str]) -> dict[str, bytes]:
+    """Write files of others, each of its own content; returns them."""
+    files = {name: f"mine: {name}".encode() for name in names}
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    return files
+
+
+def names_below(folder: Path) -> set[str]:
+    return set(digest_of(folder))
+
+
+def written(folder: str, others: Sequence[str], count: int = NUMBERS) -> set[str]:
+    return {*others, *(os.path.join(folder, f"{index:05d}.png") for index in range(count))}
+
+
+@pytest.fixture
+def commands(tmp_path: Path, trained: Trained, image_folder: Path) -> dict[str, list[object]]:
+    """Each command that writes a folder, without --n."""
+    both: list[object] = ["--tokenizer", trained.tokenizer, "--prior", trained.prior, "--device", "cpu"]
+    picture = next(path for path in sorted(image_folder.rglob("*.png")))
+    return {
+        "sample": ["sample", *both],
+        "complete": ["complete", *both, "--image", picture, "--keep", "top", "--candidates", 1],
+        "decode-codes": ["decode-codes", trained.codes, "--tokenizer", trained.tokenizer, "--device", "cpu"],
+    }
+
+
+FOLDERS = {
+    "sample": ("images", ["grid.png", "codes.npy", "sample.json"]),
+    "complete": ("images", ["grid.png", "codes.npy", "complete.json"]),
+    "decode-codes": ("", ["decode.json"]),
+}
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_names_like_those_of_our_images_are_kept(
+    tmp_path: Path, commands: dict[str, list[object]], name: str, codegrid: Codegrid
+) -> None:
+    """Fewer images than the last time leave none of the old ones behind, and all of what others put there."""
+    out, (folder, others) = tmp_path / "out", FOLDERS[name]
+    command = [*commands[name], "--out", out]
+    assert codegrid(*command, "--n", NUMBERS).status == 0
+    assert names_below(out) == written(folder, others)
+    theirs = add_files(out, names_alike(folder))
+    (out / folder / "00007.png").mkdir()
+    before = digest_of(out)
+    assert codegrid(*command, "--n", NUMBERS).status == 1
+    assert digest_of(out) == before
+    for count in (2, 1, 4):
+        outcome = codegrid(*command, "--n", count, "--force")
+        assert outcome.status == 0, outcome
+        assert names_below(out) == written(folder, others, count) | set(theirs)
+        assert {known: (out / known).read_bytes() for known in theirs} == theirs
+        assert (out / folder / "00007.png").is_dir()
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+@pytest.mark.parametrize("number", [0, NUMBERS - 1])
+def test_a_file_of_others_with_the_very_name_is_not_replaced(
+    tmp_path: Path, commands: dict[str, list[object]], name: str, number: int, codegrid: Codegrid
+) -> None:
+    """Such as a data set that somebody named by accident: one line, and not even --force replaces any of it."""
+    out, (folder, _) = tmp_path / "out", FOLDERS[name]
+    file = os.path.join(folder, f"{number:05d}.png")
+    add_files(out, [file, os.path.join(folder, "00099.png")])
+    before = digest_of(out)
+    outcome = codegrid(*commands[name], "--out", out, "--n", NUMBERS, "--force")
+    line = f"nothing in --out {out} that this would replace and no earlier run of it wrote"
+    assert outcome.error_lines == [f"Error: expected {line}, got {file}; move it away or name another folder"]
+    assert outcome.status == 1
+    assert digest_of(out) == before
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_other_files_of_the_very_name_are_not_replaced(
+    tmp_path: Path, commands: dict[str, list[object]], name: str, codegrid: Codegrid
+) -> None:
+    """A picture, an array or a JSON file that no record names; also a record that is none of ours."""
+    for number, other in enumerate(FOLDERS[name][1]):
+        out = tmp_path / str(number)
+        add_files(out, [other])
+        for content in (b"mine", b"[]", b'{"n": 3, "start": 0}', b'{"options": {"n": 9}}'):
+            (out / other).write_bytes(content)
+            outcome = codegrid(*commands[name], "--out", out, "--n", NUMBERS, "--force")
+            assert outcome.status == 1
+            assert f"got {other}; move it away" in outcome.error_lines[0]
+            assert digest_of(out).keys() == {other}
+            assert (out / other).read_bytes() == content
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows lets few users make links")
+@pytest.mark.parametrize("name", FOLDERS)
+def test_a_link_in_the_place_of_an_image_is_not_followed(
+    tmp_path: Path, commands: dict[str, list[object]], name: str, codegrid: Codegrid
+) -> None:
+    """It stays where fewer images are written, and is refused where it would be replaced."""
+    out, (folder, others) = tmp_path / "out", FOLDERS[name]
+    command = [*commands[name], "--out", out, "--force"]
+    assert codegrid(*command, "--n", NUMBERS).status == 0
+    theirs = tmp_path / "mine.png"
+    theirs.write_bytes(b"mine")
+    link = out / folder / "00002.png"
+    link.unlink()
+    link.symlink_to(theirs)
+    before = digest_of(out)
+    outcome = codegrid(*command, "--n", NUMBERS)
+    assert (outcome.status, digest_of(out)) == (1, before)
+    assert codegrid(*command, "--n", 1).status == 0
+    assert link.is_symlink()
+    assert theirs.read_bytes() == b"mine"
+    assert names_below(out) == written(folder, others, 1) | {os.path.join(folder, "00002.png")}
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows lets few users make links")
+@pytest.mark.parametrize("kind", ["link", "file", "dangling link"])
+@pytest.mark.parametrize("name", ["sample", "complete"])
+def test_images_that_is_no_folder_of_its_own_is_refused(
+    tmp_path: Path, commands: dict[str, list[object]], name: str, kind: str, codegrid: Codegrid
+) -> None:
+    """Though the record says that the images are ours: below a link they may be anybody's."""
+    out = tmp_path / "out"
+    command = [*commands[name], "--out", out, "--n", 2, "--force"]
+    assert codegrid(*command).status == 0
+    (out / "images").rename(tmp_path / "moved")
+    if kind == "file":
+        (out / "images").write_bytes(b"mine")
+    else:
+        (out / "images").symlink_to(tmp_path / ("moved" if kind == "link" else "nosuch"))
+    before = digest_of(tmp_path)
+    outcome = codegrid(*command)
+    assert outcome.status == 1
+    assert "got images; move it away" in outcome.error_lines[0]
+    assert digest_of(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_a_folder_in_the_place_of_an_image_is_refused(
+    tmp_path: Path, commands: dict[str, list[object]], name: str, codegrid: Codegrid
+) -> None:
+    out, (folder, _) = tmp_path / "out", FOLDERS[name]
+    command = [*commands[name], "--out", out, "--n", NUMBERS, "--force"]
+    assert codegrid(*command).status == 0
+    (out / folder / "00001.png").unlink()
+    add_files(out / folder / "00001.png", ["00000.png"])
+    before = digest_of(out)
+    outcome = codegrid(*command)
+    assert (outcome.status, digest_of(out)) == (1, before)
+    assert "00001.png; move it away" in outcome.error_lines[0]
+
+
+def test_samples_and_completions_take_each_others_place(
+    tmp_path: Path, commands: dict[str, list[object]], codegrid: Codegrid
+) -> None:
+    out = tmp_path / "out"
+    assert codegrid(*commands["sample"], "--out", out, "--n", 4).status == 0
+    theirs = add_files(out, names_alike("images"))
+    for name, count in (("complete", 1), ("sample", 3), ("complete", 2)):
+        assert codegrid(*commands[name], "--out", out, "--n", count, "--force").status == 0
+        assert names_below(out) == written("images", FOLDERS[name][1], count) | set(theirs)
+
+
+def test_a_run_that_was_killed_is_replaced_whole(
+    tmp_path: Path, commands: dict[str, list[object]], codegrid: Codegrid
+) -> None:
+    """Its record says of none that it is finished; all of which it was going to write is removed, and no more."""
+    for name, (folder, others) in FOLDERS.items():
+        out = tmp_path / name
+        assert codegrid(*commands[name], "--out", out, "--n", NUMBERS).status == 0
+        record = out / others[-1]
+        record.write_text(json.dumps({**json.loads(record.read_text("utf-8")), "finished": 0}))
+        shutil.copy(out / folder / "00001.png", out / folder / "00002.png.new")
+        theirs = add_files(out, names_alike(folder))
+        assert codegrid(*commands[name], "--out", out, "--n", 1, "--force").status == 0
+        assert names_below(out) == written(folder, others, 1) | set(theirs)
+
+
+def test_decoded_rows_from_elsewhere_are_replaced(
+    tmp_path: Path, commands: dict[str, list[object]], codegrid: Codegrid
+) -> None:
+    """The record tells the first row, so that rows 5 to 7 are replaced by rows 1 and 2."""
+    command = [*commands["decode-codes"], "--out", tmp_path / "out", "--force"]
+    assert codegrid(*command, "--start", 5, "--n", 3).status == 0
+    theirs = add_files(tmp_path / "out", ["00004.png", "00008.png"])
+    assert codegrid(*command, "--start", 1, "--n", 2).status == 0
+    assert names_below(tmp_path / "out") == {"decode.json", "00001.png", "00002.png", *theirs}
+
+
+# Training and exports
+
+
+LOGS_ALIKE = [
+    *("pictures/step-1.png", "pictures/step-holiday.png", "pictures/step-0000001 (copy).png", "pictures/notes.new"),
+    *("pictures/step-0000001-mine.png", "pictures/step-00000001.png", "pictures/step-0000001.png.bak", "x.new"),
+    *(f"pictures/step-00{ARABIC_1}.png", "metrics.jsonl.bak", "metrics-old.jsonl", "elsewhere/step-0000001.png"),
+    *("elsewhere/metrics.jsonl", "pictures/metrics.jsonl", "step-0000001.png", "images/00000.png", "grid.png"),
+    *("codes/codes-mine.npy", "codes/codes-00000-copy.npy", "codes/labels-1.npy", "codes/notes.new"),
+]
+
+
+@pytest.mark.parametrize("stage", ["tokenizer", "prior"])
+def test_training_leaves_names_like_those_of_its_logs(
+    tmp_path: Path, trained: Trained, stage: str, codegrid: Codegrid
+) -> None:
+    """Its own pictures of an older and longer run are gone."""
+    out = tmp_path / "run"
+    shutil.copytree(getattr(trained, stage), out)
+    old = add_files(out, ["pictures/step-0000099.png", "pictures/step-12345678.png"])
+    if stage == "tokenizer":
+        old |= add_files(out, ["pictures/step-0000099-codebook.png"])
+    theirs = add_files(out, LOGS_ALIKE)
+    (out / "pictures" / "step-0000098.png").mkdir()
+    small: dict[str, list[object]] = {
+        "tokenizer": ["train-tokenizer", "--data", trained.images, "--hidden-channels", 4, "--num-codes", 4],
+        "prior": ["train-prior", "--tokenizer", trained.tokenizer, "--channels", 2, "--num-layers", 1],
+    }
+    outcome = codegrid(*small[stage], "--out", out, "--steps", 1, "--force", "--device", "cpu")
+    assert outcome.status == 0, outcome
+    assert {name: (out / name).read_bytes() for name in theirs} == theirs
+    assert not any((out / name).exists() for name in old)
+    assert (out / "pictures" / "step-0000098.png").is_dir()
+    assert (out / "pictures" / "step-0000001.png").is_file()
+
+
+@pytest.mark.parametrize("content", ['["notes.txt"]', '{"sha": "0123"}', "[1]", "mine", "[[]]"])
+@pytest.mark.parametrize("option", ["--force", "--resume"])
+def test_training_refuses_a_commit_file_of_others(
+    tmp_path: Path, trained: Trained, content: str, option: str, codegrid: Codegrid
+) -> None:
+    """Its name is that of the file by which a checkpoint is replaced as one; it would be replaced, too."""
+    out = tmp_path / "run"
+    shutil.copytree(trained.prior, out)
+    (out / "commit.json").write_text(content)
+    before = digest_of(out)
+    outcome = codegrid("train-prior", "--codes", trained.codes, "--out", out, "--steps", 9, option)
+    line = f"no commit.json in --out {out} but that of a checkpoint, got another; move it away or name another folder"
+    assert (outcome.status, outcome.error_lines) == (1, [f"Error: expected {line}"])
+    assert digest_of(out) == before
+
+
+def test_training_goes_on_where_a_kill_left_half_a_checkpoint(
+    tmp_path: Path, trained: Trained, codegrid: Codegrid
+) -> None:
+    """The commit file that is ours is no reason to refuse; and the files that it names stay until the next save."""
+    for option in ("--force", "--resume"):
+        out = tmp_path / option
+        shutil.copytree(trained.prior, out)
+        (out / "model.safetensors").rename(out / "model.safetensors.new")
+        (out / "commit.json").write_text('["config.json", "model.safetensors", "training.safetensors"]')
+        outcome = codegrid("train-prior", "--codes", trained.codes, "--out", out, "--steps", 4, option)
+        assert outcome.status == 0, outcome
+        assert not (out / "commit.json").exists()
+        assert not (out / "model.safetensors.new").exists()
+
+
+def test_an_export_leaves_names_like_those_of_its_shards(tmp_path: Path, trained: Trained, codegrid: Codegrid) -> None:
+    out = tmp_path / "codes"
+    shutil.copytree(trained.codes, out)
+    names = ["codes-0.npy", "codes-00000 (copy).npy", "labels-1.npy", "names-old.json", "shard-1.json", "codes-.npy"]
+    theirs = add_files(out, [*names, "commit.json", "notes.new", "00000.png", "elsewhere/codes-00000.npy"])
+    assert codegrid("export-codes", "--tokenizer", trained.tokenizer, "--out", out, "--force").status == 0
+    assert {name: (out / name).read_bytes() for name in theirs} == theirs
+    assert names_below(out) == {
+        *("manifest.json", "README.md", "codes-00000.npy", "labels-00000.npy", "names-00000.json", *theirs),
+    }
