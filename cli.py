@@ -248,7 +248,7 @@ def sample(out: Path, tokenizer: Path, prior: Path, device: str, force: bool, **
 
     check_sample_folder(out, SAMPLE, chosen["n"], force=force)  # before the models are loaded
     images = ImagePipeline.from_pretrained(tokenizer, prior, device)
-    picture = sample_to_folder(images, SampleOptions(**chosen), out, force=force)
+    picture = sample_to_folder(images, SampleOptions.of(**chosen), out, force=force)
     click.echo(f"{chosen['n']} new images: {picture}")
 
 
@@ -283,7 +283,7 @@ def complete(
 
     check_sample_folder(out, COMPLETION, chosen["n"], force=force)  # before the models are loaded
     pipeline = ImagePipeline.from_pretrained(tokenizer, prior, device)
-    options = SampleOptions(**chosen)
+    options = SampleOptions.of(**chosen)
     picture = complete_to_folder(pipeline, image, keep, options, out, candidates=candidates, force=force)
     click.echo(f"the picture, what is kept, and {chosen['n']} completions: {picture}")
 

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from prior import SamplingParameters
+from prior.choosing import AS_TRAINED
 
 from .code_shards import npy_bytes
 from .completion import HALVES, half_mask, hidden, mask_from_file
@@ -43,19 +44,17 @@ class SampleOptions:
 
     n: int
     labels: tuple[str, ...] = ()  # names or indices, in turn; all classes if empty
-    temperature: float = 1.0
-    top_k: int | None = None
-    top_p: float | None = None
     seed: int = 0
+    parameters: SamplingParameters = AS_TRAINED
 
     def __post_init__(self) -> None:
         if self.n < 1:
             raise ValueError(f"n: expected at least 1 image, got {self.n}")
-        SamplingParameters(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p)
 
-    def choice(self) -> dict[str, Any]:
-        """What `ImagePipeline` calls these."""
-        return {"seed": self.seed, "temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
+    @classmethod
+    def of(cls, *, n: int, labels: tuple[str, ...] = (), seed: int = 0, **parameters: Any) -> "SampleOptions":
+        """Return the options of a command line, where the fields of `SamplingParameters` are options of their own."""
+        return cls(n=n, labels=labels, seed=seed, parameters=SamplingParameters(**parameters))
 
 
 def sample_to_folder(pipeline: ImagePipeline, options: SampleOptions, out: Path, *, force: bool = False) -> Path:
@@ -132,7 +131,8 @@ def complete_to_folder(
                 labels=labels,
                 candidates=candidates,
                 on_row=_rows_on(bar, 0, options.n, pipeline.grid[0]),
-                **options.choice(),
+                seed=options.seed,
+                **asdict(options.parameters),
             )
         folder.add(completed.images)
         _finish(folder, completed.codes, torch.cat([original[None], kept, completed.images]), columns=options.n + 2)
@@ -148,7 +148,8 @@ def _sampled(
         count = min(at_once, options.n - start)
         subset = None if labels is None else labels[start : start + count]
         on_row = _rows_on(bar, start, count, pipeline.grid[0])
-        yield pipeline.sample(count, labels=subset, first=start, on_row=on_row, **options.choice())
+        parameters = asdict(options.parameters)
+        yield pipeline.sample(count, labels=subset, seed=options.seed, first=start, on_row=on_row, **parameters)
 
 
 def _rows_on(bar: "tqdm[None]", start: int, count: int, height: int) -> Callable[[int], None]:
@@ -183,7 +184,7 @@ def _record(pipeline: ImagePipeline, options: SampleOptions, labels: Tensor | No
         labels=chosen,
         class_names=None if chosen is None else [pipeline.class_names[i] for i in chosen],
         seed=options.seed,
-        options={name: value for name, value in vars(options).items() if name not in ("labels", "seed")} | kept,
+        options={"n": options.n, **asdict(options.parameters), **kept},
         finished=options.n,
         fingerprints=fingerprints,
         versions=pipeline.prior_info.versions,

@@ -71,7 +71,7 @@ def test_samples_are_replaced_whole_and_only_if_asked(tmp_path: Path, labelled: 
     with pytest.raises(InputError, match="nosuch"):
         sample_to_folder(labelled, SampleOptions(n=2, labels=("nosuch",)), out, force=True)
     with pytest.raises(ValueError, match="top_p"):
-        SampleOptions(n=2, top_p=7)
+        SampleOptions.of(n=2, top_p=7)
     assert digest_of(out) == before
     sample_to_folder(labelled, SampleOptions(n=2), out, force=True)
     assert sorted(path.name for path in (out / "images").iterdir()) == ["00000.png", "00001.png"]
@@ -83,7 +83,7 @@ def test_an_image_is_the_same_whatever_is_drawn_at_once(
     tmp_path: Path, labelled: ImagePipeline, at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """P17: seven are no multiple of a part; labels are in turn over all of them."""
-    options = SampleOptions(n=7, labels=("ring", "2"), seed=4, temperature=1.2, top_k=9, top_p=0.95)
+    options = SampleOptions.of(n=7, labels=("ring", "2"), seed=4, temperature=1.2, top_k=9, top_p=0.95)
     sample_to_folder(labelled, options, tmp_path / "whole")
     monkeypatch.setitem(drawing.AT_ONCE, "cpu", at_once)
     sample_to_folder(labelled, options, tmp_path / "parts")
@@ -257,7 +257,7 @@ def test_what_a_folder_of_completions_holds(
     tmp_path: Path, colour: ImagePipeline, picture: Path, keep: str, n: int
 ) -> None:
     out = tmp_path / "out"
-    options = SampleOptions(n=n, seed=4, top_k=5)
+    options = SampleOptions.of(n=n, seed=4, top_k=5)
     assert complete_to_folder(colour, picture, keep, options, out, candidates=6) == out / "grid.png"
     original, mask = pixels_of(picture), half_mask(keep, SIZE)
     images, codes = colour.complete(original.repeat(n, 1, 1, 1), mask, candidates=6, seed=4, top_k=5)
