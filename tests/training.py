@@ -86,9 +86,9 @@ def evaluations_of(folder: Path) -> list[dict[str, Any]]:
 
 
 def same_run(one: Path, other: Path) -> None:
-    """Two run folders hold the same weights, state to go on from, and evaluations.
+    """Assert that two run folders hold the same weights, training state and evaluations.
 
-    Asserted on a bool: where CI is set, pytest would diff megabytes to explain a difference.
+    On a bool: where CI is set, pytest would diff megabytes to explain a difference.
     """
     same = (one / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
     assert same
