@@ -7,12 +7,15 @@ from typing import Any, NoReturn, TypeVar
 
 import click
 
+from pipeline.recipes import PriorSettings, TokenizerSettings
+
 __version__ = "0.1.0"
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 TOKENIZER = Path("checkpoints/tokenizer")
 PRIOR = Path("checkpoints/prior")
+STAGE_ONE, STAGE_TWO = TokenizerSettings(), PriorSettings()  # the defaults, for the help texts
 DATA_HELP = "glyphs, a torchvision name (mnist, cifar10, ...), or a folder of images."
 
 
@@ -35,6 +38,21 @@ class PathType(click.Path):
 
     def __init__(self) -> None:
         super().__init__(path_type=Path)
+
+
+def default_of(name: str, *recipes: TokenizerSettings | PriorSettings) -> str:
+    """Return the default of a setting as a help text shows it: of one stage, or of both where they differ."""
+    values = [getattr(recipe, name) for recipe in recipes]
+    shown = [f"{value:g}" if isinstance(value, float) else str(value) for value in values]
+    return shown[0] if len(set(shown)) == 1 else f"{shown[0]} in stage one, {shown[1]} in two"
+
+
+def setting(
+    name: str, kind: click.ParamType, text: str, *recipes: TokenizerSettings | PriorSettings
+) -> Callable[[Command], Command]:
+    """Make the option of a training setting: None if it is not given, its default shown from the recipes."""
+    text = f"{text}  [default: {default_of(name, *recipes)}]".lstrip()
+    return click.option(f"--{name.replace('_', '-')}", type=kind, help=text)
 
 
 def options(*decorators: Callable[[Command], Command]) -> Callable[[Command], Command]:
@@ -63,23 +81,21 @@ tokenizer_option = click.option(
     "--tokenizer", type=PathType(), default=TOKENIZER, show_default=True, help="Folder that train-tokenizer wrote."
 )
 training_options = options(
-    click.option("--steps", type=click.IntRange(min=1), help="In all.  [default: 1500 in stage one, 2000 in two]"),
-    click.option("--batch-size", type=click.IntRange(min=1), help="Items a step.  [default: 32]"),
-    click.option(
-        "--lr",
-        type=click.FloatRange(min=0, min_open=True),
-        help="Learning rate.  [default: 0.003 in stage one, 0.004 in two]",
+    setting("steps", click.IntRange(min=1), "In all.", STAGE_ONE, STAGE_TWO),
+    setting("batch_size", click.IntRange(min=1), "Items a step.", STAGE_ONE, STAGE_TWO),
+    setting("lr", click.FloatRange(min=0, min_open=True), "Learning rate.", STAGE_ONE, STAGE_TWO),
+    setting("seed", click.IntRange(min=0), "Seed of everything random.", STAGE_ONE, STAGE_TWO),
+    setting(
+        "precision",
+        click.Choice(["auto", "fp32", "bf16"]),
+        "Of the networks; auto is bf16 where the processor has it.",
+        STAGE_ONE,
+        STAGE_TWO,
     ),
-    click.option("--seed", type=click.IntRange(min=0), help="Seed of everything random.  [default: 0]"),
-    click.option(
-        "--precision",
-        type=click.Choice(["auto", "fp32", "bf16"]),
-        help="Of the networks; auto is bf16 where the processor has it.  [default: auto]",
-    ),
-    click.option("--optimizer", type=click.Choice(["muon", "adam"]), help="[default: muon]"),
+    setting("optimizer", click.Choice(["muon", "adam"]), "", STAGE_ONE, STAGE_TWO),
     click.option("--compile", is_flag=True, default=None, help="Compile the networks: a slow start, faster steps."),
     device_option,
-    click.option("--resume", is_flag=True, help="Go on with the run in --out, if there is one."),
+    click.option("--resume", is_flag=True, help="Continue the run in --out, if there is one."),
     force_option,
 )
 
@@ -117,34 +133,32 @@ def cli(ctx: click.Context, debug: bool) -> None:
 
 
 @cli.command("train-tokenizer")
-@click.option("--data", metavar="SOURCE", help=f"{DATA_HELP}  [default: glyphs]")
+@click.option("--data", metavar="SOURCE", help=f"{DATA_HELP}  [default: {STAGE_ONE.data}]")
 @click.option("--data-root", metavar="DIR", help="Where a torchvision set lies, or is downloaded to.")
 @click.option("--out", type=PathType(), default=TOKENIZER, show_default=True, help="Folder to write.")
 @click.option("--image-size", type=ImageSize(), help="Resize and centre-crop.  [default: the images' own]")
 @click.option("--channels", type=click.Choice(["1", "3"]), help="Grey or colour.  [default: the images' own]")
-@click.option("--num-codes", type=click.IntRange(min=2), help="K, size of the codebook.  [default: 512]")
-@click.option("--code-dim", type=click.IntRange(min=1), help="D, dimension of its vectors.  [default: 8]")
-@click.option("--downsample", type=click.Choice(["2", "4", "8", "16"]), help="Pixels a code covers.  [default: 4]")
-@click.option("--hidden-channels", type=click.IntRange(min=2), help="Width of the network.  [default: 128]")
-@click.option("--num-residual-layers", type=click.IntRange(min=0), help="Blocks on either side.  [default: 4]")
-@click.option("--residual-channels", type=click.IntRange(min=1), help="Width inside a block.  [default: 32]")
-@click.option("--codebook-update", type=click.Choice(["ema", "gradient"]), help="[default: ema]")
-@click.option("--commitment-weight", type=click.FloatRange(min=0), help="beta, on the encoder.  [default: 1]")
-@click.option(
-    "--bottleneck",
-    type=click.Choice(["vq", "vae", "ae"]),
-    help="Codes; or, to compare with, a Gaussian or nothing.  [default: vq]",
+@setting("num_codes", click.IntRange(min=2), "K, size of the codebook.", STAGE_ONE)
+@setting("code_dim", click.IntRange(min=1), "D, dimension of its vectors.", STAGE_ONE)
+@setting("downsample", click.Choice(["2", "4", "8", "16"]), "Pixels a code covers.", STAGE_ONE)
+@setting("hidden_channels", click.IntRange(min=2), "Width of the network.", STAGE_ONE)
+@setting("num_residual_layers", click.IntRange(min=0), "Blocks on either side.", STAGE_ONE)
+@setting("residual_channels", click.IntRange(min=1), "Width inside a block.", STAGE_ONE)
+@setting("codebook_update", click.Choice(["ema", "gradient"]), "", STAGE_ONE)
+@setting("commitment_weight", click.FloatRange(min=0), "beta, on the encoder.", STAGE_ONE)
+@setting(
+    "bottleneck", click.Choice(["vq", "vae", "ae"]), "Codes; or, to compare with, a Gaussian or nothing.", STAGE_ONE
 )
-@click.option("--kl-weight", type=click.FloatRange(min=0), help="Of --bottleneck vae.  [default: 0.1]")
+@setting("kl_weight", click.FloatRange(min=0), "Of --bottleneck vae.", STAGE_ONE)
 @training_options
-def train_tokenizer(out: Path, device: str, resume: bool, force: bool, **given: Any) -> None:
+def train_tokenizer(out: Path, device: str, resume: bool, force: bool, **overrides: Any) -> None:
     """Stage one: images to grids of codes, and back."""
-    from pipeline.settings import RunFolder
+    from pipeline.run_folder import RunFolder
     from pipeline.train_tokenizer import train_tokenizer as run
 
-    given |= {name: int(given[name]) for name in ("channels", "downsample") if given[name] is not None}
-    click.echo(f"stage one: a tokenizer for {given['data'] or 'the built-in glyphs'}, into {out}")
-    info = run(RunFolder(out=out, resume=resume, force=force, device=device), given)
+    overrides |= {name: int(overrides[name]) for name in ("channels", "downsample") if overrides[name] is not None}
+    click.echo(f"stage one: a tokenizer for {overrides['data'] or 'the built-in glyphs'}, into {out}")
+    info = run(RunFolder(out=out, resume=resume, force=force, device=device), overrides)
     click.echo(f"done: {info.step:,} steps; {describe(info.metrics)}")
     if info.config["bottleneck"] == "vq":
         click.echo("next: codegrid train-prior")
@@ -217,19 +231,19 @@ def decode_codes(codes: Path, tokenizer: Path, out: Path, **chosen: Any) -> None
 )
 @click.option("--tokenizer", metavar="DIR", help=f"For codes and pictures.  [default: {TOKENIZER}]")
 @click.option("--out", type=PathType(), default=PRIOR, show_default=True, help="Folder to write.")
-@click.option("--channels", type=click.IntRange(min=1), help="Width of the two stacks.  [default: 64]")
-@click.option("--num-layers", type=click.IntRange(min=1), help="Gated layers.  [default: 6]")
-@click.option("--dropout", type=click.FloatRange(0, 1, max_open=True), help="In training.  [default: 0]")
+@setting("channels", click.IntRange(min=1), "Width of the two stacks.", STAGE_TWO)
+@setting("num_layers", click.IntRange(min=1), "Gated layers.", STAGE_TWO)
+@setting("dropout", click.FloatRange(0, 1, max_open=True), "In training.", STAGE_TWO)
 @training_options
-def train_prior(out: Path, device: str, resume: bool, force: bool, **given: Any) -> None:
+def train_prior(out: Path, device: str, resume: bool, force: bool, **overrides: Any) -> None:
     """Stage two: the probability of the code grids."""
-    from pipeline.settings import RunFolder
+    from pipeline.run_folder import RunFolder
     from pipeline.train_prior import train_prior as run
 
-    given["codes"] = list(given["codes"]) or None
-    learned = ", ".join(given["codes"] or ["the codes of the tokenizer"])
+    overrides["codes"] = list(overrides["codes"]) or None
+    learned = ", ".join(overrides["codes"] or ["the codes of the tokenizer"])
     click.echo(f"stage two: a prior over {learned}, into {out}")
-    info = run(RunFolder(out=out, resume=resume, force=force, device=device), given, TOKENIZER)
+    info = run(RunFolder(out=out, resume=resume, force=force, device=device), overrides, TOKENIZER)
     click.echo(f"done: best at step {info.step:,}; {describe(info.metrics)}\nnext: codegrid sample --n 64")
 
 

@@ -35,9 +35,9 @@ from pipeline.code_manifest import MANIFEST, CodeManifest, code_dtype, read_mani
 from pipeline.code_writer import write_codes
 from pipeline.codes import CodeDataset
 from pipeline.export import BATCH, SHARD_SIZE, export_codes
+from pipeline.prior_stage import PriorStage
 from pipeline.processes import Processes
 from pipeline.stored_images import images_of
-from pipeline.train_prior import PriorStage
 from prior import GatedPixelCNN, PriorConfig
 from tokenizer import VQVAE, TokenizerConfig
 

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from pipeline import ImagePipeline, open_images
 from pipeline.images import to_float
-from pipeline.loop import DataOrder
+from pipeline.schedule import DataOrder
 from pipeline.sources import ImageSplit
 
 EPOCHS, BATCH, LEARNING_RATE = 2, 128, 2e-3

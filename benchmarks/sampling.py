@@ -12,10 +12,9 @@ rows held out of the training part.
 import math
 import statistics
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import click
 import numpy as np
@@ -26,8 +25,9 @@ from pipeline.checkpoint import CheckpointInfo, load_prior
 from pipeline.device import choose_device
 from pipeline.evaluate import measure_prior
 from pipeline.loop import LoopSettings, run_training
+from pipeline.prior_stage import PriorStage
+from pipeline.recipes import PriorSettings
 from pipeline.splits import held_out
-from pipeline.train_prior import PriorSettings, PriorStage
 from prior import GatedPixelCNN, PriorConfig, sample_codes
 
 from .timing import hardware, paired, ratio
@@ -35,10 +35,7 @@ from .timing import hardware, paired, ratio
 LAYERS = 15  # of the network that speed is measured on: 64 channels, K = 512
 
 
-RECIPES: dict[str, dict[str, Any]] = {  # departures from the default, fields of PriorSettings
-    "default": {},
-    "adam": {"optimizer": "adam"},
-}
+RECIPES = {"default": PriorSettings(), "adam": PriorSettings(optimizer="adam")}
 
 
 class Arrays:
@@ -104,7 +101,7 @@ def prior_command(path: Path, recipes: list[str], steps: int, threads: int | Non
     test = Arrays(arrays["test_codes"], arrays["test_labels"])
     print("| recipe | steps | minutes | bits per code, test part | parameters |\n|---|---|---|---|---|")
     for name in recipes:
-        settings = PriorSettings(**{"steps": steps, **RECIPES[name]})
+        settings = replace(RECIPES[name], steps=steps)
         config = PriorConfig(
             num_codes=int(train.codes.max()) + 1,
             num_classes=int(train.labels.max()) + 1,
@@ -130,7 +127,7 @@ def run(stage: PriorStage, config: PriorConfig, settings: PriorSettings, folder:
     info = CheckpointInfo(
         kind="prior", config=asdict(config), step=0, class_names=[], preprocessing={}, training=asdict(settings)
     )
-    loop = LoopSettings.chosen(settings, device, keep_best=True)
+    loop = LoopSettings.from_settings(settings, device, keep_best=True)
     run_training(stage, info, loop, folder, resume=False)
 
 

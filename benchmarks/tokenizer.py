@@ -14,7 +14,7 @@ import resource
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,39 +23,33 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.checkpoint import CheckpointInfo
-from pipeline.device import autocast, choose_device, compile_networks
+from pipeline.device import autocast, choose_device, compile_networks, manual_seed
 from pipeline.loop import LoopSettings, run_training
 from pipeline.optimizer import Optimizers
+from pipeline.recipes import LARGE_TOKENIZER, TokenizerSettings
 from pipeline.sources import ImageSet, open_images
-from pipeline.tokenizer_stage import TokenizerStage
-from pipeline.train_tokenizer import TokenizerSettings, config_for
+from pipeline.stage import Evaluation
+from pipeline.tokenizer_stage import TokenizerStage, evaluate_autoencoder
+from pipeline.train_tokenizer import config_for
 from tokenizer import VQVAE, QuantizerOutput, TokenizerConfig
 from tokenizer.quantizer import nearest_codes
 
 from .timing import hardware, paired, ratio
 
-
-@dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """Departures from the default recipe."""
-
-    config: dict[str, Any] = field(default_factory=dict)  # fields of TokenizerConfig
-    settings: dict[str, Any] = field(default_factory=dict)  # fields of TokenizerSettings
-
-
 RECIPES = {
-    "default": Recipe(),
-    "large": Recipe(settings={"num_residual_layers": 6, "residual_channels": 64}),
-    "adam": Recipe(settings={"optimizer": "adam"}),
-    "adam lr 1e-3": Recipe(settings={"optimizer": "adam", "lr": 1e-3}),
-    "lr 1.5e-3": Recipe(settings={"lr": 1.5e-3}),
-    "lr 6e-3": Recipe(settings={"lr": 6e-3}),
-    "beta 0.25": Recipe(config={"commitment_weight": 0.25}),
-    "D 16": Recipe(config={"code_dim": 16}),
-    "D 4": Recipe(config={"code_dim": 4}),
-    "no revival": Recipe(config={"revival_threshold": 0.0}),
-    "gradient codebook": Recipe(config={"codebook_update": "gradient"}),
+    "default": TokenizerSettings(),
+    "large": LARGE_TOKENIZER,
+    "adam": TokenizerSettings(optimizer="adam"),
+    "adam lr 1e-3": TokenizerSettings(optimizer="adam", lr=1e-3),
+    "lr 1.5e-3": TokenizerSettings(lr=1.5e-3),
+    "lr 6e-3": TokenizerSettings(lr=6e-3),
+    "beta 0.25": TokenizerSettings(commitment_weight=0.25),
+    "D 16": TokenizerSettings(code_dim=16),
+    "D 4": TokenizerSettings(code_dim=4),
+    "no revival": TokenizerSettings(),
+    "gradient codebook": TokenizerSettings(codebook_update="gradient"),
 }
+BEYOND_SETTINGS: dict[str, dict[str, Any]] = {"no revival": {"revival_threshold": 0.0}}  # fields of TokenizerConfig
 
 
 class OnTestPart(TokenizerStage):
@@ -63,13 +57,13 @@ class OnTestPart(TokenizerStage):
 
     def __init__(self, model: VQVAE, images: ImageSet) -> None:
         super().__init__(model, images.train)
-        assert images.test is not None
         self.test = images.test
-        self.rows: list[dict[str, Any]] = []
+        self.rows: list[dict[str, float]] = []
 
-    def evaluate(self) -> dict[str, float]:
-        self.rows.append(self.measure(self.test))
-        return self.rows[-1]
+    def evaluate(self) -> Evaluation:
+        evaluation = evaluate_autoencoder(self.model, self.test)
+        self.rows.append(evaluation.numbers)
+        return evaluation
 
 
 @click.group()
@@ -95,10 +89,9 @@ def quality(data: str, recipes: list[str], seeds: list[int], steps: int, threads
     )
     for name in recipes:
         for seed in seeds:
-            recipe = RECIPES[name]
-            settings = TokenizerSettings(**{"steps": steps, "seed": seed, **recipe.settings})
-            config = TokenizerConfig(**{**asdict(config_for(settings, images)), **recipe.config})
-            torch.manual_seed(seed)
+            settings = replace(RECIPES[name], steps=steps, seed=seed)
+            config = replace(config_for(settings, images), **BEYOND_SETTINGS.get(name, {}))
+            manual_seed(seed)
             stage = OnTestPart(VQVAE(config).to(device), images)
             folder, start = out / f"{name.replace(' ', '-')}-{seed}", time.perf_counter()
             train(stage, config, settings, folder)
@@ -115,7 +108,7 @@ def train(stage: OnTestPart, config: TokenizerConfig, settings: TokenizerSetting
     info = CheckpointInfo(
         kind="tokenizer", config=asdict(config), step=0, class_names=[], preprocessing={}, training=asdict(settings)
     )
-    loop = LoopSettings.chosen(settings, stage.device, evaluations=10)
+    loop = LoopSettings.from_settings(settings, stage.device, evaluations=10)
     run_training(stage, info, loop, folder, resume=False)
 
 

@@ -1,5 +1,6 @@
-"""Where to compute, and in what precision."""
+"""Where to compute, in what precision, and from what seed."""
 
+import hashlib
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -30,6 +31,22 @@ def choose_device(name: str) -> torch.device:
     if missing:
         raise InputError(expected=f"the device {name}", got="none on this machine", do="use --device cpu")
     return device
+
+
+def manual_seed(seed: int) -> None:
+    """Seed torch's global generators, on every device, with a non-negative integer of any size."""
+    torch.manual_seed(torch_seed(seed))
+
+
+def torch_seed(seed: int) -> int:
+    """Return a seed that torch takes: `seed` itself below 2^32, else 64 bits of its SHA-256.
+
+    torch refuses seeds from 2^64 on, and its CPU generator keeps only the low 32 bits, so that seeds which differ above
+    them alone would give the same numbers.
+    """
+    if seed < 2**32:
+        return seed
+    return int.from_bytes(hashlib.sha256(str(seed).encode()).digest()[:8], "big")
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:

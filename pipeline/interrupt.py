@@ -16,6 +16,7 @@ class StopSignal:
 
     @property
     def requested(self) -> bool:
+        """Return whether a signal has come."""
         return self.received != 0
 
     def __enter__(self) -> "StopSignal":

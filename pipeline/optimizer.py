@@ -37,7 +37,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """One step for every parameter that has a gradient."""
+        """Take one step for every parameter that has a gradient."""
         for group in self.param_groups:
             by_shape: dict[tuple[int, int], list[Tensor]] = defaultdict(list)
             for parameter in group["params"]:
@@ -50,7 +50,7 @@ class Muon(torch.optim.Optimizer):
                     parameter += step.reshape(parameter.shape)
 
     def _direction(self, parameter: Tensor) -> Tensor:
-        """Nesterov's momentum: the gradient and its moving average."""
+        """Return Nesterov's momentum: between the gradient and its moving average, which it updates."""
         gradient, state = parameter.grad, self.state[parameter]
         assert gradient is not None
         if not state:
@@ -60,7 +60,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalized(matrices: Tensor) -> Tensor:
-    """matrices [n,R,C] -> about U V^T of each one's U S V^T: singular values between 0.7 and 1.2 [1]; of 0, 0."""
+    """Return about U V^T of each U S V^T in matrices [n,R,C]: singular values between 0.7 and 1.2 [1]; of 0, 0."""
     wide = matrices if matrices.shape[1] <= matrices.shape[2] else matrices.mT
     x = wide / wide.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7)
     a, b, c = COEFFICIENTS
@@ -71,11 +71,11 @@ def orthogonalized(matrices: Tensor) -> Tensor:
 
 
 class Optimizers:
-    """What steps the parameters of a model: Muon and Adam, or Adam alone.
+    """The optimizers of a model: Muon and Adam, or Adam alone.
 
     Args:
         model: the parameters.
-        kind: "muon" (with Adam for what is no large matrix) or "adam".
+        kind: "muon" (with Adam for what is not a large matrix) or "adam".
         lr: learning rate of both.
     """
 
@@ -90,19 +90,19 @@ class Optimizers:
             self.members["adam"] = torch.optim.Adam(others, lr=lr, fused=True)
 
     def step(self, lr: float) -> None:
-        """One step at this learning rate."""
+        """Take one step at this learning rate."""
         for optimizer in self.members.values():
             for group in optimizer.param_groups:
                 group["lr"] = lr
             optimizer.step()
 
     def zero_grad(self) -> None:
-        """Forget the gradients."""
+        """Remove the gradients."""
         for optimizer in self.members.values():
             optimizer.zero_grad(set_to_none=True)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Its state: "muon/0/momentum" and the like."""
+        """Return the state of the optimizers by name, such as "muon/0/momentum"."""
         return {
             f"{name}/{index}/{key}": tensor
             for name, optimizer in self.members.items()
@@ -111,7 +111,7 @@ class Optimizers:
         }
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Put back what `tensors` gave."""
+        """Restore what `tensors` returned."""
         for name, optimizer in self.members.items():
             state: dict[int, dict[str, Tensor]] = defaultdict(dict)
             for path, tensor in tensors.items():
@@ -122,7 +122,7 @@ class Optimizers:
 
 
 def hidden_matrices(model: nn.Module) -> list[Tensor]:
-    """The weights of convolutions and linear layers that have at least SMALLEST_SIDE rows and columns."""
+    """Return the weights of convolutions and linear layers that have at least SMALLEST_SIDE rows and columns."""
     return [
         module.weight
         for module in model.modules()

@@ -1,6 +1,6 @@
 """Stage one as the training loop sees it: a model with codes, or a baseline without."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,43 +16,38 @@ from .loop import split_rows
 from .pictures import above_and_below, save_grid, save_png
 from .sources import ImageSplit
 from .splits import held_out
+from .stage import Evaluation
 
 PICTURES = 16  # images in the picture of reconstructions
 CHANGES_SEEN_IN = 256  # held-out images that tell how many codes changed
 
 
 class BaselineStage:
-    """An autoencoder without codes, and what it has in common with one that has them."""
+    """An autoencoder without codes.
 
-    score = "nmse"
-    remark = ""
+    Args:
+        model: on the device to train on.
+        images: the training part of a set, of which some are held out.
+    """
 
-    def __init__(self, model: VQVAE | Baseline, images: ImageSplit) -> None:
-        self.model: VQVAE | Baseline = model
-        self.images = images
+    def __init__(self, model: Baseline, images: ImageSplit) -> None:
+        self.model, self.images = model, images
         self.device = next(model.parameters()).device
         self.train_rows, self.held_out_rows = split_rows(held_out(images.names))
         self.num_items = len(self.train_rows)
 
     def losses(self, indices: np.ndarray) -> dict[str, Tensor]:
-        result = self.model(self.batch_of(indices))
+        result = self.model(self.images.batch(self.train_rows[indices]).to(self.device))
         return {"loss": result.loss, "reconstruction": result.reconstruction_loss, "kl": result.kl}
-
-    def batch_of(self, indices: np.ndarray) -> Tensor:
-        """Training images [B,C,H',W'] on the model's device."""
-        return self.images.batch(self.train_rows[indices]).to(self.device)
 
     def status(self) -> dict[str, float]:
         return {}
 
-    def evaluate(self) -> dict[str, float]:
-        return asdict(measure_reconstruction(self.model, self.images, self.held_out_rows)[0])
+    def evaluate(self) -> Evaluation:
+        return evaluate_autoencoder(self.model, self.images, self.held_out_rows)
 
-    def draw(self, path: Path) -> None:
-        images = self.images.batch(self.held_out_rows[:PICTURES]).to(self.device)
-        again = self.model.decode(self.model.encode(images))
-        columns = min(8, len(images))
-        save_grid(above_and_below(to_uint8(images), to_uint8(again), columns), path, columns=columns)
+    def preview(self, path: Path, evaluation: Evaluation) -> None:
+        preview_reconstructions(self.model, self.images.batch(self.held_out_rows[:PICTURES]), path)
 
     def state(self) -> dict[str, Tensor]:
         return {}
@@ -61,20 +56,25 @@ class BaselineStage:
         pass
 
 
-class TokenizerStage(BaselineStage):
-    """A VQ-VAE; with each evaluation goes a verdict on its codebook."""
+class TokenizerStage:
+    """A VQ-VAE; each evaluation comes with a verdict on its codebook.
 
-    model: VQVAE
+    Args:
+        model: on the device to train on.
+        images: the training part of a set, of which some are held out.
+    """
 
     def __init__(self, model: VQVAE, images: ImageSplit) -> None:
-        super().__init__(model, images)
+        self.model, self.images = model, images
+        self.device = next(model.parameters()).device
+        self.train_rows, self.held_out_rows = split_rows(held_out(images.names))
+        self.num_items = len(self.train_rows)
         self.recent = torch.zeros(model.config.num_codes, dtype=torch.int64, device=self.device)  # uses since `status`
-        self.use = torch.zeros_like(self.recent)  # uses by all held-out images
         self.revived = torch.tensor(0)  # the quantizer's count at the last `status`
-        self.codes: Tensor | None = None  # of some held-out images at the last evaluation
+        self.codes: Tensor | None = None  # [n,H,W] of the first held-out images at the last evaluation
 
     def losses(self, indices: np.ndarray) -> dict[str, Tensor]:
-        result = self.model(self.batch_of(indices))
+        result = self.model(self.images.batch(self.train_rows[indices]).to(self.device))
         self.recent += torch.bincount(result.codes.flatten(), minlength=len(self.recent))
         return {
             "loss": result.loss,
@@ -88,34 +88,52 @@ class TokenizerStage(BaselineStage):
         self.recent.zero_()
         return {"codes_in_use": used, "revived": int(self.revived - before)}
 
-    def evaluate(self) -> dict[str, float]:
-        return self.measure(self.images, self.held_out_rows) | {"codes_changed": self._share_of_changed_codes()}
+    def evaluate(self) -> Evaluation:
+        evaluation = evaluate_autoencoder(self.model, self.images, self.held_out_rows)
+        return replace(evaluation, numbers=evaluation.numbers | {"codes_changed": self._share_of_changed_codes()})
 
-    def measure(self, images: ImageSplit, rows: np.ndarray | None = None) -> dict[str, float]:
-        """Numbers on images (those at `rows`), which the remark and the picture of the codebook then speak of."""
-        numbers, health = measure_reconstruction(self.model, images, rows)
-        assert health is not None
-        self.use, self.remark = health.histogram, health.verdict
-        return asdict(numbers) | {"codes_used": health.codes_used, "perplexity": health.perplexity}
+    def preview(self, path: Path, evaluation: Evaluation) -> None:
+        preview_reconstructions(self.model, self.images.batch(self.held_out_rows[:PICTURES]), path)
+        assert evaluation.code_histogram is not None
+        save_png(codebook_picture(self.model, evaluation.code_histogram), path.with_stem(f"{path.stem}-codebook"))
 
-    def draw(self, path: Path) -> None:
-        super().draw(path)
-        save_png(codebook_picture(self.model, self.use), path.with_stem(f"{path.stem}-codebook"))
+    def state(self) -> dict[str, Tensor]:
+        codes = {} if self.codes is None else {"codes": self.codes}
+        return {"recent": self.recent, "revived": self.revived, **codes}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        self.recent = state.get("recent", torch.zeros_like(self.recent)).to(self.device)
+        self.revived = state["revived"]
+        self.codes = state["codes"].to(self.device) if "codes" in state else None
 
     def _share_of_changed_codes(self) -> float:
-        """The share of positions of some held-out images whose nearest code is another than at the last evaluation."""
+        """Return the share of positions in some held-out images whose code has changed since the last evaluation."""
         images = self.images.batch(self.held_out_rows[:CHANGES_SEEN_IN]).to(self.device)
         before, self.codes = self.codes, self.model.encode(images)
         return 1.0 if before is None else float((before != self.codes).float().mean())
 
-    def state(self) -> dict[str, Tensor]:
-        return {"revived": self.revived} | ({} if self.codes is None else {"codes": self.codes})
 
-    def load_state(self, state: dict[str, Tensor]) -> None:
-        self.revived = state["revived"]
-        self.codes = state["codes"].to(self.device) if "codes" in state else None
-
-
-def stage_for(model: VQVAE | Baseline, images: ImageSplit) -> BaselineStage:
-    """The stage that trains a model."""
+def stage_for(model: VQVAE | Baseline, images: ImageSplit) -> TokenizerStage | BaselineStage:
+    """Return the stage that trains `model`."""
     return TokenizerStage(model, images) if isinstance(model, VQVAE) else BaselineStage(model, images)
+
+
+def evaluate_autoencoder(model: VQVAE | Baseline, images: ImageSplit, rows: np.ndarray | None = None) -> Evaluation:
+    """Measure reconstruction and, of a model with codes, their use, on images: those at `rows`, by default all."""
+    numbers, health = measure_reconstruction(model, images, rows)
+    if health is None:
+        return Evaluation(numbers=asdict(numbers), score_name="nmse")
+    return Evaluation(
+        numbers=asdict(numbers) | {"codes_used": health.codes_used, "perplexity": health.perplexity},
+        score_name="nmse",
+        summary=health.verdict,
+        code_histogram=health.histogram,
+    )
+
+
+def preview_reconstructions(model: VQVAE | Baseline, images: Tensor, path: Path) -> None:
+    """Write images [n,C,H',W'], n at most PICTURES, above their reconstructions."""
+    images = images.to(next(model.parameters()).device)
+    reconstructed = model.decode(model.encode(images))
+    columns = min(8, len(images))
+    save_grid(above_and_below(to_uint8(images), to_uint8(reconstructed), columns), path, columns=columns)

@@ -1,152 +1,84 @@
 """Stage two: train a gated PixelCNN on code grids."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+import os
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor
-
-from prior import GatedPixelCNN, PriorConfig, sample_codes
-from prior.objective import cross_entropy
+from prior import GatedPixelCNN, PriorConfig
 from tokenizer import VQVAE
 
 from .checkpoint import CONFIG, CheckpointInfo, check_same_tokenizer, load_tokenizer, read_info
 from .code_manifest import MANIFEST, read_manifest
 from .codes import CodeDataset
-from .device import choose_device, compile_networks
+from .device import choose_device, compile_networks, manual_seed
 from .errors import InputError
-from .evaluate import measure_prior
 from .export import export_codes
-from .images import to_uint8
-from .loop import LoopSettings, run_training, split_rows
-from .pictures import save_grid
-from .settings import RunFolder, claim_run, clear_run, recorded, saved_run, settle
+from .loop import LoopSettings, run_training
+from .prior_stage import PriorStage, sample_preview
+from .recipes import PriorSettings
+from .run_folder import RunFolder, check_run_folder, prepare_run_folder, saved_run
+from .settings import recorded, resolve
 from .splits import held_out
 
-PICTURES = 32  # samples in the picture of each evaluation
-EVALUATION_BATCH = 256
 
-
-@dataclass(frozen=True, kw_only=True)
-class PriorSettings:
-    """What a user can choose about stage two; the rest of `PriorConfig` follows from the codes."""
-
-    codes: str | Sequence[str] | None = None  # folders of code data sets; None exports the tokenizer's own images first
-    tokenizer: str | None = None  # folder of the tokenizer; needed to export, and to draw pictures
-    steps: int = 2000
-    batch_size: int = 32
-    lr: float = 4e-3
-    seed: int = 0
-    precision: str = "auto"
-    optimizer: str = "muon"
-    compile: bool = False
-    channels: int = 64
-    num_layers: int = 6
-    kernel_size: int = 3
-    dropout: float = 0.0
-
-
-class Grids(Protocol):
-    """Code grids with labels: what `CodeDataset` is, and what arrays can be made into."""
-
-    def batch(self, indices: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Codes [n,H,W] and labels [n], int64."""
-
-
-class PriorStage:
-    """The prior, as the training loop sees it."""
-
-    score = "bits_per_code"
-    remark = ""
-
-    def __init__(
-        self, model: GatedPixelCNN, grids: Grids, aside: np.ndarray, draw: Callable[[Path], None] | None = None
-    ) -> None:
-        self.model, self.grids, self._draw = model, grids, draw
-        self.device = next(model.parameters()).device
-        self.train_rows, self.held_out_rows = split_rows(aside)
-        self.num_items = len(self.train_rows)
-
-    def losses(self, indices: np.ndarray) -> dict[str, Tensor]:
-        codes, labels = (part.to(self.device) for part in self.grids.batch(self.train_rows[indices]))
-        return {"loss": cross_entropy(self.model(codes, labels if self.model.config.num_classes else None), codes)}
-
-    def status(self) -> dict[str, float]:
-        return {}
-
-    def evaluate(self) -> dict[str, float]:
-        return {"bits_per_code": measure_prior(self.model, self._held_out_batches())}
-
-    def draw(self, path: Path) -> None:
-        if self._draw is not None:
-            self._draw(path)
-
-    def state(self) -> dict[str, Tensor]:
-        return {}
-
-    def load_state(self, state: dict[str, Tensor]) -> None:
-        pass
-
-    def _held_out_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for start in range(0, len(self.held_out_rows), EVALUATION_BATCH):
-            yield self.grids.batch(self.held_out_rows[start : start + EVALUATION_BATCH])
-
-
-def train_prior(run: RunFolder, given: Mapping[str, Any], default_tokenizer: Path) -> CheckpointInfo:
-    """Train a prior into `run.out`; `given` are fields of `PriorSettings`, None for the default.
+def train_prior(run: RunFolder, overrides: Mapping[str, Any], default_tokenizer: Path) -> CheckpointInfo:
+    """Train a prior into `run.out`.
 
     Args:
         run: where to write.
-        given: the chosen settings.
-        default_tokenizer: the tokenizer when `given` names none and one is needed or fits.
+        overrides: fields of `PriorSettings`; None, or a field that is missing, takes the default.
+        default_tokenizer: the tokenizer when none is named and one is needed. Where none is needed, it is used for
+            pictures if it made the codes.
 
     Raises:
         InputError: the codes, the tokenizer, a setting or the folder cannot be used, or a loss is not finite.
+        ValueError: a setting is out of its range.
     """
     saved = saved_run(run, "prior")
-    settings = settle(PriorSettings, given, saved)
+    settings = resolve(PriorSettings, overrides, saved.training if saved else None)
+    _config(settings, num_codes=2, num_classes=0)  # what no network can be is refused before codes are exported
     device = choose_device(run.device)
-    tokenizer_folder = _tokenizer_folder(settings, default_tokenizer)
+    check_run_folder(run, saved)
+    tokenizer_folder = Path(settings.tokenizer) if settings.tokenizer is not None else default_tokenizer
+    required = settings.tokenizer is not None or settings.codes is None
+    if required:
+        load_tokenizer(tokenizer_folder)  # one without codes is refused before anything is written
     codes = _open_codes(run, saved, settings, tokenizer_folder)
-    required = settings.tokenizer is not None
-    tokenizer = _matching_tokenizer(tokenizer_folder, codes, required=required, device=device)
+    tokenizer = (_required_tokenizer if required else _optional_tokenizer)(tokenizer_folder, codes)
 
-    torch.manual_seed(settings.seed)
+    manual_seed(settings.seed)
     config = config_for(settings, codes) if saved is None else PriorConfig(**saved.config)
     model = GatedPixelCNN(config).to(device)
     if settings.compile:
         compile_networks(model)
-    draw = None if tokenizer is None else _sampler(model, tokenizer, codes.manifest.grid, settings.seed)
-    stage = PriorStage(model, codes, held_out(codes.names()), draw)
+    preview = None
+    if tokenizer is not None:
+        preview = sample_preview(model, tokenizer.to(device), codes.manifest.grid, settings.seed)
+    stage = PriorStage(model, codes, held_out(codes.names()), preview)
     print(explanation(stage, codes))
-    info = CheckpointInfo(
-        kind="prior",
-        config=asdict(config),
-        step=0,
-        class_names=list(codes.manifest.class_names) if config.num_classes else [],
-        preprocessing=codes.manifest.image,
-        training={
-            **recorded(settings),
-            "tokenizer": str(tokenizer_folder) if required or settings.codes is None else None,
-        },
-        tokenizer_fingerprint=codes.manifest.tokenizer_fingerprint,
-    )
-    loop = LoopSettings.chosen(settings, device, keep_best=True)
-    clear_run(run, saved)
+    info = _info(settings, config, codes, tokenizer_folder if required else None)
+    prepare_run_folder(run, saved)
+    loop = LoopSettings.from_settings(settings, device, keep_best=True)
     return run_training(stage, info, loop, run.out, resume=saved is not None)
 
 
 def config_for(settings: PriorSettings, codes: CodeDataset) -> PriorConfig:
-    """The configuration of the model: what was chosen, and what the codes say. Labels count if every grid has one."""
+    """Return the configuration of the model: what was chosen, and what the codes say.
+
+    Labels count if every grid has one.
+    """
     manifest = codes.manifest
     labelled = bool(manifest.class_names) and all(shard.labels.min() >= 0 for shard in codes.shards())
+    return _config(settings, num_codes=manifest.num_codes, num_classes=len(manifest.class_names) if labelled else 0)
+
+
+def _config(settings: PriorSettings, *, num_codes: int, num_classes: int) -> PriorConfig:
     return PriorConfig(
-        num_codes=manifest.num_codes,
-        num_classes=len(manifest.class_names) if labelled else 0,
+        num_codes=num_codes,
+        num_classes=num_classes,
         channels=settings.channels,
         num_layers=settings.num_layers,
         kernel_size=settings.kernel_size,
@@ -154,8 +86,21 @@ def config_for(settings: PriorSettings, codes: CodeDataset) -> PriorConfig:
     )
 
 
+def _info(settings: PriorSettings, config: PriorConfig, codes: CodeDataset, tokenizer: Path | None) -> CheckpointInfo:
+    """Return what config.json says before the first step; `tokenizer` is the folder that a resumed run needs again."""
+    return CheckpointInfo(
+        kind="prior",
+        config=asdict(config),
+        step=0,
+        class_names=list(codes.manifest.class_names) if config.num_classes else [],
+        preprocessing=codes.manifest.image,
+        training={**recorded(settings), "tokenizer": None if tokenizer is None else str(tokenizer)},
+        tokenizer_fingerprint=codes.manifest.tokenizer_fingerprint,
+    )
+
+
 def explanation(stage: PriorStage, codes: CodeDataset) -> str:
-    """What is about to happen, in words."""
+    """Return what is about to happen, in words."""
     config, (height, width) = stage.model.config, codes.manifest.grid
     return (
         f"{len(codes):,} grids of {height}x{width} codes to learn from, "
@@ -164,38 +109,23 @@ def explanation(stage: PriorStage, codes: CodeDataset) -> str:
     )
 
 
-def _open_codes(
-    run: RunFolder, saved: CheckpointInfo | None, settings: PriorSettings, tokenizer: Path | None
-) -> CodeDataset:
-    """The codes to learn, exported first if none were named; `run.out` is claimed on the way."""
-    if settings.tokenizer is not None or settings.codes is None:
-        assert tokenizer is not None
-        load_tokenizer(tokenizer)  # one without codes is refused before anything is written
-    if settings.codes is not None:
-        codes = _whole(CodeDataset(settings.codes))
-        claim_run(run, saved)
-    else:
-        assert tokenizer is not None
-        claim_run(run, saved)
-        codes = _whole(CodeDataset(_codes_of_own_images(tokenizer, run, saved)))
+def _open_codes(run: RunFolder, saved: CheckpointInfo | None, settings: PriorSettings, tokenizer: Path) -> CodeDataset:
+    """Return the codes to learn, exported into the run first if none were named."""
+    folders = _exported_codes(tokenizer, run, saved) if settings.codes is None else settings.codes
+    codes = _complete(CodeDataset(folders))
     if saved is not None:
-        check_same_tokenizer(
-            saved.tokenizer_fingerprint,
-            codes.manifest.tokenizer_fingerprint,
-            f"codes in {codes.where}",
-            "train a new prior with another --out",
-        )
+        _check_resumable(saved, codes.manifest.tokenizer_fingerprint, f"codes in {codes.where}")
     return codes
 
 
-def _whole(codes: CodeDataset) -> CodeDataset:
-    """`codes`, if there are any, all are there, and their labels are of their classes. Raises InputError."""
+def _complete(codes: CodeDataset) -> CodeDataset:
+    """Return `codes`. Raises InputError if there are none, some are missing, or a label is of no class."""
     manifest = codes.manifest
     if not manifest.complete:
         raise InputError(
             expected=f"all {manifest.total:,} grids in {codes.where}",
             got=f"{manifest.count:,}",
-            do="run the export-codes that was interrupted once more: it goes on",
+            do="run the export-codes that was interrupted once more: it continues",
         )
     if not len(codes):
         raise InputError(expected=f"at least one grid in {codes.where}", got="none", do="export the codes of images")
@@ -209,60 +139,48 @@ def _whole(codes: CodeDataset) -> CodeDataset:
     return codes
 
 
-def _tokenizer_folder(settings: PriorSettings, default: Path) -> Path | None:
-    if settings.tokenizer is not None:
-        return Path(settings.tokenizer)
-    if settings.codes is None or (default / CONFIG).exists():
-        return default
-    return None
+def _exported_codes(tokenizer: Path, run: RunFolder, saved: CheckpointInfo | None) -> Path:
+    """Return the codes of the images that the tokenizer was trained on, exported into the run unless they are there.
 
-
-def _codes_of_own_images(tokenizer: Path, run: RunFolder, saved: CheckpointInfo | None) -> Path:
-    """The codes of the images that the tokenizer was trained on, exported into the run unless they are there already.
-
-    An export that was interrupted goes on, or with --force starts anew.
+    An export that was interrupted continues, or with --force starts anew.
     """
     fingerprint = read_info(tokenizer, "tokenizer").fingerprint
     if saved is not None:
-        check_same_tokenizer(
-            saved.tokenizer_fingerprint,
-            fingerprint,
-            f"a tokenizer in {tokenizer}",
-            "train a new prior with another --out",
-        )
+        _check_resumable(saved, fingerprint, f"a tokenizer in {tokenizer}")
     out = run.out / "codes"
-    found = read_manifest(out) if (out / MANIFEST).exists() else None
-    if found is None or found.tokenizer_fingerprint != fingerprint:
+    existing = read_manifest(out) if (out / MANIFEST).exists() else None
+    if existing is None or existing.tokenizer_fingerprint != fingerprint:
         export_codes(tokenizer, out, device=run.device, force=True)
-    elif not found.complete:
+    elif not existing.complete:
         export_codes(tokenizer, out, device=run.device, force=run.force)
     return out
 
 
-def _matching_tokenizer(
-    folder: Path | None, codes: CodeDataset, *, required: bool, device: torch.device
-) -> VQVAE | None:
-    """The tokenizer that made the codes, for pictures. One that was asked for must match; the default may be absent."""
-    if folder is None:
-        return None
+def _check_resumable(saved: CheckpointInfo, fingerprint: str, what: str) -> None:
+    """Raise InputError unless `what`, which has this fingerprint, is of the tokenizer that the run learns."""
+    check_same_tokenizer(saved.tokenizer_fingerprint, fingerprint, what, "train a new prior with another --out")
+
+
+def _required_tokenizer(folder: Path, codes: CodeDataset) -> VQVAE:
+    """Return the tokenizer that made the codes. Raises InputError if it cannot be used or did not make them."""
+    remedy = f"export them again with export-codes --tokenizer {folder}, or name the tokenizer that made them"
     fingerprint, made_by = read_info(folder, "tokenizer").fingerprint, codes.manifest.tokenizer_fingerprint
-    if required or fingerprint == made_by:
-        remedy = f"export them again with export-codes --tokenizer {folder}, or name the tokenizer that made them"
-        check_same_tokenizer(fingerprint, made_by, f"codes in {codes.where}", remedy)
-        return load_tokenizer(folder).to(device)
-    print(f"note: the tokenizer in {folder} did not make these codes; training goes on without pictures")
+    check_same_tokenizer(fingerprint, made_by, f"codes in {codes.where}", remedy)
+    return load_tokenizer(folder)
+
+
+def _optional_tokenizer(folder: Path, codes: CodeDataset) -> VQVAE | None:
+    """Return the tokenizer, for pictures, or None if there is none, it cannot be used or it did not make the codes.
+
+    Only pictures depend on it, so whatever is wrong with it is a note and no error.
+    """
+    if not os.path.exists(folder / CONFIG):
+        return None
+    try:
+        if read_info(folder, "tokenizer").fingerprint == codes.manifest.tokenizer_fingerprint:
+            return load_tokenizer(folder)
+        reason = f"the tokenizer in {folder} did not make these codes"
+    except (InputError, OSError) as error:
+        reason = f"the tokenizer in {folder} cannot be used ({error})"
+    print(f"note: {reason}; training goes on without pictures")
     return None
-
-
-def _sampler(model: GatedPixelCNN, tokenizer: VQVAE, grid: tuple[int, int], seed: int) -> Callable[[Path], None]:
-    """A function that draws PICTURES samples, the classes in turn, and writes them as one picture."""
-
-    def draw(path: Path) -> None:
-        device = next(model.parameters()).device
-        num_classes = model.config.num_classes
-        labels = torch.arange(PICTURES, device=device) % num_classes if num_classes else None
-        generator = torch.Generator().manual_seed(seed)
-        codes = sample_codes(model, PICTURES, grid, labels=labels, generator=generator)
-        save_grid(to_uint8(tokenizer.decode(codes)), path, columns=8)
-
-    return draw

@@ -12,7 +12,7 @@ from PIL import Image
 
 import cli
 from pipeline.export import export_codes
-from pipeline.settings import RunFolder
+from pipeline.run_folder import RunFolder
 from pipeline.train_prior import train_prior
 from pipeline.train_tokenizer import train_tokenizer
 

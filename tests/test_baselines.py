@@ -14,7 +14,7 @@ from PIL import Image
 from pipeline.checkpoint import load_autoencoder, load_tokenizer, load_training, load_weights, read_info
 from pipeline.errors import InputError
 from pipeline.generate import ImagePipeline
-from pipeline.settings import RunFolder
+from pipeline.run_folder import RunFolder
 from pipeline.train_tokenizer import train_tokenizer
 from tokenizer import Baseline
 
@@ -113,7 +113,7 @@ def test_a_baseline_goes_on_with_its_own_bottleneck_or_not_at_all(
         return
     assert outcome.status == 1
     assert len(outcome.error_lines) == 1
-    told = f"Error: expected --resume with bottleneck {baseline.name}, as the run was started, got {other}; leave "
+    told = f"Error: expected --resume with bottleneck {baseline.name}, as the run was started, got {other}; omit "
     assert outcome.error_lines[0].startswith(told)
     assert digest_of(run) == before
 
@@ -160,7 +160,7 @@ def test_an_option_of_another_bottleneck_is_refused_and_nothing_written(
     outcome = codegrid(*command, *(["--bottleneck", kind] if kind != "vq" else []))
     assert outcome.status == 1
     assert outcome.error_lines == [
-        f"Error: expected {option} with --bottleneck {user} only, got --bottleneck {kind}; leave {option} away"
+        f"Error: expected {option} with --bottleneck {user} only, got --bottleneck {kind}; omit {option}"
     ]
     assert digest_of(tmp_path).keys() == ({"run/metrics.jsonl"} if there else set())
     assert out.exists() == there

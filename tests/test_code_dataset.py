@@ -19,7 +19,7 @@ from pipeline.code_shards import SHARD_FILES, write_shard
 from pipeline.codes import CodeDataset
 from pipeline.errors import InputError
 from pipeline.export import export_codes
-from pipeline.settings import RunFolder
+from pipeline.run_folder import RunFolder
 from pipeline.train_prior import train_prior
 
 from .conftest import Codegrid, Trained

@@ -13,7 +13,7 @@ from pipeline.code_manifest import code_dtype
 from pipeline.codes import CodeDataset
 from pipeline.errors import InputError
 from pipeline.export import export_codes
-from pipeline.settings import RunFolder
+from pipeline.run_folder import RunFolder
 from pipeline.sources import open_images
 from pipeline.train_prior import train_prior
 

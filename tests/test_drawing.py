@@ -340,7 +340,7 @@ def test_a_refused_completion_writes_and_removes_nothing(
     image, keep, candidates = tmp_path / given.pop("image"), given.pop("keep"), given.pop("candidates")
     keep = keep if keep == "top" else str(tmp_path / keep)
     with pytest.raises((InputError, ValueError)):
-        complete_to_folder(colour, image, keep, SampleOptions(**given), out, candidates=candidates, force=force)
+        complete_to_folder(colour, image, keep, SampleOptions.of(**given), out, candidates=candidates, force=force)
     assert digest_of(tmp_path) == before
     assert out.exists() == force
 

@@ -15,8 +15,9 @@ from pipeline.checkpoint import read_info, save_checkpoint
 from pipeline.errors import InputError
 from pipeline.evaluate import evaluate, measure_prior, measure_reconstruction
 from pipeline.health import CodebookHealth, perplexity
+from pipeline.recipes import TokenizerSettings
 from pipeline.sources import ImageSplit, open_images
-from pipeline.train_tokenizer import TokenizerSettings, config_for, pixel_variance
+from pipeline.train_tokenizer import config_for, pixel_variance
 from prior import GatedPixelCNN
 from prior.objective import bits_per_dim
 from tokenizer.config import Bottleneck

@@ -15,11 +15,12 @@ import torch
 from pipeline.checkpoint import load_prior, load_tokenizer, load_training, load_weights, read_info
 from pipeline.codes import CodeDataset
 from pipeline.evaluate import measure_prior, measure_reconstruction
-from pipeline.loop import WARMUP_STEPS, DataOrder, learning_rate_at, run_training, split_rows
+from pipeline.loop import run_training, split_rows
 from pipeline.metrics_log import MetricsLog
+from pipeline.prior_stage import PriorStage
+from pipeline.schedule import WARMUP_STEPS, DataOrder, learning_rate_at
 from pipeline.sources import held_out, open_images
 from pipeline.tokenizer_stage import TokenizerStage
-from pipeline.train_prior import PriorStage
 from tokenizer import VQVAE, TokenizerConfig
 
 from .conftest import Trained
@@ -63,8 +64,7 @@ def test_rows_to_train_on_and_rows_held_out(aside: list[int]) -> None:
 
 
 def test_the_learning_rate_warms_up_and_falls_to_nothing() -> None:
-    settings = settings_of(steps=500, learning_rate=0.3)
-    rates = [learning_rate_at(step, settings) for step in range(500)]
+    rates = [learning_rate_at(step, peak=0.3, steps=500) for step in range(500)]
     assert rates[0] == pytest.approx(0.3 / WARMUP_STEPS)
     assert rates[WARMUP_STEPS - 1] == pytest.approx(0.3)
     assert max(rates) == pytest.approx(0.3)
@@ -83,7 +83,7 @@ def test_adam_takes_its_first_step_at_the_rate_of_step_0(tmp_path: Path) -> None
     toy, settings = Toy(), settings_of(steps=3, learning_rate=0.5)
     run_training(toy, toy_info(), settings, tmp_path, resume=False)
     moved = np.diff([*toy.weights, toy.weight])
-    np.testing.assert_allclose(moved, [learning_rate_at(step, settings) for step in range(3)], rtol=1e-4)
+    np.testing.assert_allclose(moved, [learning_rate_at(step, peak=0.5, steps=3) for step in range(3)], rtol=1e-4)
 
 
 def test_the_loop_takes_the_batches_in_order(tmp_path: Path) -> None:

@@ -2,21 +2,53 @@
 
 import re
 import shutil
-from collections.abc import Sequence
-from dataclasses import replace
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 import cli
-from pipeline.checkpoint import load_prior, load_training, read_info
-from pipeline.settings import RunFolder, settle
-from pipeline.train_prior import PriorSettings, train_prior
+from pipeline import loop
+from pipeline.checkpoint import (
+    TrainingState,
+    load_prior,
+    load_training,
+    load_weights,
+    read_info,
+    save_checkpoint,
+)
+from pipeline.codes import CodeDataset
+from pipeline.loop import run_training
+from pipeline.prior_stage import PriorStage
+from pipeline.recipes import PriorSettings
+from pipeline.run_folder import RunFolder
+from pipeline.settings import resolve
+from pipeline.sources import open_images
+from pipeline.splits import held_out
+from pipeline.stage import Stage
+from pipeline.tokenizer_stage import TokenizerStage
+from pipeline.train_prior import train_prior
+from prior import GatedPixelCNN, PriorConfig
+from tokenizer import VQVAE, TokenizerConfig
 
 from .conftest import Codegrid, Trained
 from .support import brightness_tokenizer, digest_of, save_tokenizer
-from .training import Killed, during, evaluations_of, kill, no_step_twice
+from .training import (
+    Killed,
+    Toy,
+    during,
+    evaluations_of,
+    kill,
+    lines_of,
+    no_step_twice,
+    settings_of,
+    stop_at,
+    toy_info,
+)
 
 # What --resume may change, and what it refuses
 
@@ -48,7 +80,7 @@ def test_a_tokenizer_goes_on_as_it_was_started_or_not_at_all(
     assert outcome.status == 1
     assert len(outcome.error_lines) == 1
     assert re.match(
-        rf"Error: expected --resume with {name} .*, as the run was started, got .*; leave the option away",
+        rf"Error: expected --resume with {name} .*, as the run was started, got .*; omit the option",
         outcome.error_lines[0],
     )
     assert digest_of(trained.tokenizer) == before
@@ -103,11 +135,11 @@ def test_a_path_written_another_way_is_no_conflict(
 
 def test_a_setting_that_an_older_checkpoint_lacks_acts_when_it_is_given(trained: Trained) -> None:
     """An option acts or is refused; it is never dropped in silence."""
-    info = read_info(trained.prior, "prior")
-    older = replace(info, training={name: value for name, value in info.training.items() if name != "dropout"})
-    assert settle(PriorSettings, {"dropout": 0.5, "steps": None}, older).dropout == 0.5
-    assert settle(PriorSettings, {"dropout": None}, older).dropout == PriorSettings().dropout
-    assert settle(PriorSettings, {}, older).channels == info.training["channels"] != PriorSettings().channels
+    training = read_info(trained.prior, "prior").training
+    older = {name: value for name, value in training.items() if name != "dropout"}
+    assert resolve(PriorSettings, {"dropout": 0.5, "steps": None}, older).dropout == 0.5
+    assert resolve(PriorSettings, {"dropout": None}, older).dropout == PriorSettings().dropout
+    assert resolve(PriorSettings, {}, older).channels == training["channels"] != PriorSettings().channels
 
 
 def test_a_tokenizer_that_has_moved_is_named_anew(tmp_path: Path, trained: Trained, codegrid: Codegrid) -> None:
@@ -243,3 +275,116 @@ def test_force_leaves_what_no_run_wrote(tmp_path: Path, trained: Trained, codegr
     assert all(path.read_bytes() == b"..." for path in mine)
     assert evaluations_of(out)[-1]["step"] == 1  # the old log is gone
     assert load_prior(out).config.channels == 2
+
+
+# The log of a run that was stopped within an interval of the log
+
+
+@pytest.fixture(params=["tokenizer", "prior"])
+def stage_of(request: pytest.FixtureRequest, trained: Trained) -> Callable[[], Stage]:
+    """A function that makes the same small stage each time."""
+
+    def make() -> Stage:
+        torch.manual_seed(0)
+        if request.param == "prior":
+            codes = CodeDataset(trained.codes)
+            model = GatedPixelCNN(PriorConfig(num_codes=codes.manifest.num_codes, channels=2, num_layers=1))
+            return PriorStage(model, codes, held_out(codes.names()))
+        config = TokenizerConfig(hidden_channels=4, residual_channels=2, num_codes=16, code_dim=2, data_variance=0.1)
+        return TokenizerStage(VQVAE(config), open_images(str(trained.images)).train)
+
+    return make
+
+
+def stop_in(stage: Stage, step: int) -> Stage:
+    """`stage`, with Ctrl-C in the middle of this step, counted from 1."""
+    real, calls = stage.losses, []
+
+    def losses(indices: np.ndarray) -> dict[str, Tensor]:
+        calls.append(indices)
+        stop_at(step)(len(calls))
+        return real(indices)
+
+    stage.losses = losses  # type: ignore[method-assign]
+    return stage
+
+
+def train_lines(folder: Path) -> list[dict[str, object]]:
+    return [{**line, "seconds": 0} for line in lines_of(folder) if line["part"] == "train"]
+
+
+@pytest.mark.parametrize("stops", [(1,), (2,), (3,), (1, 2), (1, 2, 3)])
+def test_a_run_stopped_within_an_interval_of_the_log_logs_the_same_lines(
+    tmp_path: Path, stage_of: Callable[[], Stage], stops: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four steps with a line after 2 and 4: means of losses, codes in use, codes revived; and no time is lost."""
+    monkeypatch.setattr(loop, "LINES_PER_EVALUATION", 2)
+    settings, whole, parts = settings_of(steps=4, evaluations=1, learning_rate=1e-2), tmp_path / "a", tmp_path / "b"
+    run_training(stage_of(), toy_info(), settings, whole, resume=False)
+    for before, stop in zip((0, *stops), stops, strict=False):
+        with pytest.raises(KeyboardInterrupt):
+            run_training(stop_in(stage_of(), stop - before), toy_info(), settings, parts, resume=before > 0)
+    run_training(stage_of(), toy_info(), settings, parts, resume=True)
+    assert [line["step"] for line in train_lines(whole)] == [2, 4]
+    assert train_lines(parts) == train_lines(whole)
+    for name in ("model.safetensors", "training.safetensors", "config.json"):
+        same = (whole / name).read_bytes() == (parts / name).read_bytes()
+        assert same, name
+    seconds = [line["seconds"] for line in lines_of(parts)]
+    assert seconds == sorted(seconds)
+
+
+@pytest.mark.parametrize("stopped", [3, 4])
+def test_the_seconds_of_a_resumed_run_count_those_before_it(
+    tmp_path: Path, stopped: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A clock by hand: a step takes 10 seconds, and what happens between the two runs none; stopped in and after an
+    interval of the log."""
+    clock = [1000.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(loop, "LINES_PER_EVALUATION", 4)
+    settings = settings_of(steps=8, evaluations=1)
+    for resume in (False, True):
+        toy = Toy()
+
+        def at_step(step: int, resume: bool = resume) -> None:
+            clock[0] += 10
+            stop_at(stopped if not resume else 0)(step)
+
+        toy.at_step = at_step
+        if resume:
+            run_training(toy, toy_info(), settings, tmp_path, resume=True)
+        else:
+            with pytest.raises(KeyboardInterrupt):
+                run_training(toy, toy_info(), settings, tmp_path, resume=False)
+        clock[0] += 500
+    assert [(line["step"], line["seconds"]) for line in lines_of(tmp_path) if line["part"] == "train"] == [
+        (2, 20),
+        (4, 40),
+        (6, 60),
+        (8, 80),
+    ]
+
+
+def test_a_state_saved_before_intervals_were_kept_still_resumes(
+    tmp_path: Path, stage_of: Callable[[], Stage], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As older versions wrote it: no sums, no uses of codes, no seconds. The time goes on from the log."""
+    monkeypatch.setattr(loop, "LINES_PER_EVALUATION", 2)
+    settings = settings_of(steps=4, evaluations=1)
+    with pytest.raises(KeyboardInterrupt):
+        run_training(stop_in(stage_of(), 3), toy_info(), settings, tmp_path, resume=False)
+    log = tmp_path / "metrics.jsonl"
+    log.write_text(re.sub(r'"seconds": [\d.]+', '"seconds": 70.5', log.read_text("utf-8")), "utf-8")
+    state = load_training(tmp_path)
+    added = [name for name in state.tensors if name.startswith("interval/") or name == "stage/recent"]
+    assert "interval/loss" in added
+    older = {name: tensor for name, tensor in state.tensors.items() if name not in added}
+    values = {name: value for name, value in state.values.items() if name != "interval"}
+    info, weights = read_info(tmp_path, "prior"), load_weights(tmp_path)
+    save_checkpoint(tmp_path, info, weights, TrainingState(tensors=older, values=values))
+    run_training(stage_of(), toy_info(), settings, tmp_path, resume=True)
+    lines = lines_of(tmp_path)
+    assert [line["step"] for line in lines if line["part"] == "train"] == [2, 4]
+    assert lines[-1]["seconds"] >= 70.5
+    assert load_training(tmp_path).values["step"] == 4

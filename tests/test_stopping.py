@@ -3,6 +3,7 @@
 Runs go through the command line where a user's would.
 """
 
+import gc
 import json
 import math
 import os
@@ -16,13 +17,16 @@ import torch
 
 import cli
 from pipeline import loop
-from pipeline.checkpoint import load_training, load_weights, read_info
+from pipeline.checkpoint import load_tokenizer, load_training, load_weights, read_info
 from pipeline.errors import InputError
 from pipeline.loop import run_training
+from pipeline.optimizer import Optimizers
+from pipeline.sources import open_images
+from pipeline.tokenizer_stage import TokenizerStage
 
 from .conftest import Codegrid, Trained
 from .support import digest_of
-from .training import Killed, Toy, during, kill, no_step_twice, same_run, settings_of, toy_info
+from .training import Killed, Toy, during, kill, no_step_twice, same_run, settings_of, stop_at, toy_info
 
 
 @pytest.fixture(params=["tokenizer", "gradient tokenizer in bf16", "prior"])
@@ -266,3 +270,116 @@ def test_a_score_that_is_not_finite_ends_the_run(
         run_training(Toy(lambda weight: next(scores)), toy_info(), settings, tmp_path, resume=False)
     assert (read_info(tmp_path, "prior").step, read_info(tmp_path, "prior").metrics["score"]) == (2, 2.0)
     assert load_training(tmp_path).values["step"] == 2
+
+
+# A state that is not finite is never saved
+
+
+def poison_the_gradient(toy: Toy, patch: pytest.MonkeyPatch) -> None:
+    """The loss is finite, and what the optimizer then makes of the weight is not."""
+    toy.model.weight.register_hook(lambda gradient: gradient * math.nan)
+
+
+def poison_a_buffer(toy: Toy, patch: pytest.MonkeyPatch) -> None:
+    toy.model.average.fill_(-math.inf)  # type: ignore[operator, union-attr]
+
+
+def poison_the_optimizer(toy: Toy, patch: pytest.MonkeyPatch) -> None:
+    """Its moments alone."""
+    real = Optimizers.tensors
+    patch.setattr(Optimizers, "tensors", lambda self: {name: t * math.nan for name, t in real(self).items()})
+
+
+def poison_the_best_weights(toy: Toy, patch: pytest.MonkeyPatch) -> None:
+    """The weights that model.safetensors is to hold, while those in training are finite."""
+    trainers = [found for found in gc.get_objects() if isinstance(found, loop._Trainer) and found.stage is toy]
+    assert len(trainers) == 1
+    assert trainers[0].best_weights is not None
+    trainers[0].best_weights["weight"] *= math.nan
+
+
+POISONS = {
+    "weight": poison_the_gradient,
+    "average": poison_a_buffer,
+    "optimizer": poison_the_optimizer,
+    "best weights": poison_the_best_weights,
+}
+
+
+def toy_with_a_buffer() -> Toy:
+    toy = Toy()
+    toy.model.register_buffer("average", torch.zeros(2))
+    return toy
+
+
+@pytest.mark.parametrize("poison", POISONS)
+@pytest.mark.parametrize("there", [False, True])
+def test_a_stop_never_saves_a_state_that_is_not_finite(
+    tmp_path: Path, poison: str, there: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C in step 34 of 200, where no evaluation is due; the losses are finite to the end."""
+    settings = settings_of(steps=200, evaluations=20, keep_best=True)
+    if there:
+        toy = toy_with_a_buffer()
+        toy.at_step = stop_at(25)
+        with pytest.raises(KeyboardInterrupt):
+            run_training(toy, toy_info(), settings, tmp_path, resume=False)
+    before = digest_of(tmp_path)
+    toy = toy_with_a_buffer()
+
+    def at_step(step: int) -> None:
+        if step == (9 if there else 34):
+            os.kill(os.getpid(), signal.SIGINT)
+            POISONS[poison](toy, monkeypatch)
+
+    toy.at_step = at_step
+    with pytest.raises((InputError, KeyboardInterrupt)) as raised:
+        run_training(toy, toy_info(), settings, tmp_path, resume=there)
+    assert re.match(r"expected a finite state .* at step 34; lower --lr \(now 0.1\)", str(raised.value))
+    kept = f"the last good state is kept in {tmp_path}" if there else "nothing was saved yet"
+    assert kept in str(raised.value)
+    assert poison.split()[-1] in str(raised.value)
+    after = digest_of(tmp_path)
+    for name in ("model.safetensors", "training.safetensors", "config.json"):
+        assert after.get(name) == before.get(name)
+        assert (name in after) == there
+
+
+def test_a_state_that_is_saved_by_the_clock_is_looked_at_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "SAVE_EVERY_SECONDS", -1.0)
+    toy = toy_with_a_buffer()
+    toy.at_step = lambda step: poison_a_buffer(toy, monkeypatch) if step == 3 else None
+    with pytest.raises(InputError, match=r"got model/average .* at step 3"):
+        run_training(toy, toy_info(), settings_of(), tmp_path, resume=False)
+    assert load_training(tmp_path).values["step"] == 2
+
+
+@pytest.mark.parametrize("stage", ["tokenizer", "prior"])
+def test_ctrl_c_after_a_step_that_destroys_the_weights_is_told_in_one_line(
+    tmp_path: Path, trained: Trained, stage: str, codegrid: Codegrid, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The step is taken with a learning rate that overflows; nothing looks at the model before the stop."""
+    commands = {
+        "tokenizer": ["train-tokenizer", "--data", trained.images, "--num-codes", 16, "--num-residual-layers", 0],
+        "prior": ["train-prior", "--codes", trained.codes, "--channels", 4, "--num-layers", 1],
+    }
+    out = tmp_path / "run"
+    command = [*commands[stage], "--out", out, "--precision", "fp32", "--lr", 1e36, "--steps", 1000]
+    during(monkeypatch, 1, lambda: os.kill(os.getpid(), signal.SIGINT))
+    monkeypatch.setattr(loop, "learning_rate_at", lambda *arguments, **options: math.inf)
+    outcome = codegrid(*command)
+    assert outcome.status == 1
+    errors = [line for line in outcome.error_lines if "Error: " in line]
+    assert len(errors) == 1
+    assert re.search(r"expected a finite state to save, got \S+ with .*; lower --lr \(now 1e\+36\)", errors[0])
+    assert not (out / "config.json").exists()
+
+
+def test_a_codebook_that_was_set_by_hand_is_a_finite_state(tmp_path: Path, trained: Trained) -> None:
+    """Its count of updates is infinite, on purpose."""
+    model = load_tokenizer(trained.tokenizer)
+    model.quantizer.set_codebook(model.quantizer.codebook.clone())
+    assert any(bool(tensor.isinf().any()) for tensor in model.state_dict().values())
+    stage = TokenizerStage(model, open_images(str(trained.images)).train)
+    run_training(stage, toy_info(), settings_of(learning_rate=1e-3), tmp_path, resume=False)
+    assert load_training(tmp_path).values["step"] == 6

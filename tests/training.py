@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from pipeline.checkpoint import CheckpointInfo, load_training
 from pipeline.loop import LoopSettings
+from pipeline.prior_stage import PriorStage
+from pipeline.stage import Evaluation
 from pipeline.tokenizer_stage import TokenizerStage
-from pipeline.train_prior import PriorStage
 
 from .support import digest_of
 
@@ -28,9 +29,6 @@ def settings_of(**changes: Any) -> LoopSettings:
 
 class Toy:
     """One weight that the loss pushes up by Adam's step, and scores that are told beforehand or follow from it."""
-
-    score = "score"
-    remark = ""
 
     def __init__(self, score_of: Callable[[float], float] = lambda weight: weight, num_items: int = 5) -> None:
         self.model = nn.Linear(1, 1, bias=False)
@@ -54,13 +52,15 @@ class Toy:
     def status(self) -> dict[str, float]:
         return {}
 
-    def evaluate(self) -> dict[str, float]:
+    def evaluate(self) -> Evaluation:
         assert not self.model.training
         assert not torch.is_grad_enabled()
-        return {"score": self.score_of(self.weight)}
+        self.evaluation = Evaluation(numbers={"score": self.score_of(self.weight)}, score_name="score")
+        return self.evaluation
 
-    def draw(self, path: Path) -> None:
-        assert re.fullmatch(r"step-\d{7}.png", path.name)
+    def preview(self, path: Path, evaluation: Evaluation) -> None:
+        assert re.fullmatch(r"step-\d{7}\.png", path.name)
+        assert evaluation is self.evaluation
 
     def state(self) -> dict[str, Tensor]:
         return {}
@@ -86,9 +86,9 @@ def evaluations_of(folder: Path) -> list[dict[str, Any]]:
 
 
 def same_run(one: Path, other: Path) -> None:
-    """Two run folders hold the same weights, state to go on from, and evaluations.
+    """Assert that two run folders hold the same weights, training state and evaluations.
 
-    Asserted on a bool: where CI is set, pytest would diff megabytes to explain a difference.
+    On a bool: where CI is set, pytest would diff megabytes to explain a difference.
     """
     same = (one / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
     assert same

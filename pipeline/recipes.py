@@ -1,0 +1,59 @@
+"""What a user can choose about the two training stages, the defaults, and the recipes that were published.
+
+The one place for these numbers: training takes its defaults from here and the command line shows them in its help,
+which is why this file imports neither torch nor numpy. Measurements: benchmarks/README.md.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from .settings import CHANGEABLE, PATH
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerSettings:
+    """What a user can choose about stage one; the rest of `TokenizerConfig` follows from the images."""
+
+    data: str = field(default="glyphs", metadata=PATH)
+    data_root: str | None = field(default=None, metadata=CHANGEABLE)
+    image_size: tuple[int, int] | None = None  # height, width; None takes the source's own
+    channels: int | None = None  # 1 or 3; None takes the source's own
+    steps: int = field(default=1500, metadata=CHANGEABLE)
+    batch_size: int = 32
+    lr: float = 3e-3
+    seed: int = 0
+    precision: str = field(default="auto", metadata=CHANGEABLE)
+    optimizer: str = "muon"
+    compile: bool = field(default=False, metadata=CHANGEABLE)
+    num_codes: int = 512
+    code_dim: int = 8
+    downsample: int = 4
+    hidden_channels: int = 128
+    num_residual_layers: int = 4
+    residual_channels: int = 32
+    codebook_update: str = "ema"
+    commitment_weight: float = 1.0  # above the paper's 0.25: the lower error and the higher perplexity
+    bottleneck: str = "vq"
+    kl_weight: float = 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class PriorSettings:
+    """What a user can choose about stage two; the rest of `PriorConfig` follows from the codes."""
+
+    codes: str | Sequence[str] | None = field(default=None, metadata=PATH)  # None: of the tokenizer's own images
+    tokenizer: str | None = field(default=None, metadata=CHANGEABLE)  # its fingerprint tells whether it is the same
+    steps: int = field(default=2000, metadata=CHANGEABLE)
+    batch_size: int = 32
+    lr: float = 4e-3
+    seed: int = 0
+    precision: str = field(default="auto", metadata=CHANGEABLE)
+    optimizer: str = "muon"
+    compile: bool = field(default=False, metadata=CHANGEABLE)
+    channels: int = 64
+    num_layers: int = 6
+    kernel_size: int = 3
+    dropout: float = 0.0
+
+
+LARGE_TOKENIZER = TokenizerSettings(num_residual_layers=6, residual_channels=64)  # the lower error, at half the speed
