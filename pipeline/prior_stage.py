@@ -13,9 +13,9 @@ from torch import Tensor
 
 from prior import GatedPixelCNN, sample_codes
 from prior.objective import cross_entropy
+from prior.uniforms import seeded_generator
 from tokenizer import VQVAE
 
-from .device import torch_seed
 from .evaluate import measure_prior
 from .images import to_uint8
 from .loop import split_rows
@@ -89,8 +89,7 @@ def sample_preview(model: GatedPixelCNN, tokenizer: VQVAE, grid: tuple[int, int]
         device = next(model.parameters()).device
         num_classes = model.config.num_classes
         labels = torch.arange(PICTURES, device=device) % num_classes if num_classes else None
-        generator = torch.Generator().manual_seed(torch_seed(seed))
-        codes = sample_codes(model, PICTURES, grid, labels=labels, generator=generator)
+        codes = sample_codes(model, PICTURES, grid, labels=labels, generator=seeded_generator(seed))
         save_grid(to_uint8(tokenizer.decode(codes)), path, columns=8)
 
     return preview
