@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .checkpoint import check_same_tokenizer, load_tokenizer, read_info
+from .checkpoint import check_same_tokenizer
 from .codes import CodeDataset
-from .device import choose_device
 from .errors import InputError
 from .folders import claim_file, claim_folder
+from .loading import load_trained_tokenizer
 from .pictures import save_grid, save_png
 from .reconstruct import decode
 
@@ -46,10 +46,9 @@ def decode_codes(
         InputError: the codes, the tokenizer, the rows or `out` cannot be used.
     """
     codes = CodeDataset(folder)
-    info = read_info(tokenizer_folder, "tokenizer")
+    tokenizer = load_trained_tokenizer(tokenizer_folder, device)
     remedy = "name the tokenizer that made them"
-    check_same_tokenizer(info.fingerprint, codes.manifest.tokenizer_fingerprint, f"codes in {folder}", remedy)
-    tokenizer = load_tokenizer(tokenizer_folder).to(choose_device(device))
+    check_same_tokenizer(tokenizer.info.fingerprint, codes.manifest.tokenizer_fingerprint, f"codes in {folder}", remedy)
     kind = out.suffix.lower()
     _check_start(codes, start)
     left = len(codes) - start
@@ -63,7 +62,7 @@ def decode_codes(
         return codes.batch(np.arange(start + first, start + last))[0]
 
     with tqdm(total=n, unit="image", desc="decoding", dynamic_ncols=True) as bar:
-        images = _counted(decode(tokenizer, rows, n), bar)
+        images = _counted(decode(tokenizer.model, rows, n), bar)
         if kind == ".png":
             save_grid(torch.cat(list(images)), out)
         elif kind == ".npy":

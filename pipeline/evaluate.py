@@ -16,10 +16,9 @@ from prior.objective import bits_per_dim, grid_bits
 from prior.sampling import evaluating
 from tokenizer import VQVAE, Baseline
 
-from .checkpoint import CheckpointInfo, check_same_tokenizer, load_autoencoder, load_prior, read_info, with_codes
-from .device import choose_device
 from .errors import InputError
 from .health import CodebookHealth, codebook_health
+from .loading import TrainedPrior, load_pair, load_trained_autoencoder
 from .sources import ImageSplit
 from .stored_images import images_of, part_of
 
@@ -84,38 +83,23 @@ def evaluate(
     Raises:
         InputError: a checkpoint or the images cannot be used, or the prior was trained on another tokenizer's codes.
     """
-    where = choose_device(device)
-    info = read_info(tokenizer_folder, "tokenizer")
-    model = load_autoencoder(tokenizer_folder).to(where)
-    images = images_of(info, data=data, data_root=data_root)
+    pair = None if prior_folder is None else load_pair(tokenizer_folder, prior_folder, device)
+    trained = load_trained_autoencoder(tokenizer_folder, device) if pair is None else pair[0]
+    images = images_of(trained.info, data=data, data_root=data_root)
     part = part_of(images, split)
-    with_prior = None if prior_folder is None else load_with_prior(model, tokenizer_folder, info, prior_folder)
-    numbers, health = measure_reconstruction(model, part, progress=True)
+    numbers, health = measure_reconstruction(trained.model, part, progress=True)
     result = {"data": images.source, "split": split, "images": len(part), **vars(numbers)}
     if health is not None:
         result |= {"codes_used": health.codes_used, "perplexity": health.perplexity, "codebook": health.verdict}
-    if with_prior is not None:
-        tokenizer, prior, class_names = with_prior
-        labels = labels_for(prior, class_names, images.class_names, part.labels)
-        bits = measure_prior(prior, _encoded(tokenizer, part, labels, where))
-        shape = (info.preprocessing["channels"], info.preprocessing["height"], info.preprocessing["width"])
-        result |= {"bits_per_code": bits, "bits_per_dim": bits_per_dim(bits, tokenizer.grid(*shape[1:]), shape)}
+    if pair is not None:
+        tokenizer, prior = pair
+        labels = labels_for(prior, images.class_names, part.labels)
+        device_ = next(tokenizer.model.parameters()).device
+        bits = measure_prior(prior.model, _encoded(tokenizer.model, part, labels, device_))
+        size = tokenizer.info.preprocessing
+        shape = (size["channels"], size["height"], size["width"])
+        result |= {"bits_per_code": bits, "bits_per_dim": bits_per_dim(bits, tokenizer.grid, shape)}
     return result
-
-
-def load_with_prior(
-    model: VQVAE | Baseline, tokenizer_folder: Path, info: CheckpointInfo, prior_folder: Path
-) -> tuple[VQVAE, GatedPixelCNN, list[str]]:
-    """The model as a tokenizer, the prior over its codes on the same device, and the classes that the prior knows."""
-    tokenizer = with_codes(model, tokenizer_folder)
-    prior_info = read_info(prior_folder, "prior")
-    check_same_tokenizer(
-        info.fingerprint,
-        prior_info.tokenizer_fingerprint,
-        f"a prior in {prior_folder}",
-        "name the tokenizer it was trained with, or train the prior again",
-    )
-    return tokenizer, load_prior(prior_folder).to(next(tokenizer.parameters()).device), prior_info.class_names
 
 
 def _encoded(
@@ -125,9 +109,10 @@ def _encoded(
         yield tokenizer.encode(split.batch(rows).to(device)), torch.from_numpy(labels[rows])
 
 
-def labels_for(prior: GatedPixelCNN, known: list[str], found: tuple[str, ...], labels: np.ndarray) -> np.ndarray:
+def labels_for(prior: TrainedPrior, found: tuple[str, ...], labels: np.ndarray) -> np.ndarray:
     """The labels of a data set in the prior's numbering, matched by class name."""
-    if prior.config.num_classes == 0:
+    known = prior.info.class_names
+    if prior.model.config.num_classes == 0:
         return labels
     unknown = sorted(set(found) - set(known))
     if unknown or not found or (labels < 0).any():

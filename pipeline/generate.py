@@ -12,11 +12,11 @@ from prior import GatedPixelCNN, complete_codes, sample_codes
 from prior.sampling import sample_numbers
 from tokenizer import VQVAE
 
-from .checkpoint import CheckpointInfo, check_same_tokenizer, load_prior, load_tokenizer, read_info
+from .checkpoint import CheckpointInfo
 from .completion import keep_pixels, known_codes
-from .device import choose_device
 from .errors import InputError
 from .images import to_float, to_uint8
+from .loading import TrainedPrior, TrainedTokenizer, load_pair
 from .reconstruct import reconstruct
 
 DECODE_BATCH = 256
@@ -38,28 +38,43 @@ class ImagePipeline:
     Made by `ImagePipeline.from_pretrained(tokenizer_dir, prior_dir)`.
     """
 
-    tokenizer: VQVAE
-    prior: GatedPixelCNN
-    tokenizer_info: CheckpointInfo
-    prior_info: CheckpointInfo
+    trained_tokenizer: TrainedTokenizer
+    trained_prior: TrainedPrior  # over the codes of this tokenizer
 
     @classmethod
     def from_pretrained(cls, tokenizer_dir: str | Path, prior_dir: str | Path, device: str = "auto") -> "ImagePipeline":
         """Load both stages.
 
+        Args:
+            tokenizer_dir: what train-tokenizer wrote.
+            prior_dir: what train-prior wrote.
+            device: auto, cpu, cuda, cuda:1 or mps.
+
         Raises:
-            InputError: a checkpoint cannot be used, or the prior was trained on another tokenizer's codes.
+            InputError: a checkpoint cannot be used, the prior was trained on another tokenizer's codes, or there is no
+                such device.
         """
-        where = choose_device(device)
-        tokenizer_info, tokenizer = read_info(tokenizer_dir, "tokenizer"), load_tokenizer(tokenizer_dir).to(where)
-        prior_info = read_info(prior_dir, "prior")
-        check_same_tokenizer(
-            tokenizer_info.fingerprint,
-            prior_info.tokenizer_fingerprint,
-            f"a prior in {prior_dir}",
-            "name the tokenizer it was trained with, or train the prior again with train-prior",
-        )
-        return cls(tokenizer, load_prior(prior_dir).to(where), tokenizer_info, prior_info)
+        return cls(*load_pair(tokenizer_dir, prior_dir, device))
+
+    @property
+    def tokenizer(self) -> VQVAE:
+        """The tokenizer as a module."""
+        return self.trained_tokenizer.model
+
+    @property
+    def prior(self) -> GatedPixelCNN:
+        """The prior as a module."""
+        return self.trained_prior.model
+
+    @property
+    def tokenizer_info(self) -> CheckpointInfo:
+        """What the tokenizer's checkpoint says about it."""
+        return self.trained_tokenizer.info
+
+    @property
+    def prior_info(self) -> CheckpointInfo:
+        """What the prior's checkpoint says about it."""
+        return self.trained_prior.info
 
     @property
     def class_names(self) -> list[str]:
@@ -69,8 +84,7 @@ class ImagePipeline:
     @property
     def grid(self) -> tuple[int, int]:
         """The grid (H, W) of codes of an image."""
-        size = self.tokenizer_info.preprocessing
-        return self.tokenizer.grid(size["height"], size["width"])
+        return self.trained_tokenizer.grid
 
     def sample(
         self,

@@ -30,12 +30,11 @@ from prior import GatedPixelCNN
 from tokenizer import VQVAE
 
 from .blocks import BLOCK, in_blocks
-from .checkpoint import load_tokenizer, read_info
 from .code_manifest import code_dtype
-from .device import choose_device
 from .errors import InputError
-from .evaluate import BATCH, labels_for, load_with_prior, measure_prior
+from .evaluate import BATCH, labels_for, measure_prior
 from .health import perplexity
+from .loading import load_pair, load_trained_tokenizer
 from .picture_rate import jpeg_at_psnr, mean_png_bytes, progress, psnr_of_uint8, squared_error
 from .reconstruct import decode
 from .sources import ImageSet, ImageSplit
@@ -78,12 +77,11 @@ def measure_rate(
         InputError: a checkpoint or the images cannot be used, the tokenizer has no codes, or the prior was trained on
             another tokenizer's codes.
     """
-    where = choose_device(device)
-    info = read_info(tokenizer_folder, "tokenizer")
-    tokenizer, prior = load_tokenizer(tokenizer_folder).to(where), None
-    if prior_folder is not None:
-        _, prior, class_names = load_with_prior(tokenizer, tokenizer_folder, info, prior_folder)
-    images = images_of(info, data=data, data_root=data_root)
+    if prior_folder is None:
+        tokenizer, prior = load_trained_tokenizer(tokenizer_folder, device), None
+    else:
+        tokenizer, prior = load_pair(tokenizer_folder, prior_folder, device)
+    images = images_of(tokenizer.info, data=data, data_root=data_root)
     parts = _parts(images, splits, n)
     result: dict[str, Any] = {"data": images.source, "splits": {}, "remarks": []}
     for split in dict.fromkeys(splits):
@@ -92,8 +90,8 @@ def measure_rate(
             continue
         part = parts[split]
         if prior is not None:
-            part = replace(part, labels=labels_for(prior, class_names, images.class_names, part.labels))
-        numbers = _measure_split(tokenizer, prior, part)
+            part = replace(part, labels=labels_for(prior, images.class_names, part.labels))
+        numbers = _measure_split(tokenizer.model, None if prior is None else prior.model, part)
         result["splits"][split] = numbers
         result["remarks"] += [f"{split}: {remark}" for remark in _remarks(numbers)]
     return result

@@ -11,10 +11,9 @@ from torch import Tensor
 from tokenizer import VQVAE, Baseline
 
 from .blocks import in_blocks
-from .checkpoint import load_autoencoder, read_info
-from .device import choose_device
 from .folders import claim_file
 from .images import to_float, to_uint8
+from .loading import load_trained_autoencoder
 from .pictures import above_and_below, save_grid
 from .stored_images import images_of, part_of
 
@@ -58,13 +57,12 @@ def reconstruct_to_file(
     Raises:
         InputError: the tokenizer, the images or the file cannot be used.
     """
-    info = read_info(tokenizer_folder, "tokenizer")
-    model = load_autoencoder(tokenizer_folder).to(choose_device(device))
+    trained = load_trained_autoencoder(tokenizer_folder, device)
     claim_file(out, force=force)
-    part = part_of(images_of(info, data=data, data_root=data_root), split)
+    part = part_of(images_of(trained.info, data=data, data_root=data_root), split)
     if n > len(part):
         print(f"note: the {split} part has {len(part)} images, fewer than --n {n}", file=sys.stderr)
     images = to_uint8(part.batch(np.arange(min(n, len(part)))))
     columns = min(8, len(images))
-    save_grid(above_and_below(images, reconstruct(model, images), columns), out, columns=columns)
+    save_grid(above_and_below(images, reconstruct(trained.model, images), columns), out, columns=columns)
     return out

@@ -14,7 +14,7 @@ from prior import GatedPixelCNN, PriorConfig, sample_codes
 from prior.objective import cross_entropy
 from tokenizer import VQVAE
 
-from .checkpoint import CONFIG, CheckpointInfo, check_same_tokenizer, load_tokenizer, read_info
+from .checkpoint import CONFIG, CheckpointInfo, check_same_tokenizer, read_info
 from .code_manifest import MANIFEST, read_manifest
 from .codes import CodeDataset
 from .device import choose_device, compile_networks
@@ -22,6 +22,7 @@ from .errors import InputError
 from .evaluate import measure_prior
 from .export import export_codes
 from .images import to_uint8
+from .loading import load_tokenizer, load_trained_tokenizer
 from .loop import LoopSettings, run_training, split_rows
 from .pictures import save_grid
 from .settings import RunFolder, claim_run, clear_run, recorded, saved_run, settle
@@ -245,11 +246,12 @@ def _matching_tokenizer(
     """The tokenizer that made the codes, for pictures. One that was asked for must match; the default may be absent."""
     if folder is None:
         return None
-    fingerprint, made_by = read_info(folder, "tokenizer").fingerprint, codes.manifest.tokenizer_fingerprint
-    if required or fingerprint == made_by:
+    made_by = codes.manifest.tokenizer_fingerprint
+    if required or read_info(folder, "tokenizer").fingerprint == made_by:
+        tokenizer = load_trained_tokenizer(folder, device)
         remedy = f"export them again with export-codes --tokenizer {folder}, or name the tokenizer that made them"
-        check_same_tokenizer(fingerprint, made_by, f"codes in {codes.where}", remedy)
-        return load_tokenizer(folder).to(device)
+        check_same_tokenizer(tokenizer.info.fingerprint, made_by, f"codes in {codes.where}", remedy)
+        return tokenizer.model
     print(f"note: the tokenizer in {folder} did not make these codes; training goes on without pictures")
     return None
 

@@ -11,11 +11,11 @@ from PIL import Image
 from torch import Tensor
 
 from pipeline.blocks import BLOCK
-from pipeline.checkpoint import load_tokenizer
 from pipeline.code_manifest import read_manifest, write_manifest
 from pipeline.codes import CodeDataset
 from pipeline.decode_codes import PICTURED, decode_codes
 from pipeline.errors import InputError
+from pipeline.loading import load_tokenizer
 from pipeline.pictures import save_grid
 from pipeline.reconstruct import reconstruct
 from pipeline.sources import open_images

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.checkpoint import load_prior, load_tokenizer, load_training, load_weights, read_info
+from pipeline.checkpoint import load_training, load_weights, read_info
 from pipeline.codes import CodeDataset
 from pipeline.evaluate import measure_prior, measure_reconstruction
+from pipeline.loading import load_prior, load_tokenizer
 from pipeline.loop import WARMUP_STEPS, DataOrder, learning_rate_at, run_training, split_rows
 from pipeline.metrics_log import MetricsLog
 from pipeline.sources import held_out, open_images

@@ -10,7 +10,8 @@ import pytest
 from torch import nn
 
 import cli
-from pipeline.checkpoint import load_prior, load_training, read_info
+from pipeline.checkpoint import load_training, read_info
+from pipeline.loading import load_prior
 from pipeline.settings import RunFolder, settle
 from pipeline.train_prior import PriorSettings, train_prior
 
