@@ -42,7 +42,7 @@ def main(tokenizer: Path, prior: Path, vae: Path, ae: Path, out: Path, seed: int
     """One table and one picture."""
     print("| bottleneck | nmse | PSNR | what it keeps of an image |\n|---|---|---|---|")
     for folder in (tokenizer, vae, ae):
-        info, numbers = read_info(folder, "tokenizer"), evaluate(folder)
+        info, numbers = read_info(folder, "tokenizer"), evaluate(folder).reconstruction
         config = info.config
         positions = info.preprocessing["height"] * info.preprocessing["width"] // config["downsample"] ** 2
         kept = {
@@ -50,7 +50,7 @@ def main(tokenizer: Path, prior: Path, vae: Path, ae: Path, out: Path, seed: int
             "vae": f"{positions * config['code_dim']} Gaussians, {kl_bits(folder):.0f} bits of KL",
             "ae": f"{positions * config['code_dim']} numbers",
         }[config["bottleneck"]]
-        print(f"| {config['bottleneck']} | {numbers['nmse']:.4f} | {numbers['psnr']:.1f} dB | {kept} |", flush=True)
+        print(f"| {config['bottleneck']} | {numbers.nmse:.4f} | {numbers.psnr:.1f} dB | {kept} |", flush=True)
     pipeline = ImagePipeline.from_pretrained(tokenizer, prior)
     theirs = vae_samples(vae, pipeline.grid, seed)
     ours, _ = pipeline.sample(COLUMNS * ROWS, seed=seed)

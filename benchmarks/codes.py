@@ -29,11 +29,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from pipeline.blocks import in_blocks
 from pipeline.code_manifest import MANIFEST, CodeManifest, code_dtype, read_manifest, write_manifest
 from pipeline.code_writer import write_codes
 from pipeline.codes import CodeDataset
 from pipeline.export import BATCH, SHARD_SIZE, export_codes
+from pipeline.inference import in_blocks
 from pipeline.loading import load_trained_tokenizer
 from pipeline.processes import Processes
 from pipeline.stored_images import images_of

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from pipeline.checkpoint import CheckpointInfo
 from pipeline.device import choose_device
-from pipeline.evaluate import measure_prior
+from pipeline.likelihood import measure_prior
 from pipeline.loading import load_prior
 from pipeline.loop import LoopSettings, run_training
 from pipeline.splits import held_out

@@ -13,9 +13,9 @@ from .checkpoint import check_same_tokenizer
 from .codes import CodeDataset
 from .errors import InputError
 from .folders import claim_file, claim_folder
+from .inference import decode_codes as decode
 from .loading import load_trained_tokenizer
 from .pictures import save_grid, save_png
-from .reconstruct import decode
 
 PICTURED = 64  # images in a picture, if not told otherwise
 

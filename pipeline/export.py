@@ -17,13 +17,13 @@ from tqdm import tqdm
 
 from tokenizer import VQVAE
 
-from .blocks import BLOCK, in_blocks
 from .checkpoint import CheckpointInfo, library_versions
 from .code_manifest import CodeManifest, code_dtype
 from .code_tables import add_table, check_table
 from .code_writer import write_codes
 from .device import choose_device
 from .errors import InputError
+from .inference import BLOCK, encode_images
 from .loading import load_trained_tokenizer
 from .processes import Processes, processes
 from .sources import ImageSet, ImageSplit
@@ -67,9 +67,8 @@ class EncodedImages:
 
     def _computed(self, start: int, stop: int) -> Generator[np.ndarray, None, None]:
         """The codes of rows start .. stop - 1, where a block starts, some blocks at a time."""
-        parts = in_blocks(
+        parts = encode_images(
             self.tokenizer,
-            self.tokenizer.encode,
             lambda first, last: self._images(start + first, start + last),
             stop - start,
             batch_size=self.batch_size,

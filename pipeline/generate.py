@@ -1,6 +1,6 @@
 """From the two trained stages to images: prior -> codes -> decoder -> images."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -16,12 +16,11 @@ from .checkpoint import CheckpointInfo
 from .completion import keep_pixels, known_codes
 from .errors import InputError
 from .images import to_float, to_uint8
+from .inference import reconstruct_images
+from .labels import Labels, resolve_labels
 from .loading import TrainedPrior, TrainedTokenizer, load_pair
-from .reconstruct import reconstruct
 
 DECODE_BATCH = 256
-
-Labels = Sequence[str | int] | Tensor | str | int | None
 
 
 class Sampled(NamedTuple):
@@ -196,20 +195,7 @@ class ImagePipeline:
 
     def labels_for(self, n: int, labels: Labels) -> Tensor | None:
         """The label [n] of each of n samples: the given ones in turn, or all classes in turn; None without classes."""
-        if isinstance(labels, (str, int)):
-            labels = [labels]
-        if not self.class_names:
-            if labels is not None:
-                raise InputError(
-                    expected="no label, because this prior was trained without them",
-                    got=", ".join(str(label) for label in labels) or "an empty list",
-                    do="leave the label away, or train on a folder with one subfolder a class",
-                )
-            return None
-        if labels is not None and len(labels) == 0:
-            raise InputError(expected="at least one label", got="none", do="leave the labels away for all in turn")
-        chosen = range(len(self.class_names)) if labels is None else [self._label(item) for item in labels]
-        return torch.tensor([chosen[i % len(chosen)] for i in range(n)])
+        return resolve_labels(n, labels, self.class_names)
 
     def decode(self, codes: Tensor) -> Tensor:
         """Codes [n,H,W] -> uint8 images [n,C,H',W']."""
@@ -219,25 +205,7 @@ class ImagePipeline:
 
     def reconstruct(self, images: Tensor) -> Tensor:
         """What the tokenizer makes of images [n,C,H',W'], uint8 or float in [0,1]: uint8 of the same shape."""
-        return reconstruct(self.tokenizer, images)
-
-    def _label(self, label: str | int | Tensor) -> int:
-        """The index of a class given by name or index; a name that looks like an index is a name first."""
-        names = self.class_names
-        if isinstance(label, str) and label in names:
-            return names.index(label)
-        try:
-            index = int(label)
-        except ValueError:
-            index = -1
-        if not 0 <= index < len(names):
-            raise InputError(
-                expected=f"a class name ({', '.join(names[:20])}{', ...' if len(names) > 20 else ''}) "
-                f"or an index from 0 to {len(names) - 1}",
-                got=f"the label {label}",
-                do="choose one of them",
-            )
-        return index
+        return reconstruct_images(self.tokenizer, images)
 
 
 def open_labels(count: int, candidates: int, num_classes: int, generator: torch.Generator) -> Tensor:

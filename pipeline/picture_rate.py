@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image, ImageFile
 from tqdm import tqdm
 
-from .evaluate import psnr_of
+from .reconstruction import psnr_of
 
 QUALITIES = range(1, 101)  # of JPEG
 START_OF_SCAN = 0xDA  # the second byte of a marker in a JPEG file

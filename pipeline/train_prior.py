@@ -19,9 +19,10 @@ from .code_manifest import MANIFEST, read_manifest
 from .codes import CodeDataset
 from .device import choose_device, compile_networks
 from .errors import InputError
-from .evaluate import measure_prior
 from .export import export_codes
 from .images import to_uint8
+from .labels import all_labelled
+from .likelihood import measure_prior
 from .loading import load_tokenizer, load_trained_tokenizer
 from .loop import LoopSettings, run_training, split_rows
 from .pictures import save_grid
@@ -144,7 +145,7 @@ def train_prior(run: RunFolder, given: Mapping[str, Any], default_tokenizer: Pat
 def config_for(settings: PriorSettings, codes: CodeDataset) -> PriorConfig:
     """The configuration of the model: what was chosen, and what the codes say. Labels count if every grid has one."""
     manifest = codes.manifest
-    labelled = bool(manifest.class_names) and all(shard.labels.min() >= 0 for shard in codes.shards())
+    labelled = all_labelled(manifest.class_names, (shard.labels for shard in codes.shards()))
     return PriorConfig(
         num_codes=manifest.num_codes,
         num_classes=len(manifest.class_names) if labelled else 0,

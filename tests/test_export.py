@@ -21,12 +21,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from pipeline import blocks, code_writer, export, files
-from pipeline.blocks import BLOCK
+from pipeline import code_writer, export, files, inference
 from pipeline.code_manifest import read_manifest
 from pipeline.codes import CodeDataset
 from pipeline.errors import InputError
 from pipeline.export import export_codes
+from pipeline.inference import BLOCK
 from pipeline.loading import load_tokenizer
 from pipeline.sources import ImageSplit, open_images
 from pipeline.splits import held_out
@@ -66,7 +66,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> int:
     """Of 4 images, so that a few pictures are many blocks."""
-    monkeypatch.setattr(blocks, "BLOCK", 4)
+    monkeypatch.setattr(inference, "BLOCK", 4)
     monkeypatch.setattr(export, "BLOCK", 4)
     return 4
 

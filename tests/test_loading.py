@@ -144,7 +144,7 @@ def test_the_prior_is_compared_with_the_tokenizer_that_was_loaded(pair: Pair, mo
     with monkeypatch.context() as patch:
         after_read(patch, 2, lambda: pair.save(NEW))
         with pytest.raises(
-            InputError, match="expected a prior in .*; name the tokenizer it was trained with, or train"
+            InputError, match=r"expected a prior in .*; name the tokenizer it was trained with, or train"
         ):
             load_pair(pair.tokenizer, pair.prior, "cpu")
     again = load_pair(pair.tokenizer, pair.prior, "cpu")
@@ -168,9 +168,9 @@ def _exported(pair: Pair) -> list[bytes]:
 
 
 COMMANDS: dict[str, Callable[[Pair], Any]] = {
-    "evaluate": lambda pair: evaluate(pair.tokenizer, pair.prior, split="train", device="cpu"),
-    "evaluate a tokenizer": lambda pair: evaluate(pair.tokenizer, split="train", device="cpu"),
-    "measure-rate": lambda pair: measure_rate(pair.tokenizer, splits=["train"], device="cpu"),
+    "evaluate": lambda pair: evaluate(pair.tokenizer, pair.prior, split="train", device="cpu").to_json(),
+    "evaluate a tokenizer": lambda pair: evaluate(pair.tokenizer, split="train", device="cpu").to_json(),
+    "measure-rate": lambda pair: measure_rate(pair.tokenizer, splits=["train"], device="cpu").to_json(),
     "reconstruct": _picture,
     "export-codes": _exported,
     "decode-codes": _decoded,
