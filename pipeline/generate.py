@@ -97,7 +97,7 @@ class ImagePipeline:
         first: int = 0,
         on_row: Callable[[int], None] | None = None,
     ) -> Sampled:
-        """Draw n new images: (uint8 images [n,C,H',W'], codes [n,H,W]).
+        """Sample n new images: (uint8 images [n,C,H',W'], codes [n,H,W]).
 
         Args:
             n: at least 1.
@@ -194,29 +194,33 @@ class ImagePipeline:
         return Sampled(keep_pixels(to_uint8(floats), self.decode(codes), keep), codes)
 
     def labels_for(self, n: int, labels: Labels) -> Tensor | None:
-        """The label [n] of each of n samples: the given ones in turn, or all classes in turn; None without classes."""
+        """Return the label [n] of each of n samples: the given ones in turn, or all in turn; None without classes.
+
+        Raises:
+            InputError: a label that the prior does not know.
+        """
         return resolve_labels(n, labels, self.class_names)
 
     def decode(self, codes: Tensor) -> Tensor:
-        """Codes [n,H,W] -> uint8 images [n,C,H',W']."""
+        """Decode codes [n,H,W] to uint8 images [n,C,H',W'], on the CPU."""
         device = next(self.tokenizer.parameters()).device
         parts = [to_uint8(self.tokenizer.decode(part.to(device))).cpu() for part in codes.split(DECODE_BATCH)]
         return torch.cat(parts)
 
     def reconstruct(self, images: Tensor) -> Tensor:
-        """What the tokenizer makes of images [n,C,H',W'], uint8 or float in [0,1]: uint8 of the same shape."""
+        """Encode and decode images [n,C,H',W'], uint8 or float in [0,1]: uint8 of the same shape, on the CPU."""
         return reconstruct_images(self.tokenizer, images)
 
 
 def open_labels(count: int, candidates: int, num_classes: int, generator: torch.Generator) -> Tensor:
-    """A label for each candidate, [n,m]: spread over the classes, each as likely as the others."""
+    """Return a label for each candidate, [n,m]: spread over the classes, each as likely as the others."""
     seed = int(torch.randint(2**62, (1,), generator=generator))
     offset = sample_numbers(seed, count, (1, 1))[0]  # of each image its own, however many there are
     return ((torch.arange(candidates) + offset[:, None]) * num_classes / candidates).long().clamp_max(num_classes - 1)
 
 
 def _generator(seed: int | None) -> torch.Generator:
-    """A source of randomness from a seed, or from one that nobody knows."""
+    """Return a source of randomness with this seed, or with a new one."""
     generator = torch.Generator()
     if seed is None:
         generator.seed()

@@ -1,4 +1,4 @@
-"""The rate: how many bytes an image costs as codes, and how many as PNG or as JPEG of the same quality.
+"""The rate: the bytes of an image as codes, and as PNG or as JPEG of the same PSNR.
 
     raw        pixels, a byte for each colour
     png        an optimised PNG
@@ -208,12 +208,12 @@ def _warnings(rate: SplitRate | None) -> Iterator[str]:
 
 
 def packed_bits(num_codes: int) -> int:
-    """Bits of a code when all take the same: ceil(log2 K), at least 1."""
+    """Return the bits of a code if all codes take the same: ceil(log2 K), at least 1."""
     return max(1, (num_codes - 1).bit_length())
 
 
 def entropy_bits(codes: np.ndarray, num_codes: int) -> float:
-    """Order-0 entropy of codes of any shape, in bits per code."""
+    """Return the order-0 entropy of codes of any shape, in bits per code."""
     histogram = np.bincount(codes.ravel(), minlength=num_codes)
     return float(np.log2(perplexity(torch.from_numpy(histogram))))
 
