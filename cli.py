@@ -333,7 +333,7 @@ def evaluate(tokenizer: Path, prior: Path | None, json_file: Path | None, force:
 
     if json_file is not None:
         check_output_file(json_file, force=force, option="--json")
-    numbers = run(tokenizer, prior, **chosen)
+    numbers = run(tokenizer, prior, **chosen).to_json()
     for name, value in numbers.items():
         click.echo(f"{name:>14}  {value:.6g}" if isinstance(value, float) else f"{name:>14}  {value}")
     if json_file is not None:
@@ -366,12 +366,12 @@ def measure_rate(tokenizer: Path, prior: Path | None, json_file: Path | None, fo
     if json_file is not None:
         check_output_file(json_file, force=force, option="--json")
     rate = run(tokenizer, prior, **chosen)
-    for split, numbers in rate["splits"].items():
+    for split, numbers in rate.splits.items():
         click.echo(f"{split}: {rate_table(numbers)}\n")
-    for remark in rate["remarks"]:
-        click.echo(f"note: {remark}")
+    for warning in rate.warnings:
+        click.echo(f"note: {warning}")
     if json_file is not None:
-        write_atomic(json_file, to_json(rate))
+        write_atomic(json_file, to_json(rate.to_json()))
 
 
 def describe(numbers: dict[str, float]) -> str:

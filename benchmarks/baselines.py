@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 
 from pipeline import ImagePipeline
-from pipeline.checkpoint import load_autoencoder, read_info
+from pipeline.checkpoint import read_info
 from pipeline.evaluate import evaluate
 from pipeline.images import to_uint8
+from pipeline.loading import load_trained_autoencoder
 from pipeline.pictures import enlarge, save_png, tile
 from pipeline.stored_images import images_of, part_of
 from tokenizer import Baseline
@@ -41,7 +42,7 @@ def main(tokenizer: Path, prior: Path, vae: Path, ae: Path, out: Path, seed: int
     """One table and one picture."""
     print("| bottleneck | nmse | PSNR | what it keeps of an image |\n|---|---|---|---|")
     for folder in (tokenizer, vae, ae):
-        info, numbers = read_info(folder, "tokenizer"), evaluate(folder)
+        info, numbers = read_info(folder, "tokenizer"), evaluate(folder).reconstruction
         config = info.config
         positions = info.preprocessing["height"] * info.preprocessing["width"] // config["downsample"] ** 2
         kept = {
@@ -49,7 +50,7 @@ def main(tokenizer: Path, prior: Path, vae: Path, ae: Path, out: Path, seed: int
             "vae": f"{positions * config['code_dim']} Gaussians, {kl_bits(folder):.0f} bits of KL",
             "ae": f"{positions * config['code_dim']} numbers",
         }[config["bottleneck"]]
-        print(f"| {config['bottleneck']} | {numbers['nmse']:.4f} | {numbers['psnr']:.1f} dB | {kept} |", flush=True)
+        print(f"| {config['bottleneck']} | {numbers.nmse:.4f} | {numbers.psnr:.1f} dB | {kept} |", flush=True)
     pipeline = ImagePipeline.from_pretrained(tokenizer, prior)
     theirs = vae_samples(vae, pipeline.grid, seed)
     ours, _ = pipeline.sample(COLUMNS * ROWS, seed=seed)
@@ -62,7 +63,8 @@ def main(tokenizer: Path, prior: Path, vae: Path, ae: Path, out: Path, seed: int
 @torch.no_grad()
 def kl_bits(folder: Path) -> float:
     """KL(posterior || N(0,1)) of the test images, in bits per image."""
-    model, info = load_autoencoder(folder), read_info(folder, "tokenizer")
+    trained = load_trained_autoencoder(folder, "cpu")
+    model, info = trained.model, trained.info
     if model.config.bottleneck != "vae":
         return 0.0
     assert isinstance(model, Baseline)
@@ -74,7 +76,7 @@ def kl_bits(folder: Path) -> float:
 
 def vae_samples(folder: Path, grid: tuple[int, int], seed: int) -> Tensor:
     """Images uint8 [n,C,H',W'] of latents drawn from N(0,1)."""
-    model = load_autoencoder(folder)
+    model = load_trained_autoencoder(folder, "cpu").model
     assert isinstance(model, Baseline)
     generator = torch.Generator().manual_seed(seed)
     latents = torch.randn(COLUMNS * ROWS, model.config.code_dim, *grid, generator=generator)

@@ -29,12 +29,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from pipeline.blocks import in_blocks
-from pipeline.checkpoint import load_tokenizer, read_info
 from pipeline.code_manifest import MANIFEST, CodeManifest, code_dtype, read_manifest, write_manifest
 from pipeline.code_writer import write_codes
 from pipeline.codes import CodeDataset
 from pipeline.export import BATCH, SHARD_SIZE, export_codes
+from pipeline.inference import in_blocks
+from pipeline.loading import load_trained_tokenizer
 from pipeline.prior_stage import PriorStage
 from pipeline.processes import Processes
 from pipeline.stored_images import images_of
@@ -69,7 +69,8 @@ def cli() -> None:
 @click.option("--rounds", default=3, show_default=True)
 def export(tokenizer: Path, data: str | None, n: int, rounds: int) -> None:
     """Images a second: export-codes against the encoder alone on the same batches, in one run."""
-    model, images = load_tokenizer(tokenizer), images_of(read_info(tokenizer, "tokenizer"), data=data)
+    trained = load_trained_tokenizer(tokenizer, "cpu")
+    model, images = trained.model, images_of(trained.info, data=data)
     count = min(n, len(images.train))
     floats = images.train.batch(np.arange(count))
 

@@ -21,9 +21,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.checkpoint import CheckpointInfo, load_prior
+from pipeline.checkpoint import CheckpointInfo
 from pipeline.device import choose_device
-from pipeline.evaluate import measure_prior
+from pipeline.likelihood import measure_prior
+from pipeline.loading import load_prior
 from pipeline.loop import LoopSettings, run_training
 from pipeline.prior_stage import PriorStage
 from pipeline.recipes import PriorSettings

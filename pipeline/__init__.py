@@ -7,10 +7,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .checkpoint import load_prior, load_tokenizer
     from .codes import CodeDataset
     from .errors import InputError
     from .generate import ImagePipeline
+    from .loading import load_prior, load_tokenizer
     from .sources import open_images
 
 __all__ = ["CodeDataset", "ImagePipeline", "InputError", "load_prior", "load_tokenizer", "open_images"]
@@ -19,8 +19,8 @@ _HOME = {
     "CodeDataset": "codes",
     "ImagePipeline": "generate",
     "InputError": "errors",
-    "load_prior": "checkpoint",
-    "load_tokenizer": "checkpoint",
+    "load_prior": "loading",
+    "load_tokenizer": "loading",
     "open_images": "sources",
 }
 

@@ -1,26 +1,24 @@
-"""Checkpoints: a folder with `model.safetensors`, `config.json` and, for resuming, `training.safetensors`.
+"""The format of a checkpoint: a folder with `model.safetensors`, `config.json` and `training.safetensors`.
 
     model.safetensors     the weights to use
     config.json           format version, kind, config, step, class names, preprocessing, fingerprint, training
-    training.safetensors  the weights, optimizer and random states to go on from, and the step, at the same moment
+    training.safetensors  for resuming: the weights, optimizer and random states of the last step, and the step
 
-The fingerprint is the SHA-256 of the file `model.safetensors`: `sha256sum` gives it without us. Nothing is a pickle.
+The fingerprint is the SHA-256 of the file `model.safetensors`: `sha256sum` prints the same. Nothing is a pickle.
+This file reads and writes the format; `loading.py` builds the models.
 """
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import safetensors
 import safetensors.torch
-from torch import Tensor, nn
-
-from prior import GatedPixelCNN, PriorConfig
-from tokenizer import VQVAE, Baseline, TokenizerConfig, build_model
+from torch import Tensor
 
 from .errors import InputError
 from .files import current, read_current, sha256, to_json, write_together
@@ -29,12 +27,10 @@ FORMAT_VERSION = 2  # 2: Muon, the encoder without its 3x3 convolution
 MODEL, CONFIG, TRAINING = "model.safetensors", "config.json", "training.safetensors"
 TRAIN_COMMAND = {"tokenizer": "train-tokenizer", "prior": "train-prior"}
 
-Config = TypeVar("Config", TokenizerConfig, PriorConfig)
-
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointInfo:
-    """What `config.json` says beside the weights."""
+    """The content of `config.json`."""
 
     kind: str  # "tokenizer" or "prior"
     config: dict[str, Any]  # fields of TokenizerConfig or PriorConfig
@@ -51,7 +47,7 @@ class CheckpointInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingState:
-    """What a run needs to go on as if it had never stopped."""
+    """The state that a resumed run continues from, so that it computes what an uninterrupted one does."""
 
     tensors: dict[str, Tensor]  # weights, optimizer and random states, by name
     values: dict[str, Any]  # step, best score, ...: anything JSON holds
@@ -60,7 +56,11 @@ class TrainingState:
 def save_checkpoint(
     folder: Path, info: CheckpointInfo, weights: Mapping[str, Tensor], training: TrainingState | None = None
 ) -> CheckpointInfo:
-    """Write or replace the checkpoint as one; returns `info` with the fingerprint and versions that were written."""
+    """Write or replace all files of the checkpoint together.
+
+    Returns:
+        `info` with the fingerprint and the versions that were written.
+    """
     model = safetensors.torch.save({name: _plain(tensor) for name, tensor in weights.items()})
     info = CheckpointInfo(**{**asdict(info), "fingerprint": sha256(model), "versions": library_versions()})
     files = {MODEL: model, CONFIG: to_json(asdict(info))}
@@ -75,7 +75,7 @@ def read_info(folder: str | Path, kind: str) -> CheckpointInfo:
     """Read `config.json` of a checkpoint of this `kind`.
 
     Raises:
-        InputError: no checkpoint there, another kind or format version, or a file that is not what it should be.
+        InputError: there is no checkpoint, it has another kind or format version, or its config is damaged.
     """
     folder = Path(folder)
     path = folder / CONFIG
@@ -93,39 +93,38 @@ def read_info(folder: str | Path, kind: str) -> CheckpointInfo:
     return _parse_info(content, kind, path)
 
 
-def load_tokenizer(folder: str | Path, *, device: str = "cpu") -> VQVAE:
-    """The tokenizer of a checkpoint folder, in `eval()` mode.
+def read_checkpoint(folder: Path, kind: str, attempts: int = 5) -> tuple[CheckpointInfo, bytes]:
+    """Read the config and the weights of one moment, also while a training run replaces both.
+
+    Args:
+        folder: of the checkpoint.
+        kind: "tokenizer" or "prior".
+        attempts: how often to read before a config and weights that do not fit count as damaged.
+
+    Returns:
+        The config, and the bytes of `model.safetensors`; their SHA-256 is the fingerprint in the config.
 
     Raises:
-        InputError: there is none that is whole, or it is a baseline without codes.
+        InputError: there is no complete checkpoint of this kind and format version.
     """
-    return with_codes(load_autoencoder(folder, device=device), folder)
-
-
-def with_codes(model: VQVAE | Baseline, folder: str | Path) -> VQVAE:
-    """`model`, which came from `folder`, if it has codes. Raises InputError for a baseline."""
-    if not isinstance(model, VQVAE):
-        raise InputError(
-            expected=f"a tokenizer with codes in {folder}",
-            got=f"one with --bottleneck {model.config.bottleneck}, which has none",
-            do="name one that was trained with --bottleneck vq",
-        )
-    return model
-
-
-def load_autoencoder(folder: str | Path, *, device: str = "cpu") -> VQVAE | Baseline:
-    """What train-tokenizer wrote, with codes or without, in `eval()` mode. Raises InputError if none is whole."""
-    model: VQVAE | Baseline = _load(Path(folder), "tokenizer", TokenizerConfig, build_model)
-    return model.to(device)
-
-
-def load_prior(folder: str | Path, *, device: str = "cpu") -> GatedPixelCNN:
-    """The prior of a checkpoint folder, in `eval()` mode. Raises InputError if there is none that is whole."""
-    return _load(Path(folder), "prior", PriorConfig, GatedPixelCNN).to(device)
+    for _ in range(attempts):
+        info = read_info(folder, kind)
+        try:
+            data = read_current(folder, MODEL)
+        except FileNotFoundError:
+            data = b""
+        if sha256(data) == info.fingerprint:
+            return info, data
+        time.sleep(0.1)
+    raise InputError(
+        expected=f"{folder / MODEL} with the fingerprint {info.fingerprint} that {CONFIG} names",
+        got=f"{len(data):,} bytes with {sha256(data)}" if data else "no such file",
+        do=f"restore the folder from a copy, or run {TRAIN_COMMAND[kind]} again",
+    )
 
 
 def load_training(folder: Path) -> TrainingState:
-    """The state to resume from. Raises InputError if the checkpoint has none, or a broken one."""
+    """Return the state to resume from. Raises InputError if the checkpoint has none, or a broken one."""
     path = current(folder, TRAINING)
     try:
         with safetensors.safe_open(path, "pt") as file:
@@ -140,7 +139,7 @@ def load_training(folder: Path) -> TrainingState:
 
 
 def load_weights(folder: Path) -> dict[str, Tensor]:
-    """The tensors of `model.safetensors`, on the CPU."""
+    """Return the tensors of `model.safetensors`, on the CPU."""
     return safetensors.torch.load(current(folder, MODEL).read_bytes())
 
 
@@ -153,7 +152,7 @@ def check_same_tokenizer(expected: str, got: str, what: str, do: str) -> None:
 
 
 def library_versions() -> dict[str, str]:
-    """Versions of the libraries that decide what a run computes."""
+    """Return the versions of the libraries that decide what a run computes."""
     names = ("codegrid", "torch", "torchvision", "numpy", "pillow", "safetensors")
     return {name: found for name in names if (found := _version(name))}
 
@@ -186,38 +185,6 @@ def _parse_info(content: Any, kind: str, path: Path) -> CheckpointInfo:
             do=f"name the folder that {TRAIN_COMMAND[kind]} wrote",
         )
     return info
-
-
-def _load(folder: Path, kind: str, config_type: type[Config], build: Callable[[Config], nn.Module]) -> Any:
-    info, data = _read_whole(folder, kind)
-    try:
-        model = build(config_type(**info.config))
-        model.load_state_dict(safetensors.torch.load(data))
-    except (safetensors.SafetensorError, RuntimeError, TypeError, ValueError) as error:
-        raise InputError(
-            expected=f"the weights of a {kind} in {folder / MODEL}",
-            got=" ".join(str(error).split()),
-            do=f"restore the folder from a copy, or run {TRAIN_COMMAND[kind]} again",
-        ) from None
-    return model.eval()
-
-
-def _read_whole(folder: Path, kind: str, attempts: int = 5) -> tuple[CheckpointInfo, bytes]:
-    """Config and weights of one moment, also while a training run is replacing both."""
-    for _ in range(attempts):
-        info = read_info(folder, kind)
-        try:
-            data = read_current(folder, MODEL)
-        except FileNotFoundError:
-            data = b""
-        if sha256(data) == info.fingerprint:
-            return info, data
-        time.sleep(0.1)
-    raise InputError(
-        expected=f"{folder / MODEL} with the fingerprint {info.fingerprint} that {CONFIG} names",
-        got=f"{len(data):,} bytes with {sha256(data)}" if data else "no such file",
-        do=f"restore the folder from a copy, or run {TRAIN_COMMAND[kind]} again",
-    )
 
 
 def _plain(tensor: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ BARS = 96  # pixels that the highest bar takes
 
 
 def codebook_picture(tokenizer: VQVAE, histogram: Tensor) -> Tensor:
-    """uint8 [C,H,W] of the codes of `histogram` [K], up to MOST_CODES of them."""
+    """Return a picture uint8 [C,H,W] of the codes of `histogram` [K], up to MOST_CODES of them."""
     counts, order = histogram.cpu().sort(descending=True, stable=True)
     counts, order = counts[:MOST_CODES], order[:MOST_CODES]
     tiles = code_tiles(tokenizer, order)
@@ -32,16 +32,16 @@ def codebook_picture(tokenizer: VQVAE, histogram: Tensor) -> Tensor:
 
 @torch.no_grad()
 def code_tiles(tokenizer: VQVAE, codes: Tensor) -> Tensor:
-    """What each of `codes` [n] decodes to among its like: the middle of a 5x5 grid of it, uint8 [n,C,TILE,TILE]."""
+    """Decode each of `codes` [n] among its like: the middle of a 5x5 grid of it, uint8 [n,C,TILE,TILE]."""
     side, device = tokenizer.config.downsample, next(tokenizer.parameters()).device
     grids = repeat(codes, "n -> n h w", h=5, w=5).to(device)
-    patches = torch.cat([tokenizer.decode(part) for part in grids.split(256)])
+    patches = torch.cat([tokenizer.decode(batch) for batch in grids.split(256)])
     middle = patches[:, :, 2 * side : 3 * side, 2 * side : 3 * side]
     return to_uint8(torch.nn.functional.interpolate(middle, size=(TILE, TILE))).cpu()
 
 
 def bars(counts: Tensor, sheet: torch.Size) -> Tensor:
-    """A bar for each of `counts` [n], spread over the width of a sheet [C,H,W]: uint8 [C,BARS,W], black on white."""
+    """Return a bar for each of `counts` [n] over the width of a sheet [C,H,W]: uint8 [C,BARS,W], black on white."""
     channels, _, width = sheet
     columns = torch.arange(width) * len(counts) // width
     heights = counts[columns] * BARS // counts.max().clamp_min(1)

@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .checkpoint import check_same_tokenizer, load_tokenizer, read_info
+from .checkpoint import check_same_tokenizer
 from .codes import CodeDataset
-from .device import choose_device
 from .errors import InputError
 from .files import to_json
 from .folders import OutputFiles, check_output_file, check_output_folder
 from .image_folder import ImageFolder, read_record, written_count
+from .inference import decode_codes as decode
+from .loading import load_trained_tokenizer
 from .pictures import save_grid
-from .reconstruct import decode
 
 PICTURED = 64  # images in a contact sheet, if not told otherwise
 RECORD = "decode.json"
@@ -71,17 +71,16 @@ def decode_codes(
         check_output_file(out, force=force)
     else:
         check_output_folder(out, force=force, written=_files(start, n), earlier=_earlier(out))
-    info = read_info(tokenizer_folder, "tokenizer")
+    tokenizer = load_trained_tokenizer(tokenizer_folder, device)
     remedy = "name the tokenizer that made them"
-    check_same_tokenizer(info.fingerprint, codes.manifest.tokenizer_fingerprint, f"codes in {folder}", remedy)
-    tokenizer = load_tokenizer(tokenizer_folder).to(choose_device(device))
+    check_same_tokenizer(tokenizer.info.fingerprint, codes.manifest.tokenizer_fingerprint, f"codes in {folder}", remedy)
 
     def rows(first: int, last: int) -> Tensor:
         return codes.batch(np.arange(start + first, start + last))[0]
 
-    record = DecodeRecord(start=start, n=n, finished=0, tokenizer_fingerprint=info.fingerprint)
+    record = DecodeRecord(start=start, n=n, finished=0, tokenizer_fingerprint=tokenizer.info.fingerprint)
     with tqdm(total=n, unit="image", desc="decoding", dynamic_ncols=True) as bar:
-        images = _counted(decode(tokenizer, rows, n), bar)
+        images = _counted(decode(tokenizer.model, rows, n), bar)
         if kind == ".png":
             save_grid(torch.cat(list(images)), out)
         elif kind == ".npy":

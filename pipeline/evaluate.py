@@ -1,73 +1,52 @@
-"""The numbers: how well a tokenizer reconstructs, how it uses its codes, and how well a prior predicts them."""
+"""All numbers of a trained model: how it reconstructs, how it uses its codes, and how well a prior predicts them."""
 
-import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from prior import GatedPixelCNN
-from prior.objective import bits_per_dim, grid_bits
-from prior.sampling import evaluating
-from tokenizer import VQVAE, Baseline
+from prior.objective import bits_per_dim
 
-from .checkpoint import CheckpointInfo, check_same_tokenizer, load_autoencoder, load_prior, read_info, with_codes
-from .device import choose_device
-from .errors import InputError
-from .health import CodebookHealth, codebook_health
-from .sources import ImageSplit
+from .code_manifest import code_dtype
+from .health import CodebookHealth
+from .labels import match_labels
+from .likelihood import code_batches, measure_prior
+from .loading import TrainedPrior, TrainedTokenizer, load_pair, load_trained_autoencoder
+from .reconstruction import ReconstructionNumbers, measure_reconstruction
 from .stored_images import images_of, part_of
-
-BATCH = 256
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReconstructionNumbers:
-    mse: float  # mean squared error of values in [0,1]
-    psnr: float  # dB, of that mean error
-    nmse: float  # mse / variance of all pixels of the training images
+class Likelihood:
+    """What a prior says about the codes of a split."""
+
+    bits_per_code: float  # mean of -log2 of each code's probability
+    bits_per_dim: float  # the same per value of the image: bits_per_code x H W / (C H' W')
 
 
-def measure_reconstruction(
-    model: VQVAE | Baseline, split: ImageSplit, indices: np.ndarray | None = None, *, progress: bool = False
-) -> tuple[ReconstructionNumbers, CodebookHealth | None]:
-    """Reconstruct every image of a split (or those at `indices`), in float32; a model without codes has no codebook."""
-    device = next(model.parameters()).device
-    squared_error, values = 0.0, 0
-    histogram = torch.zeros(model.config.num_codes, dtype=torch.int64)
-    with torch.no_grad(), evaluating(model):
-        for rows in _batches(np.arange(len(split)) if indices is None else indices, progress):
-            images = split.batch(rows).to(device)
-            latents = model.encode(images)
-            error = (model.decode(latents) - images).square().sum(dim=(1, 2, 3)).cpu().double().sum()
-            squared_error, values = squared_error + float(error), values + images.numel()
-            if isinstance(model, VQVAE):
-                histogram += torch.bincount(latents.flatten().cpu(), minlength=len(histogram))
-    mse = squared_error / values
-    numbers = ReconstructionNumbers(mse=mse, psnr=psnr_of(mse), nmse=mse / model.config.data_variance)
-    return numbers, codebook_health(histogram) if isinstance(model, VQVAE) else None
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """The numbers of a trained model on one split of a set of images."""
 
+    data: str  # the image source
+    split: str  # "train" or "test"
+    images: int  # how many there are
+    reconstruction: ReconstructionNumbers
+    codebook: CodebookHealth | None  # None for a model without codes
+    likelihood: Likelihood | None  # None if no prior was measured
 
-def psnr_of(mse: float) -> float:
-    """dB, of a mean squared error of values in [0,1]; at most 120."""
-    return -10 * math.log10(max(mse, 1e-12))
-
-
-def measure_prior(prior: GatedPixelCNN, batches: Iterable[tuple[Tensor, Tensor]]) -> float:
-    """Bits per code over all batches of codes [B,H,W] and labels [B]; float32, exact for any batch sizes."""
-    device = next(prior.parameters()).device
-    bits, count = 0.0, 0
-    with torch.no_grad(), evaluating(prior):
-        for codes, labels in batches:
-            codes = codes.to(device)
-            logits = prior(codes, labels.to(device) if prior.config.num_classes else None)
-            bits, count = bits + float(grid_bits(logits, codes).sum()), count + codes.numel()
-    return bits / count
+    def to_json(self) -> dict[str, Any]:
+        """Return the numbers as one flat object; what was not measured is not in it."""
+        numbers: dict[str, Any] = {"data": self.data, "split": self.split, "images": self.images}
+        numbers |= asdict(self.reconstruction)
+        if self.codebook is not None:
+            health = self.codebook
+            numbers |= {"codes_used": health.codes_used, "perplexity": health.perplexity, "codebook": health.verdict}
+        if self.likelihood is not None:
+            numbers |= asdict(self.likelihood)
+        return numbers
 
 
 def evaluate(
@@ -78,68 +57,59 @@ def evaluate(
     data_root: str | None = None,
     split: str = "test",
     device: str = "auto",
-) -> dict[str, Any]:
-    """All numbers of a tokenizer, and of a prior if one is named, on a split of `data` (by default the tokenizer's).
+) -> Evaluation:
+    """Measure a tokenizer, and a prior if one is named, on a split of `data` (by default the tokenizer's).
+
+    Args:
+        tokenizer_folder: what train-tokenizer wrote.
+        prior_folder: a prior over its codes.
+        data: an image source.
+        data_root: folder of a torchvision set.
+        split: "train" or "test".
+        device: auto, cpu, cuda, cuda:1 or mps.
 
     Raises:
         InputError: a checkpoint or the images cannot be used, or the prior was trained on another tokenizer's codes.
     """
-    where = choose_device(device)
-    info = read_info(tokenizer_folder, "tokenizer")
-    model = load_autoencoder(tokenizer_folder).to(where)
-    images = images_of(info, data=data, data_root=data_root)
+    pair = None if prior_folder is None else load_pair(tokenizer_folder, prior_folder, device)
+    trained = load_trained_autoencoder(tokenizer_folder, device) if pair is None else pair[0]
+    images = images_of(trained.info, data=data, data_root=data_root)
     part = part_of(images, split)
-    with_prior = None if prior_folder is None else load_with_prior(model, tokenizer_folder, info, prior_folder)
-    numbers, health = measure_reconstruction(model, part, progress=True)
-    result = {"data": images.source, "split": split, "images": len(part), **vars(numbers)}
-    if health is not None:
-        result |= {"codes_used": health.codes_used, "perplexity": health.perplexity, "codebook": health.verdict}
-    if with_prior is not None:
-        tokenizer, prior, class_names = with_prior
-        labels = labels_for(prior, class_names, images.class_names, part.labels)
-        bits = measure_prior(prior, _encoded(tokenizer, part, labels, where))
-        shape = (info.preprocessing["channels"], info.preprocessing["height"], info.preprocessing["width"])
-        result |= {"bits_per_code": bits, "bits_per_dim": bits_per_dim(bits, tokenizer.grid(*shape[1:]), shape)}
-    return result
-
-
-def load_with_prior(
-    model: VQVAE | Baseline, tokenizer_folder: Path, info: CheckpointInfo, prior_folder: Path
-) -> tuple[VQVAE, GatedPixelCNN, list[str]]:
-    """The model as a tokenizer, the prior over its codes on the same device, and the classes that the prior knows."""
-    tokenizer = with_codes(model, tokenizer_folder)
-    prior_info = read_info(prior_folder, "prior")
-    check_same_tokenizer(
-        info.fingerprint,
-        prior_info.tokenizer_fingerprint,
-        f"a prior in {prior_folder}",
-        "name the tokenizer it was trained with, or train the prior again",
+    labels = part.labels if pair is None else match_labels(part.labels, images.class_names, pair[1])
+    codes = _Codes(trained.model.config.num_codes)
+    numbers, health = measure_reconstruction(
+        trained.model, part, progress=True, on_codes=None if pair is None else codes.append
     )
-    return tokenizer, load_prior(prior_folder).to(next(tokenizer.parameters()).device), prior_info.class_names
+    return Evaluation(
+        data=images.source,
+        split=split,
+        images=len(part),
+        reconstruction=numbers,
+        codebook=health,
+        likelihood=None if pair is None else _measure_likelihood(*pair, codes.all(), labels),
+    )
 
 
-def _encoded(
-    tokenizer: VQVAE, split: ImageSplit, labels: np.ndarray, device: torch.device
-) -> Iterable[tuple[Tensor, Tensor]]:
-    for rows in _batches(np.arange(len(split)), progress=True):
-        yield tokenizer.encode(split.batch(rows).to(device)), torch.from_numpy(labels[rows])
+class _Codes:
+    """The codes of a split, kept in the smallest type that holds them: each image is encoded once."""
+
+    def __init__(self, num_codes: int) -> None:
+        self._dtype, self._batches = code_dtype(num_codes), list[np.ndarray]()
+
+    def append(self, codes: Tensor) -> None:
+        """Add the codes int64 [n,H,W] of a batch."""
+        self._batches.append(codes.numpy().astype(self._dtype))
+
+    def all(self) -> np.ndarray:
+        """Return the codes [N,H,W] of all batches in order."""
+        return np.concatenate(self._batches)
 
 
-def labels_for(prior: GatedPixelCNN, known: list[str], found: tuple[str, ...], labels: np.ndarray) -> np.ndarray:
-    """The labels of a data set in the prior's numbering, matched by class name."""
-    if prior.config.num_classes == 0:
-        return labels
-    unknown = sorted(set(found) - set(known))
-    if unknown or not found or (labels < 0).any():
-        raise InputError(
-            expected=f"images labelled with the prior's classes ({', '.join(known)})",
-            got=f"the class {unknown[0]}" if unknown else "images without labels",
-            do="use images with those classes, or leave --prior away",
-        )
-    return np.array([known.index(name) for name in found], dtype=np.int64)[labels]
-
-
-def _batches(indices: np.ndarray, progress: bool) -> Iterable[np.ndarray]:
-    starts = range(0, len(indices), BATCH)
-    bar = tqdm(starts, unit="batch", desc="evaluating", disable=not progress, leave=False, dynamic_ncols=True)
-    return (indices[start : start + BATCH] for start in bar)
+def _measure_likelihood(
+    tokenizer: TrainedTokenizer, prior: TrainedPrior, codes: np.ndarray, labels: np.ndarray
+) -> Likelihood:
+    """Measure the prior on codes [N,H,W] and labels [N], in its numbering, of images of the tokenizer's size."""
+    size = tokenizer.info.preprocessing
+    bits = measure_prior(prior.model, code_batches(codes, labels))
+    shape = (size["channels"], size["height"], size["width"])
+    return Likelihood(bits_per_code=bits, bits_per_dim=bits_per_dim(bits, tokenizer.grid, shape))

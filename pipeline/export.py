@@ -17,13 +17,14 @@ from tqdm import tqdm
 
 from tokenizer import VQVAE
 
-from .blocks import BLOCK, in_blocks
-from .checkpoint import CheckpointInfo, check_same_tokenizer, library_versions, load_tokenizer, read_info
+from .checkpoint import CheckpointInfo, library_versions
 from .code_manifest import CodeManifest, code_dtype
 from .code_tables import add_table, check_table
 from .code_writer import write_codes
 from .device import choose_device
 from .errors import InputError
+from .inference import BLOCK, encode_images
+from .loading import load_trained_tokenizer
 from .processes import Processes, processes
 from .sources import ImageSet, ImageSplit
 from .stored_images import images_of, part_of
@@ -66,9 +67,8 @@ class EncodedImages:
 
     def _computed(self, start: int, stop: int) -> Generator[np.ndarray, None, None]:
         """The codes of rows start .. stop - 1, where a block starts, some blocks at a time."""
-        parts = in_blocks(
+        parts = encode_images(
             self.tokenizer,
-            self.tokenizer.encode,
             lambda first, last: self._images(start + first, start + last),
             stop - start,
             batch_size=self.batch_size,
@@ -142,9 +142,9 @@ def export_codes(
     """
     with processes() as team:
         team.together(lambda: check_table(to))
-        info = team.together(lambda: read_info(tokenizer_folder, "tokenizer"))
         where = team.together(lambda: choose_device(team.device(device)))
-        tokenizer = team.together(lambda: _load(tokenizer_folder, info.fingerprint)).to(where)
+        trained = team.together(lambda: load_trained_tokenizer(tokenizer_folder, where))
+        info, tokenizer = trained.info, trained.model
         images = team.in_turns(lambda: images_of(info, data=data, data_root=data_root))
         part = team.together(lambda: part_of(images, split))
         with _progress(split, team) as bar:
@@ -201,14 +201,6 @@ def _request(
             **{name: versions[name] for name in ("codegrid", "torch") if name in versions},
         },
     )
-
-
-def _load(folder: Path, fingerprint: str) -> VQVAE:
-    """The tokenizer with this fingerprint. Raises InputError if there is none, or another was saved meanwhile."""
-    tokenizer = load_tokenizer(folder)
-    found = read_info(folder, "tokenizer").fingerprint
-    check_same_tokenizer(fingerprint, found, f"{folder} read", "wait until its training has ended")
-    return tokenizer
 
 
 def _check_same_in_all(requests: Sequence[CodeManifest]) -> None:

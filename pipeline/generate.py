@@ -1,6 +1,6 @@
 """From the two trained stages to images: prior -> codes -> decoder -> images."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -12,16 +12,15 @@ from prior import GatedPixelCNN, complete_codes, sample_codes
 from prior.uniforms import draw_seed, draw_uniforms, seeded_generator
 from tokenizer import VQVAE
 
-from .checkpoint import CheckpointInfo, check_same_tokenizer, load_prior, load_tokenizer, read_info
+from .checkpoint import CheckpointInfo
 from .completion import keep_pixels, known_codes
-from .device import choose_device
 from .errors import InputError
 from .images import to_float, to_uint8
-from .reconstruct import reconstruct
+from .inference import reconstruct_images
+from .labels import Labels, resolve_labels
+from .loading import TrainedPrior, TrainedTokenizer, load_pair
 
 DECODE_BATCH = 256
-
-Labels = Sequence[str | int] | Tensor | str | int | None
 
 
 class Sampled(NamedTuple):
@@ -38,28 +37,43 @@ class ImagePipeline:
     Made by `ImagePipeline.from_pretrained(tokenizer_dir, prior_dir)`.
     """
 
-    tokenizer: VQVAE
-    prior: GatedPixelCNN
-    tokenizer_info: CheckpointInfo
-    prior_info: CheckpointInfo
+    trained_tokenizer: TrainedTokenizer
+    trained_prior: TrainedPrior  # over the codes of this tokenizer
 
     @classmethod
     def from_pretrained(cls, tokenizer_dir: str | Path, prior_dir: str | Path, device: str = "auto") -> "ImagePipeline":
         """Load both stages.
 
+        Args:
+            tokenizer_dir: what train-tokenizer wrote.
+            prior_dir: what train-prior wrote.
+            device: auto, cpu, cuda, cuda:1 or mps.
+
         Raises:
-            InputError: a checkpoint cannot be used, or the prior was trained on another tokenizer's codes.
+            InputError: a checkpoint cannot be used, the prior was trained on another tokenizer's codes, or there is no
+                such device.
         """
-        where = choose_device(device)
-        tokenizer_info, tokenizer = read_info(tokenizer_dir, "tokenizer"), load_tokenizer(tokenizer_dir).to(where)
-        prior_info = read_info(prior_dir, "prior")
-        check_same_tokenizer(
-            tokenizer_info.fingerprint,
-            prior_info.tokenizer_fingerprint,
-            f"a prior in {prior_dir}",
-            "name the tokenizer it was trained with, or train the prior again with train-prior",
-        )
-        return cls(tokenizer, load_prior(prior_dir).to(where), tokenizer_info, prior_info)
+        return cls(*load_pair(tokenizer_dir, prior_dir, device))
+
+    @property
+    def tokenizer(self) -> VQVAE:
+        """The tokenizer as a module."""
+        return self.trained_tokenizer.model
+
+    @property
+    def prior(self) -> GatedPixelCNN:
+        """The prior as a module."""
+        return self.trained_prior.model
+
+    @property
+    def tokenizer_info(self) -> CheckpointInfo:
+        """What the tokenizer's checkpoint says about it."""
+        return self.trained_tokenizer.info
+
+    @property
+    def prior_info(self) -> CheckpointInfo:
+        """What the prior's checkpoint says about it."""
+        return self.trained_prior.info
 
     @property
     def class_names(self) -> list[str]:
@@ -69,8 +83,7 @@ class ImagePipeline:
     @property
     def grid(self) -> tuple[int, int]:
         """The grid (H, W) of codes of an image."""
-        size = self.tokenizer_info.preprocessing
-        return self.tokenizer.grid(size["height"], size["width"])
+        return self.trained_tokenizer.grid
 
     def sample(
         self,
@@ -84,7 +97,7 @@ class ImagePipeline:
         first: int = 0,
         on_row: Callable[[int], None] | None = None,
     ) -> Sampled:
-        """Draw n new images: (uint8 images [n,C,H',W'], codes [n,H,W]).
+        """Sample n new images: (uint8 images [n,C,H',W'], codes [n,H,W]).
 
         Args:
             n: at least 1.
@@ -181,53 +194,26 @@ class ImagePipeline:
         return Sampled(keep_pixels(to_uint8(floats), self.decode(codes), keep), codes)
 
     def labels_for(self, n: int, labels: Labels) -> Tensor | None:
-        """The label [n] of each of n samples: the given ones in turn, or all classes in turn; None without classes."""
-        if isinstance(labels, (str, int)):
-            labels = [labels]
-        if not self.class_names:
-            if labels is not None:
-                raise InputError(
-                    expected="no label, because this prior was trained without them",
-                    got=", ".join(str(label) for label in labels) or "an empty list",
-                    do="leave the label away, or train on a folder with one subfolder a class",
-                )
-            return None
-        if labels is not None and len(labels) == 0:
-            raise InputError(expected="at least one label", got="none", do="leave the labels away for all in turn")
-        chosen = range(len(self.class_names)) if labels is None else [self._label(item) for item in labels]
-        return torch.tensor([chosen[i % len(chosen)] for i in range(n)])
+        """Return the label [n] of each of n samples: the given ones in turn, or all in turn; None without classes.
+
+        Raises:
+            InputError: a label that the prior does not know.
+        """
+        return resolve_labels(n, labels, self.class_names)
 
     def decode(self, codes: Tensor) -> Tensor:
-        """Codes [n,H,W] -> uint8 images [n,C,H',W']."""
+        """Decode codes [n,H,W] to uint8 images [n,C,H',W'], on the CPU."""
         device = next(self.tokenizer.parameters()).device
         parts = [to_uint8(self.tokenizer.decode(part.to(device))).cpu() for part in codes.split(DECODE_BATCH)]
         return torch.cat(parts)
 
     def reconstruct(self, images: Tensor) -> Tensor:
-        """What the tokenizer makes of images [n,C,H',W'], uint8 or float in [0,1]: uint8 of the same shape."""
-        return reconstruct(self.tokenizer, images)
-
-    def _label(self, label: str | int | Tensor) -> int:
-        """The index of a class given by name or index; a name that looks like an index is a name first."""
-        names = self.class_names
-        if isinstance(label, str) and label in names:
-            return names.index(label)
-        try:
-            index = int(label)
-        except ValueError:
-            index = -1
-        if not 0 <= index < len(names):
-            raise InputError(
-                expected=f"a class name ({', '.join(names[:20])}{', ...' if len(names) > 20 else ''}) "
-                f"or an index from 0 to {len(names) - 1}",
-                got=f"the label {label}",
-                do="choose one of them",
-            )
-        return index
+        """Encode and decode images [n,C,H',W'], uint8 or float in [0,1]: uint8 of the same shape, on the CPU."""
+        return reconstruct_images(self.tokenizer, images)
 
 
 def open_labels(count: int, candidates: int, num_classes: int, generator: torch.Generator) -> Tensor:
-    """A label for each candidate, [n,m]: spread over the classes, each as likely as the others."""
+    """Return a label for each candidate, [n,m]: spread over the classes, each as likely as the others."""
     seed = draw_seed(generator)
     offset = draw_uniforms(range(seed, seed + count), 1)[:, 0]  # of each image its own, however many there are
     return ((torch.arange(candidates) + offset[:, None]) * num_classes / candidates).long().clamp_max(num_classes - 1)

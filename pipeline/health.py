@@ -15,6 +15,8 @@ FEW_CODES = 1 / 32  # when this share of the codes carries half of all vectors, 
 
 @dataclass(frozen=True, kw_only=True)
 class CodebookHealth:
+    """How the codes of a codebook are used by the vectors of an evaluation set."""
+
     num_codes: int  # K
     vectors: int  # in the histogram
     codes_used: int  # codes met at least once
@@ -43,7 +45,7 @@ class CodebookHealth:
 
 
 def codebook_health(histogram: Tensor) -> CodebookHealth:
-    """The health that a histogram [K] of codes shows; of no vectors at all, nothing is in use."""
+    """Return the health that a histogram [K] of codes shows; without any vectors, no code is in use."""
     counts = histogram.sort(descending=True).values
     vectors = int(counts.sum())
     half = int((counts.cumsum(0) * 2 < vectors).sum()) + 1
@@ -58,6 +60,6 @@ def codebook_health(histogram: Tensor) -> CodebookHealth:
 
 
 def perplexity(histogram: Tensor) -> float:
-    """exp of the entropy of a histogram of codes [K]: how many equally frequent codes would spread as far."""
+    """Return exp of the entropy of a histogram of codes [K]: the number of equally frequent codes with that entropy."""
     shares = histogram.double() / histogram.sum().clamp_min(1)
     return float(torch.special.entr(shares).sum().exp())

@@ -1,4 +1,4 @@
-"""What images cost as PNG, and as JPEG of a given quality of picture.
+"""The bytes of images as PNG, and as JPEG of a given PSNR.
 
 JPEG is at its best: its Huffman tables are made for each image, and RGB is stored with colours at half resolution or at
 full, whichever comes out smaller. Its PSNR may fall where the quality rises, above all where the originals were JPEGs
@@ -19,8 +19,8 @@ import numpy as np
 from PIL import Image, ImageFile
 from tqdm import tqdm
 
-from .evaluate import psnr_of
 from .pictures import to_pillow
+from .reconstruction import psnr_of
 
 QUALITIES = range(1, 101)  # of JPEG
 START_OF_SCAN = 0xDA  # the second byte of a marker in a JPEG file
@@ -31,7 +31,7 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True, kw_only=True)
 class JpegRate:
-    """What a set of images costs as JPEG."""
+    """The bytes of a set of images as JPEG."""
 
     quality: float  # 1 to 100; between two whole ones where interpolated
     subsampling: str  # of the colours: 4:2:0 at half resolution, 4:4:4 at full
@@ -41,21 +41,21 @@ class JpegRate:
 
 
 def mean_png_bytes(images: np.ndarray) -> float:
-    """Bytes an image of uint8 [N,C,H',W'], each an optimised PNG."""
+    """Return the mean bytes of images uint8 [N,C,H',W'], each as an optimised PNG."""
     return sum(len(_saved(to_pillow(image), "PNG")) for image in progress(images, "PNG", len(images))) / len(images)
 
 
 def jpeg_at_psnr(psnr: float, images: np.ndarray) -> JpegRate:
-    """What uint8 images [N,C,H',W'] cost as JPEG of this PSNR, or as close to it as any quality comes."""
-    kinds = ("4:4:4",) if images.shape[1] == 1 else ("4:2:0", "4:4:4")
-    found = [rate_at(psnr, partial(measure_jpeg, images, subsampling=kind)) for kind in kinds]
+    """Return the rate of uint8 images [N,C,H',W'] as JPEG of this PSNR, or as close to it as any quality comes."""
+    subsamplings = ("4:4:4",) if images.shape[1] == 1 else ("4:2:0", "4:4:4")
+    found = [rate_at(psnr, partial(measure_jpeg, images, subsampling=subsampling)) for subsampling in subsamplings]
     return min(found, key=lambda rate: (abs(rate.psnr - psnr), rate.file))
 
 
 def rate_at(psnr: float, measure: Callable[[int], JpegRate]) -> JpegRate:
-    """The rate where quality comes to `psnr`, between the two whole qualities beside it linear in the PSNR.
+    """Return the rate at `psnr`, interpolated linearly in the PSNR between the two whole qualities next to it.
 
-    That of quality 1 if even this is better, that of quality 100 if even this is worse.
+    It is that of quality 1 if even this is better, and that of quality 100 if even this is worse.
     """
     measured = cache(measure)
     above = bisect_left(QUALITIES, psnr, key=lambda quality: measured(quality).psnr)
@@ -73,14 +73,14 @@ def rate_at(psnr: float, measure: Callable[[int], JpegRate]) -> JpegRate:
 
 
 def measure_jpeg(images: np.ndarray, quality: int, *, subsampling: str) -> JpegRate:
-    """What uint8 images [N,C,H',W'] cost as JPEG of one quality."""
+    """Return the rate of uint8 images [N,C,H',W'] as JPEG of one quality."""
     error, file, scan = 0, 0, 0
-    with _room_for(images[0]):
+    with _buffer_for(images[0]):
         for image in progress(images, f"JPEG {subsampling}, quality {quality}", len(images)):
             picture = to_pillow(image)
             data = _saved(picture, "JPEG", quality=quality, subsampling=subsampling)
-            with Image.open(io.BytesIO(data)) as again:
-                error += squared_error(np.asarray(again), np.asarray(picture))
+            with Image.open(io.BytesIO(data)) as reconstructed:
+                error += squared_error(np.asarray(reconstructed), np.asarray(picture))
             file, scan = file + len(data), scan + scan_bytes(data)
     count = len(images)
     psnr = psnr_of_uint8(error, images.size)
@@ -88,18 +88,18 @@ def measure_jpeg(images: np.ndarray, quality: int, *, subsampling: str) -> JpegR
 
 
 def scan_bytes(data: bytes) -> int:
-    """Bytes of entropy-coded data in a baseline JPEG file: from the end of its one scan header to the last marker."""
+    """Return the bytes of entropy-coded data in a baseline JPEG file: from its one scan header to the last marker."""
     place = 2  # after the marker that starts the image
     while True:  # marker of 2 bytes, length of 2 bytes that counts itself, content
-        kind, length = data[place + 1], int.from_bytes(data[place + 2 : place + 4], "big")
+        marker, length = data[place + 1], int.from_bytes(data[place + 2 : place + 4], "big")
         place += 2 + length
-        if kind == START_OF_SCAN:
+        if marker == START_OF_SCAN:
             return data.index(END_OF_IMAGE, place) - place  # in the data itself, 0 follows each ff
 
 
 @contextmanager
-def _room_for(image: np.ndarray) -> Iterator[None]:
-    """Pillow writes an optimised JPEG only into a buffer that holds all of it, and guesses too low for noise."""
+def _buffer_for(image: np.ndarray) -> Iterator[None]:
+    """Enlarge Pillow's buffer: it must hold all of an optimised JPEG, and its default is too small for noise."""
     before = ImageFile.MAXBLOCK
     ImageFile.MAXBLOCK = max(before, 4 * image.size)
     try:
@@ -108,24 +108,25 @@ def _room_for(image: np.ndarray) -> Iterator[None]:
         ImageFile.MAXBLOCK = before
 
 
-def _saved(picture: Image.Image, kind: str, **options: Any) -> bytes:
+def _saved(picture: Image.Image, file_format: str, **options: Any) -> bytes:
+    """Return the bytes of an optimised file."""
     buffer = io.BytesIO()
-    picture.save(buffer, kind, optimize=True, **options)
+    picture.save(buffer, file_format, optimize=True, **options)
     return buffer.getvalue()
 
 
-def squared_error(some: np.ndarray, others: np.ndarray) -> int:
-    """Of uint8 arrays; exact."""
-    return int(np.square(some.astype(np.int32) - others).sum(dtype=np.int64))
+def squared_error(images: np.ndarray, reconstructed: np.ndarray) -> int:
+    """Return the exact sum of the squared differences of two uint8 arrays of one shape."""
+    return int(np.square(images.astype(np.int32) - reconstructed).sum(dtype=np.int64))
 
 
 def psnr_of_uint8(squared_error: int, values: int) -> float:
-    """dB, of the sum of the squared errors of so many values of 8 bits."""
+    """Return the PSNR in dB, from the sum of the squared errors of so many values of 8 bits."""
     return psnr_of(squared_error / values / 255**2)
 
 
 def progress(items: Iterable[Item], what: str, count: int, each: int = 1) -> Iterator[Item]:
-    """Shows progress over `count` images, `each` of them an item."""
+    """Yield the items and show progress over `count` images, `each` of them in an item."""
     with tqdm(total=count, desc=what, unit="image", leave=False, dynamic_ncols=True) as bar:
         for item in items:
             yield item

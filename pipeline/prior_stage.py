@@ -16,8 +16,8 @@ from prior.objective import cross_entropy
 from prior.uniforms import seeded_generator
 from tokenizer import VQVAE
 
-from .evaluate import measure_prior
 from .images import to_uint8
+from .likelihood import measure_prior
 from .loop import split_rows
 from .pictures import save_grid
 from .stage import Evaluation

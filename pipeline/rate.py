@@ -1,4 +1,4 @@
-"""The rate: how many bytes an image costs as codes, and how many as PNG or as JPEG of the same quality.
+"""The rate: the bytes of an image as codes, and as PNG or as JPEG of the same PSNR.
 
     raw        pixels, a byte for each colour
     png        an optimised PNG
@@ -18,30 +18,62 @@ N images of C channels, H' x W' pixels, H x W codes.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from prior import GatedPixelCNN
 from tokenizer import VQVAE
 
-from .blocks import BLOCK, in_blocks
-from .checkpoint import load_tokenizer, read_info
 from .code_manifest import code_dtype
-from .device import choose_device
 from .errors import InputError
-from .evaluate import BATCH, labels_for, load_with_prior, measure_prior
 from .health import perplexity
+from .inference import BLOCK, decode_codes, encode_images
+from .labels import match_labels
+from .likelihood import code_batches, measure_prior
+from .loading import TrainedPrior, TrainedTokenizer, load_pair, load_trained_tokenizer
 from .picture_rate import jpeg_at_psnr, mean_png_bytes, progress, psnr_of_uint8, squared_error
-from .reconstruct import decode
 from .sources import ImageSet, ImageSplit
 from .stored_images import images_of
 
 SEED = 0  # of the choice of images, if not all are measured
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitRate:
+    """The rate of one split."""
+
+    images: int  # how many were measured
+    image: tuple[int, ...]  # [C,H',W']
+    grid: tuple[int, ...]  # [H,W]
+    num_codes: int  # K
+    psnr: float  # dB, of the codes
+    jpeg_psnr: float  # dB; the same, unless no quality of JPEG comes to it, which gives a warning
+    jpeg_quality: float  # 1 to 100, where that PSNR is met
+    jpeg_subsampling: str  # 4:2:0 or 4:4:4
+    bits_per_code: dict[str, float]  # by the names at the top of this file; "prior" only if one was measured
+    bytes_per_image: dict[str, float]  # by the names at the top of this file
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields as JSON has them."""
+        return {**asdict(self), "image": list(self.image), "grid": list(self.grid)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rate:
+    """The rate of the images of a source."""
+
+    data: str  # the source
+    splits: dict[str, SplitRate]  # by name, "train" or "test"
+    warnings: list[str]  # lines for a person
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields as JSON has them."""
+        splits = {name: split.to_json() for name, split in self.splits.items()}
+        return {"data": self.data, "splits": splits, "remarks": self.warnings}
 
 
 def measure_rate(
@@ -53,160 +85,151 @@ def measure_rate(
     splits: Sequence[str] = ("train", "test"),
     n: int | None = None,
     device: str = "auto",
-) -> dict[str, Any]:
-    """Bytes an image of `data` (by default the tokenizer's) as codes, PNG and JPEG, for each split.
+) -> Rate:
+    """Measure the bytes of an image of `data` (by default the tokenizer's) as codes, PNG and JPEG, for each split.
 
     Args:
         tokenizer_folder: what train-tokenizer wrote.
         prior_folder: a prior over its codes, to measure too.
         data: an image source.
         data_root: folder of a torchvision set.
-        splits: "train", "test" or both; one without images is left out if the other has some.
+        splits: "train", "test" or both; one without images is omitted if the other has some.
         n: how many images of each split, chosen at random but always the same; by default all.
-        device: where to compute.
-
-    Returns:
-        data: the source.
-        splits: of each, by name,
-            images: their number, image: [C,H',W'], grid: [H,W] and num_codes: K.
-            psnr: of the codes, in dB; jpeg_psnr is the same unless no quality comes to it, which is remarked on.
-            jpeg_quality, jpeg_subsampling: where that PSNR is met.
-            bits_per_code, bytes_per_image: by the names at the top of this file; prior only if there is one.
-        remarks: lines for a person.
+        device: auto, cpu, cuda, cuda:1 or mps.
 
     Raises:
         InputError: a checkpoint or the images cannot be used, the tokenizer has no codes, or the prior was trained on
             another tokenizer's codes.
     """
-    where = choose_device(device)
-    info = read_info(tokenizer_folder, "tokenizer")
-    tokenizer, prior = load_tokenizer(tokenizer_folder).to(where), None
-    if prior_folder is not None:
-        _, prior, class_names = load_with_prior(tokenizer, tokenizer_folder, info, prior_folder)
-    images = images_of(info, data=data, data_root=data_root)
-    parts = _parts(images, splits, n)
-    result: dict[str, Any] = {"data": images.source, "splits": {}, "remarks": []}
-    for split in dict.fromkeys(splits):
-        if split not in parts:
-            result["remarks"].append(f"{split}: no images")
-            continue
-        part = parts[split]
-        if prior is not None:
-            part = replace(part, labels=labels_for(prior, class_names, images.class_names, part.labels))
-        numbers = _measure_split(tokenizer, prior, part)
-        result["splits"][split] = numbers
-        result["remarks"] += [f"{split}: {remark}" for remark in _remarks(numbers)]
-    return result
+    tokenizer, prior = _load(tokenizer_folder, prior_folder, device)
+    images = images_of(tokenizer.info, data=data, data_root=data_root)
+    chosen = _splits_with_images(images, splits, n)
+    if prior is not None:
+        chosen = {
+            name: replace(split, labels=match_labels(split.labels, images.class_names, prior))
+            for name, split in chosen.items()
+        }
+    rates = {
+        name: _measure_split(tokenizer.model, None if prior is None else prior.model, split)
+        for name, split in chosen.items()
+    }
+    warnings = [f"{name}: {line}" for name in dict.fromkeys(splits) for line in _warnings(rates.get(name))]
+    return Rate(data=images.source, splits=rates, warnings=warnings)
 
 
-def rate_table(numbers: dict[str, Any]) -> str:
-    """The numbers of one split of `measure_rate`, for a person: bytes an image and bits per code, a line each."""
-    shape, grid = ("x".join(map(str, numbers[name])) for name in ("image", "grid"))
+def rate_table(rate: SplitRate) -> str:
+    """Return the rate of a split for a person: bytes of an image and bits of a code, a line each."""
+    shape, grid = ("x".join(map(str, size)) for size in (rate.image, rate.grid))
     lines = [
-        f"{numbers['images']:,} images of {shape}, {grid} codes of {numbers['num_codes']:,}",
-        f"PSNR {numbers['psnr']:.2f} dB, JPEG {numbers['jpeg_psnr']:.2f} dB"
-        f" at quality {numbers['jpeg_quality']:.1f} ({numbers['jpeg_subsampling']})",
+        f"{rate.images:,} images of {shape}, {grid} codes of {rate.num_codes:,}",
+        f"PSNR {rate.psnr:.2f} dB, JPEG {rate.jpeg_psnr:.2f} dB"
+        f" at quality {rate.jpeg_quality:.1f} ({rate.jpeg_subsampling})",
         f"{'':<9}  bytes per image  bits per code",
     ]
-    for name, size in numbers["bytes_per_image"].items():
-        bits = numbers["bits_per_code"].get(name)
+    for name, size in rate.bytes_per_image.items():
+        bits = rate.bits_per_code.get(name)
         lines.append(f"{name:<9}  {size:>15,.1f}" + ("" if bits is None else f"  {bits:>13.3f}"))
     return "\n".join(lines)
 
 
-def _parts(images: ImageSet, splits: Sequence[str], n: int | None) -> dict[str, ImageSplit]:
-    """Those of the splits that have images, cut down to n of them. Raises InputError if none has."""
-    parts = {"train": images.train, "test": images.test}
-    found = {split: some_of(parts[split], n) for split in splits if len(parts[split])}
+def _load(
+    tokenizer_folder: Path, prior_folder: Path | None, device: str
+) -> tuple[TrainedTokenizer, TrainedPrior | None]:
+    if prior_folder is None:
+        return load_trained_tokenizer(tokenizer_folder, device), None
+    return load_pair(tokenizer_folder, prior_folder, device)
+
+
+def _splits_with_images(images: ImageSet, names: Sequence[str], n: int | None) -> dict[str, ImageSplit]:
+    """Return those of the named splits that have images, cut down to n of them. Raises InputError if none has."""
+    splits = {"train": images.train, "test": images.test}
+    found = {name: some_of(splits[name], n) for name in names if len(splits[name])}
     if not found:
         raise InputError(
-            expected=f"images in the {' or '.join(splits)} part of {images.source}",
+            expected=f"images in the {' or '.join(names)} part of {images.source}",
             got="none",
             do="use the other --split, or name other images with --data",
         )
     return found
 
 
-def some_of(part: ImageSplit, n: int | None) -> ImageSplit:
-    """n images of a split, always the same, in its order; all for None or where there are no more."""
-    if n is None or n >= len(part):
-        return part
-    rows = np.sort(np.random.default_rng(SEED).choice(len(part), n, replace=False))
-    return ImageSplit(part.images[rows], part.labels[rows], tuple(part.names[row] for row in rows))
+def some_of(split: ImageSplit, n: int | None) -> ImageSplit:
+    """Return n images of a split, always the same, in its order; all for None or where there are no more."""
+    if n is None or n >= len(split):
+        return split
+    rows = np.sort(np.random.default_rng(SEED).choice(len(split), n, replace=False))
+    return ImageSplit(split.images[rows], split.labels[rows], tuple(split.names[row] for row in rows))
 
 
-def _measure_split(tokenizer: VQVAE, prior: GatedPixelCNN | None, part: ImageSplit) -> dict[str, Any]:
-    """What `measure_rate` says of a split; the labels are in the prior's numbering."""
+def _measure_split(tokenizer: VQVAE, prior: GatedPixelCNN | None, split: ImageSplit) -> SplitRate:
+    """Measure one split, whose labels are in the prior's numbering."""
     num_codes = tokenizer.config.num_codes
-    codes = _encode(tokenizer, part)
+    codes = _encode(tokenizer, split)
     bits = {"packed": float(packed_bits(num_codes)), "entropy": entropy_bits(codes, num_codes)}
     if prior is not None:
-        bits["prior"] = measure_prior(prior, _batches(codes, part.labels))
-    psnr = _psnr_of_codes(tokenizer, codes, part.images)
-    jpeg = jpeg_at_psnr(psnr, part.images)
+        bits["prior"] = measure_prior(prior, code_batches(codes, split.labels))
+    psnr = _psnr_of_codes(tokenizer, codes, split.images)
+    jpeg = jpeg_at_psnr(psnr, split.images)
     sizes = {
-        "raw": float(part.images[0].size),
-        "png": mean_png_bytes(part.images),
+        "raw": float(split.images[0].size),
+        "png": mean_png_bytes(split.images),
         "jpeg": jpeg.file,
         "jpeg_scan": jpeg.scan,
         **{name: each * codes[0].size / 8 for name, each in bits.items()},
     }
-    return {
-        "images": len(part),
-        "image": list(part.images.shape[1:]),
-        "grid": list(codes.shape[1:]),
-        "num_codes": num_codes,
-        "psnr": psnr,
-        "jpeg_psnr": jpeg.psnr,
-        "jpeg_quality": jpeg.quality,
-        "jpeg_subsampling": jpeg.subsampling,
-        "bits_per_code": bits,
-        "bytes_per_image": sizes,
-    }
+    return SplitRate(
+        images=len(split),
+        image=split.images.shape[1:],
+        grid=codes.shape[1:],
+        num_codes=num_codes,
+        psnr=psnr,
+        jpeg_psnr=jpeg.psnr,
+        jpeg_quality=jpeg.quality,
+        jpeg_subsampling=jpeg.subsampling,
+        bits_per_code=bits,
+        bytes_per_image=sizes,
+    )
 
 
-def _remarks(numbers: dict[str, Any]) -> Iterator[str]:
-    ours, jpeg, quality = (numbers[name] for name in ("psnr", "jpeg_psnr", "jpeg_quality"))
-    if jpeg > ours:
-        yield f"JPEG has {jpeg:.2f} dB even at quality {quality}, more than the codes with {ours:.2f} dB"
-    if jpeg < ours:
-        yield f"JPEG has only {jpeg:.2f} dB at quality {quality}, less than the codes with {ours:.2f} dB"
+def _warnings(rate: SplitRate | None) -> Iterator[str]:
+    """Yield what a person should know about a split, None for one without images."""
+    if rate is None:
+        yield "no images"
+    elif rate.jpeg_psnr > rate.psnr:
+        yield (
+            f"JPEG has {rate.jpeg_psnr:.2f} dB even at quality {rate.jpeg_quality}, "
+            f"more than the codes with {rate.psnr:.2f} dB"
+        )
+    elif rate.jpeg_psnr < rate.psnr:
+        yield (
+            f"JPEG has only {rate.jpeg_psnr:.2f} dB at quality {rate.jpeg_quality}, "
+            f"less than the codes with {rate.psnr:.2f} dB"
+        )
 
 
 def packed_bits(num_codes: int) -> int:
-    """Bits of a code when all take the same: ceil(log2 K), at least 1."""
+    """Return the bits of a code if all codes take the same: ceil(log2 K), at least 1."""
     return max(1, (num_codes - 1).bit_length())
 
 
 def entropy_bits(codes: np.ndarray, num_codes: int) -> float:
-    """Order-0 entropy of codes of any shape, in bits per code."""
+    """Return the order-0 entropy of codes of any shape, in bits per code."""
     histogram = np.bincount(codes.ravel(), minlength=num_codes)
     return float(np.log2(perplexity(torch.from_numpy(histogram))))
 
 
-def _encode(tokenizer: VQVAE, part: ImageSplit) -> np.ndarray:
-    """[N,H,W], in the smallest type that holds them."""
-
-    def load(start: int, stop: int) -> Tensor:
-        return part.batch(np.arange(start, stop))
-
-    batches = in_blocks(tokenizer, tokenizer.encode, load, len(part))
+def _encode(tokenizer: VQVAE, split: ImageSplit) -> np.ndarray:
+    """Return the codes [N,H,W] of a split, in the smallest type that holds them."""
     dtype = code_dtype(tokenizer.config.num_codes)
-    return np.concatenate([codes.numpy().astype(dtype) for codes in progress(batches, "encoding", len(part), BLOCK)])
+    batches = encode_images(tokenizer, lambda start, stop: split.batch(np.arange(start, stop)), len(split))
+    return np.concatenate([codes.numpy().astype(dtype) for codes in progress(batches, "encoding", len(split), BLOCK)])
 
 
 def _psnr_of_codes(tokenizer: VQVAE, codes: np.ndarray, images: np.ndarray) -> float:
-    """dB, between images uint8 [N,C,H',W'] and what their codes [N,H,W] decode to, rounded to uint8."""
+    """Return the PSNR in dB between images uint8 [N,C,H',W'] and what their codes [N,H,W] decode to, in uint8."""
     error, start = 0, 0
-    decoded = decode(tokenizer, lambda first, last: torch.from_numpy(codes[first:last]).long(), len(codes))
-    for again in progress(decoded, "decoding", len(codes), BLOCK):
-        error += squared_error(again.numpy(), images[start : start + len(again)])
-        start += len(again)
+    decoded = decode_codes(tokenizer, lambda first, last: torch.from_numpy(codes[first:last]).long(), len(codes))
+    for batch in progress(decoded, "decoding", len(codes), BLOCK):
+        error += squared_error(batch.numpy(), images[start : start + len(batch)])
+        start += len(batch)
     return psnr_of_uint8(error, images.size)
-
-
-def _batches(codes: np.ndarray, labels: np.ndarray) -> Iterator[tuple[Tensor, Tensor]]:
-    starts = range(0, len(codes), BATCH)
-    for start in progress(starts, "asking the prior", len(codes), BATCH):
-        rows = slice(start, start + BATCH)
-        yield torch.from_numpy(codes[rows]).long(), torch.from_numpy(labels[rows])

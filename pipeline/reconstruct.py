@@ -1,45 +1,16 @@
-"""Images through a tokenizer and back."""
+"""A picture of images above their reconstructions."""
 
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from tokenizer import VQVAE, Baseline
-
-from .blocks import in_blocks
-from .checkpoint import load_autoencoder, read_info
-from .device import choose_device
 from .folders import check_output_file
-from .images import to_float, to_uint8
+from .images import to_uint8
+from .inference import reconstruct_images
+from .loading import load_trained_autoencoder
 from .pictures import above_and_below, save_grid
 from .stored_images import images_of, part_of
-
-
-def reconstruct(model: VQVAE | Baseline, images: Tensor) -> Tensor:
-    """Encode and decode images [n,C,H',W'], uint8 or float in [0,1]: uint8 of the same shape.
-
-    Of an image alone or among others, the result is the same to the bit.
-    """
-    floats = to_float(images) if images.dtype == torch.uint8 else images
-    again = in_blocks(
-        model,
-        lambda block: to_uint8(model.decode(model.encode(block))),
-        lambda start, stop: floats[start:stop],
-        len(floats),
-    )
-    return torch.cat([images.new_empty(0, *images.shape[1:], dtype=torch.uint8).cpu(), *again])
-
-
-def decode(tokenizer: VQVAE, codes: Callable[[int, int], Tensor], count: int) -> Iterator[Tensor]:
-    """The images of rows 0 .. count - 1 of codes, (start, stop) -> [n,H,W]: uint8 [n,C,H',W'], some at a time.
-
-    What `reconstruct` makes of the images that the codes came from, to the bit.
-    """
-    return in_blocks(tokenizer, lambda block: to_uint8(tokenizer.decode(block)), codes, count)
 
 
 def reconstruct_to_file(
@@ -59,12 +30,11 @@ def reconstruct_to_file(
         InputError: the tokenizer, the images or the file cannot be used.
     """
     check_output_file(out, force=force)
-    info = read_info(tokenizer_folder, "tokenizer")
-    model = load_autoencoder(tokenizer_folder).to(choose_device(device))
-    part = part_of(images_of(info, data=data, data_root=data_root), split)
+    trained = load_trained_autoencoder(tokenizer_folder, device)
+    part = part_of(images_of(trained.info, data=data, data_root=data_root), split)
     if n > len(part):
         print(f"note: the {split} part has {len(part)} images, fewer than --n {n}", file=sys.stderr)
     images = to_uint8(part.batch(np.arange(min(n, len(part)))))
     columns = min(8, len(images))
-    save_grid(above_and_below(images, reconstruct(model, images), columns), out, columns=columns)
+    save_grid(above_and_below(images, reconstruct_images(trained.model, images), columns), out, columns=columns)
     return out

@@ -1,4 +1,4 @@
-"""The images of a checkpoint: those it was trained on, or others brought to the same size."""
+"""The images of a checkpoint: those it was trained on, or others in the same size and channels."""
 
 from .checkpoint import CheckpointInfo
 from .errors import InputError

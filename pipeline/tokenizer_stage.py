@@ -10,10 +10,10 @@ from torch import Tensor
 from tokenizer import VQVAE, Baseline
 
 from .codebook_picture import codebook_picture
-from .evaluate import measure_reconstruction
 from .images import to_uint8
 from .loop import split_rows
 from .pictures import above_and_below, save_grid, save_png
+from .reconstruction import measure_reconstruction
 from .sources import ImageSplit
 from .splits import held_out
 from .stage import Evaluation

@@ -7,15 +7,18 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from prior import GatedPixelCNN, PriorConfig
-from tokenizer import VQVAE
+import torch
 
-from .checkpoint import CONFIG, CheckpointInfo, check_same_tokenizer, load_tokenizer, read_info
+from prior import GatedPixelCNN, PriorConfig
+
+from .checkpoint import CONFIG, CheckpointInfo, check_same_tokenizer, read_info
 from .code_manifest import MANIFEST, read_manifest
 from .codes import CodeDataset
 from .device import choose_device, compile_networks, manual_seed
 from .errors import InputError
 from .export import export_codes
+from .labels import all_labelled
+from .loading import TrainedTokenizer, load_trained_tokenizer
 from .loop import LoopSettings, run_training
 from .prior_stage import PriorStage, sample_preview
 from .recipes import PriorSettings
@@ -44,10 +47,13 @@ def train_prior(run: RunFolder, overrides: Mapping[str, Any], default_tokenizer:
     check_run_folder(run, saved)
     tokenizer_folder = Path(settings.tokenizer) if settings.tokenizer is not None else default_tokenizer
     required = settings.tokenizer is not None or settings.codes is None
-    if required:
-        load_tokenizer(tokenizer_folder)  # one without codes is refused before anything is written
+    # One without codes is refused before anything is written.
+    tokenizer = load_trained_tokenizer(tokenizer_folder, device) if required else None
     codes = _open_codes(run, saved, settings, tokenizer_folder)
-    tokenizer = (_required_tokenizer if required else _optional_tokenizer)(tokenizer_folder, codes)
+    if tokenizer is None:
+        tokenizer = _optional_tokenizer(tokenizer_folder, codes, device)
+    else:
+        _check_made_by(tokenizer, codes)
 
     manual_seed(settings.seed)
     config = config_for(settings, codes) if saved is None else PriorConfig(**saved.config)
@@ -56,7 +62,7 @@ def train_prior(run: RunFolder, overrides: Mapping[str, Any], default_tokenizer:
         compile_networks(model)
     preview = None
     if tokenizer is not None:
-        preview = sample_preview(model, tokenizer.to(device), codes.manifest.grid, settings.seed)
+        preview = sample_preview(model, tokenizer.model, codes.manifest.grid, settings.seed)
     stage = PriorStage(model, codes, held_out(codes.names()), preview)
     print(explanation(stage, codes))
     info = _info(settings, config, codes, tokenizer_folder if required else None)
@@ -71,7 +77,7 @@ def config_for(settings: PriorSettings, codes: CodeDataset) -> PriorConfig:
     Labels count if every grid has one.
     """
     manifest = codes.manifest
-    labelled = bool(manifest.class_names) and all(shard.labels.min() >= 0 for shard in codes.shards())
+    labelled = all_labelled(manifest.class_names, (shard.labels for shard in codes.shards()))
     return _config(settings, num_codes=manifest.num_codes, num_classes=len(manifest.class_names) if labelled else 0)
 
 
@@ -161,15 +167,14 @@ def _check_resumable(saved: CheckpointInfo, fingerprint: str, what: str) -> None
     check_same_tokenizer(saved.tokenizer_fingerprint, fingerprint, what, "train a new prior with another --out")
 
 
-def _required_tokenizer(folder: Path, codes: CodeDataset) -> VQVAE:
-    """Return the tokenizer that made the codes. Raises InputError if it cannot be used or did not make them."""
+def _check_made_by(tokenizer: TrainedTokenizer, codes: CodeDataset) -> None:
+    """Raise InputError unless the tokenizer made the codes."""
+    folder, made_by = tokenizer.folder, codes.manifest.tokenizer_fingerprint
     remedy = f"export them again with export-codes --tokenizer {folder}, or name the tokenizer that made them"
-    fingerprint, made_by = read_info(folder, "tokenizer").fingerprint, codes.manifest.tokenizer_fingerprint
-    check_same_tokenizer(fingerprint, made_by, f"codes in {codes.where}", remedy)
-    return load_tokenizer(folder)
+    check_same_tokenizer(tokenizer.info.fingerprint, made_by, f"codes in {codes.where}", remedy)
 
 
-def _optional_tokenizer(folder: Path, codes: CodeDataset) -> VQVAE | None:
+def _optional_tokenizer(folder: Path, codes: CodeDataset, device: torch.device) -> TrainedTokenizer | None:
     """Return the tokenizer, for pictures, or None if there is none, it cannot be used or it did not make the codes.
 
     Only pictures depend on it, so whatever is wrong with it is a note and no error.
@@ -177,8 +182,9 @@ def _optional_tokenizer(folder: Path, codes: CodeDataset) -> VQVAE | None:
     if not os.path.exists(folder / CONFIG):
         return None
     try:
-        if read_info(folder, "tokenizer").fingerprint == codes.manifest.tokenizer_fingerprint:
-            return load_tokenizer(folder)
+        tokenizer = load_trained_tokenizer(folder, device)
+        if tokenizer.info.fingerprint == codes.manifest.tokenizer_fingerprint:
+            return tokenizer
         reason = f"the tokenizer in {folder} did not make these codes"
     except (InputError, OSError) as error:
         reason = f"the tokenizer in {folder} cannot be used ({error})"

@@ -11,9 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline.checkpoint import load_autoencoder, load_tokenizer, load_training, load_weights, read_info
+from pipeline.checkpoint import load_training, load_weights, read_info
 from pipeline.errors import InputError
 from pipeline.generate import ImagePipeline
+from pipeline.loading import load_tokenizer, load_trained_autoencoder
 from pipeline.run_folder import RunFolder
 from pipeline.train_tokenizer import train_tokenizer
 from tokenizer import Baseline
@@ -183,7 +184,7 @@ def test_a_kl_weight_that_is_no_number_is_refused_and_nothing_written(
 
 
 def test_what_was_trained_is_loaded(baseline: Path) -> None:
-    model = load_autoencoder(baseline)
+    model = load_trained_autoencoder(baseline, "cpu").model
     assert isinstance(model, Baseline)
     assert model.config.bottleneck == baseline.name
     assert not model.training
@@ -268,7 +269,8 @@ def test_a_baseline_in_the_default_place_makes_no_codes_and_hinders_none(
     command = ["train-prior", "--codes", trained.codes, "--channels", 4, "--num-layers", 1, "--steps", 1]
     outcome = codegrid(*command)
     assert (outcome.status, outcome.error_lines) == (0, [])
-    assert "did not make these codes; training goes on without pictures" in outcome.out
+    assert "which has none" in outcome.out
+    assert "training goes on without pictures" in outcome.out
     outcome = codegrid("train-prior", "--out", "another")
     assert outcome.status == 1
     assert f"got one with --bottleneck {baseline.name}" in outcome.error_lines[0]

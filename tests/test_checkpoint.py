@@ -16,15 +16,13 @@ from pipeline.checkpoint import (
     CheckpointInfo,
     TrainingState,
     check_same_tokenizer,
-    load_autoencoder,
-    load_prior,
-    load_tokenizer,
     load_training,
     load_weights,
     read_info,
     save_checkpoint,
 )
 from pipeline.errors import InputError
+from pipeline.loading import load_prior, load_tokenizer
 from tokenizer import VQVAE, TokenizerConfig
 
 from .conftest import Codegrid
@@ -197,7 +195,7 @@ def test_another_format_version(saved: Path, version: int, codegrid: Codegrid) -
     before = digest_of(saved)
     wanted = f"expected format version {FORMAT_VERSION} in {saved / 'config.json'}"
     told = f"{wanted}, got {version}; use the version of codegrid that wrote it"
-    for read in (load_tokenizer, load_autoencoder, lambda folder: read_info(folder, "tokenizer")):
+    for read in (load_tokenizer, lambda folder: read_info(folder, "tokenizer")):
         with pytest.raises(InputError) as error:
             read(saved)
         assert one_line(error) == told

@@ -19,7 +19,8 @@ from PIL import Image
 
 import cli
 from pipeline import drawing, generate
-from pipeline.checkpoint import load_tokenizer, load_training, read_info
+from pipeline.checkpoint import load_training, read_info
+from pipeline.loading import load_tokenizer
 
 from .conftest import CLASS_NAMES, Codegrid, Trained
 from .support import HEIGHT, WIDTH, Outcome, brightness_tokenizer, digest_of, save_tokenizer

@@ -233,7 +233,7 @@ def no_more_encoding(patch: pytest.MonkeyPatch) -> None:
     def encode(*arguments: object, **options: object) -> None:
         raise AssertionError("an image is encoded")
 
-    patch.setattr("pipeline.export.in_blocks", encode)
+    patch.setattr("pipeline.export.encode_images", encode)
 
 
 def test_a_table_is_added_to_finished_codes(

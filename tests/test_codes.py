@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.checkpoint import load_tokenizer
 from pipeline.code_manifest import code_dtype
 from pipeline.codes import CodeDataset
 from pipeline.errors import InputError
 from pipeline.export import export_codes
+from pipeline.loading import load_tokenizer, load_trained_tokenizer
 from pipeline.run_folder import RunFolder
 from pipeline.sources import open_images
 from pipeline.train_prior import train_prior
@@ -136,11 +136,11 @@ def test_exporting_leaves_the_tokenizer_as_it_is(
     tmp_path: Path, trained: Trained, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """E5: in memory and on disk."""
-    before, model = digest_of(trained.tokenizer), load_tokenizer(trained.tokenizer)
-    bits = bits_of(model)
-    monkeypatch.setattr("pipeline.export.load_tokenizer", lambda folder: model)
+    before, tokenizer = digest_of(trained.tokenizer), load_trained_tokenizer(trained.tokenizer, "cpu")
+    bits = bits_of(tokenizer.model)
+    monkeypatch.setattr("pipeline.export.load_trained_tokenizer", lambda folder, device: tokenizer)
     export_codes(trained.tokenizer, tmp_path / "codes", device="cpu")
-    assert bits_of(model) == bits
+    assert bits_of(tokenizer.model) == bits
     assert digest_of(trained.tokenizer) == before
 
 

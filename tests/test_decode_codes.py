@@ -11,14 +11,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from pipeline.blocks import BLOCK
-from pipeline.checkpoint import load_tokenizer
 from pipeline.code_manifest import read_manifest, write_manifest
 from pipeline.codes import CodeDataset
 from pipeline.decode_codes import PICTURED, decode_codes
 from pipeline.errors import InputError
+from pipeline.inference import BLOCK, reconstruct_images
+from pipeline.loading import load_tokenizer
 from pipeline.pictures import save_grid
-from pipeline.reconstruct import reconstruct
 from pipeline.sources import open_images
 
 from .code_folders import finished, random_rows, request
@@ -38,7 +37,7 @@ def decode(trained: Trained, out: Path, *more: object) -> list[object]:
 def again(trained: Trained) -> np.ndarray:
     """The oracle: the same images through the tokenizer and back, uint8 [N,C,H',W']."""
     part = open_images(str(trained.images)).train
-    found = reconstruct(load_tokenizer(trained.tokenizer), part.batch(np.arange(len(part)))).numpy()
+    found = reconstruct_images(load_tokenizer(trained.tokenizer), part.batch(np.arange(len(part)))).numpy()
     assert len(np.unique(found.reshape(len(found), -1), axis=0)) > 1
     return found
 

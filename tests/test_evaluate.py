@@ -4,6 +4,7 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,15 +12,21 @@ import torch
 from PIL import Image
 
 from pipeline import evaluate as module
+from pipeline import inference, likelihood, rate
 from pipeline.checkpoint import read_info, save_checkpoint
+from pipeline.codes import CodeDataset
 from pipeline.errors import InputError
-from pipeline.evaluate import evaluate, measure_prior, measure_reconstruction
+from pipeline.export import export_codes
 from pipeline.health import CodebookHealth, perplexity
+from pipeline.inference import BLOCK
+from pipeline.likelihood import measure_prior
 from pipeline.recipes import TokenizerSettings
+from pipeline.reconstruction import measure_reconstruction
 from pipeline.sources import ImageSplit, open_images
 from pipeline.train_tokenizer import config_for, pixel_variance
 from prior import GatedPixelCNN
 from prior.objective import bits_per_dim
+from tokenizer import VQVAE
 from tokenizer.config import Bottleneck
 
 from .conftest import CLASS_NAMES, Trained
@@ -38,6 +45,11 @@ from .support import (
     save_tokenizer,
     tiny_prior,
 )
+
+
+def evaluate(*given: Any, **chosen: Any) -> dict[str, Any]:
+    """What the command writes as JSON."""
+    return module.evaluate(*given, **chosen).to_json()
 
 
 @pytest.fixture
@@ -134,7 +146,8 @@ def test_the_batch_size_changes_nothing(trained: Trained, noise: Path, monkeypat
     images, tokenizer = open_images(str(noise)), brightness_tokenizer()
     found = []
     for size in (1, 4, 5, 256):
-        monkeypatch.setattr(module, "BATCH", size)
+        monkeypatch.setattr(inference, "BLOCK", size)
+        monkeypatch.setattr(likelihood, "BATCH", size)
         numbers, health = measure_reconstruction(tokenizer, images.train)
         assert isinstance(health, CodebookHealth)
         both = evaluate(trained.tokenizer, trained.prior, split="train", device="cpu")
@@ -251,6 +264,75 @@ def test_the_keys_are_those_of_the_contract(trained: Trained) -> None:
     assert set(both) == set(alone) | {"bits_per_code", "bits_per_dim"}
     assert {name: both[name] for name in alone} == alone
     assert json.loads(json.dumps(both, allow_nan=False)) == both
+
+
+# Each image is encoded once, and by the same code everywhere
+
+
+@pytest.fixture
+def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The number of items in each call of `VQVAE.encode`."""
+    calls: list[int] = []
+    real = VQVAE.encode
+
+    def encode(self: VQVAE, images: torch.Tensor) -> torch.Tensor:
+        calls.append(len(images))
+        return real(self, images)
+
+    monkeypatch.setattr(VQVAE, "encode", encode)
+    return calls
+
+
+def test_a_prior_is_measured_on_the_codes_that_were_reconstructed(
+    tmp_path: Path, trained: Trained, noise: Path, encoded: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where export-codes and measure-rate have them from, to the last code; of noise, near ties included."""
+    many = tmp_path / "many"
+    for i in range(2 * BLOCK + 9):
+        pixels = np.random.default_rng(i).integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
+        path = many / CLASS_NAMES[i % 3] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(path)
+    seen: dict[str, list[torch.Tensor]] = {"evaluate": [], "rate": []}
+    for name, where in (("evaluate", module), ("rate", rate)):
+
+        def measured(prior: GatedPixelCNN, batches: Any, name: str = name) -> float:
+            kept = list(batches)
+            seen[name] += [codes for codes, _ in kept]
+            return measure_prior(prior, kept)
+
+        monkeypatch.setattr(where, "measure_prior", measured)
+    evaluate(trained.tokenizer, trained.prior, data=str(many), split="train", device="cpu")
+    blocks = -(-len(open_images(str(many)).train) // BLOCK)
+    assert encoded == [BLOCK] * blocks
+    rate.measure_rate(trained.tokenizer, trained.prior, data=str(many), splits=["train"], device="cpu")
+    manifest = export_codes(trained.tokenizer, tmp_path / "codes", data=str(many), device="cpu")
+    exported = CodeDataset(tmp_path / "codes").batch(np.arange(manifest.count))[0]
+    assert len(exported) > BLOCK
+    assert torch.equal(torch.cat(seen["evaluate"]), exported)
+    assert torch.equal(torch.cat(seen["rate"]), exported)
+
+
+def test_the_codes_are_given_in_the_order_of_the_rows(noise: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inference, "BLOCK", 2)
+    split, rows, found = open_images(str(noise)).train, np.array([5, 2, 7, 0, 1]), list[torch.Tensor]()
+    _, health = measure_reconstruction(brightness_tokenizer(), split, rows, on_codes=found.append)
+    means = means_of_cells(pixels_of(noise, split))[rows]
+    assert torch.equal(torch.cat(found), torch.from_numpy(np.rint(means * (LEVELS - 1))).long())
+    assert health is not None
+    assert torch.equal(health.histogram, torch.bincount(torch.cat(found).flatten(), minlength=LEVELS))
+    measure_reconstruction(brightness_baseline("ae"), split, on_codes=lambda codes: pytest.fail("it has none"))
+
+
+def test_labels_that_do_not_fit_are_refused_before_anything_is_encoded(
+    tmp_path: Path, grey_folder: Path, encoded: list[int]
+) -> None:
+    own = save_tokenizer(tmp_path / "tokenizer", brightness_tokenizer(), grey_folder).fingerprint
+    save_prior(tmp_path / "prior", tiny_prior(num_classes=2), own, ["disc", "line"])
+    for run in (evaluate, rate.measure_rate):
+        with pytest.raises(InputError, match="got the class été"):
+            run(tmp_path / "tokenizer", tmp_path / "prior", device="cpu")
+    assert encoded == []
 
 
 # What is refused

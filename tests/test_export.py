@@ -21,13 +21,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from pipeline import blocks, code_writer, export, files
-from pipeline.blocks import BLOCK
-from pipeline.checkpoint import load_tokenizer
+from pipeline import code_writer, export, files, inference
 from pipeline.code_manifest import read_manifest
 from pipeline.codes import CodeDataset
 from pipeline.errors import InputError
 from pipeline.export import export_codes
+from pipeline.inference import BLOCK
+from pipeline.loading import load_tokenizer
 from pipeline.sources import ImageSplit, open_images
 from pipeline.splits import held_out
 from tokenizer import VQVAE
@@ -66,7 +66,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> int:
     """Of 4 images, so that a few pictures are many blocks."""
-    monkeypatch.setattr(blocks, "BLOCK", 4)
+    monkeypatch.setattr(inference, "BLOCK", 4)
     monkeypatch.setattr(export, "BLOCK", 4)
     return 4
 
@@ -629,25 +629,6 @@ def test_half_written_files_are_gone_at_the_end(
         (out / f"{name}.new").write_text("half")
     export_codes(tokenizer, out, shard_size=4, device="cpu")
     assert digest_of(out) == digest_of(tmp_path / "undisturbed")
-
-
-def test_a_tokenizer_that_is_replaced_meanwhile(
-    tmp_path: Path, grey_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The weights would not be those whose fingerprint the manifest names."""
-    folder = tmp_path / "tokenizer"
-    first = save_tokenizer(folder, brightness_tokenizer(), grey_folder)
-    second: list[str] = []
-
-    def late(path: Path) -> VQVAE:
-        second.append(save_tokenizer(folder, brightness_tokenizer(17), grey_folder).fingerprint)
-        return load_tokenizer(path)
-
-    monkeypatch.setattr(export, "load_tokenizer", late)
-    with pytest.raises(InputError, match=rf"{first.fingerprint}.* got fingerprint {'.*'}; wait") as error:
-        export_codes(folder, tmp_path / "codes", device="cpu")
-    assert second[0] in str(error.value)
-    assert not (tmp_path / "codes").exists()
 
 
 @pytest.mark.usefixtures("quick")

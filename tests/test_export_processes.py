@@ -19,7 +19,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline import blocks, code_writer, export
+from pipeline import code_writer, export, inference
 from pipeline.code_manifest import CodeManifest
 from pipeline.codes import CodeDataset
 from pipeline.errors import InputError
@@ -115,7 +115,7 @@ class Team:
 @pytest.fixture
 def team(monkeypatch: pytest.MonkeyPatch) -> Team:
     """With blocks of 4 images, and without waiting for the disk."""
-    monkeypatch.setattr(blocks, "BLOCK", 4)
+    monkeypatch.setattr(inference, "BLOCK", 4)
     monkeypatch.setattr(export, "BLOCK", 4)
     monkeypatch.setattr(os, "fsync", lambda file: None)
     return Team(monkeypatch)

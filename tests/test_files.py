@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from pipeline import checkpoint, files
-from pipeline.checkpoint import CheckpointInfo, TrainingState, load_tokenizer, load_training, read_info
+from pipeline.checkpoint import CheckpointInfo, TrainingState, load_training, read_info
 from pipeline.errors import InputError
 from pipeline.files import current, to_json, write_atomic, write_together
+from pipeline.loading import load_tokenizer
 
 from .support import bits_of, brightness_tokenizer, save_tokenizer
 

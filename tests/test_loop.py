@@ -12,12 +12,14 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.checkpoint import load_prior, load_tokenizer, load_training, load_weights, read_info
+from pipeline.checkpoint import load_training, load_weights, read_info
 from pipeline.codes import CodeDataset
-from pipeline.evaluate import measure_prior, measure_reconstruction
+from pipeline.likelihood import measure_prior
+from pipeline.loading import load_prior, load_tokenizer
 from pipeline.loop import run_training, split_rows
 from pipeline.metrics_log import MetricsLog
 from pipeline.prior_stage import PriorStage
+from pipeline.reconstruction import measure_reconstruction
 from pipeline.schedule import WARMUP_STEPS, DataOrder, learning_rate_at
 from pipeline.sources import held_out, open_images
 from pipeline.tokenizer_stage import TokenizerStage

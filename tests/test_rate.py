@@ -5,17 +5,19 @@ import itertools
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageFile
 
-from pipeline.blocks import BLOCK
+from pipeline import rate as module
 from pipeline.errors import InputError
-from pipeline.evaluate import evaluate
+from pipeline.evaluate import evaluate as evaluate_model
+from pipeline.inference import BLOCK
 from pipeline.picture_rate import JpegRate, jpeg_at_psnr, mean_png_bytes, measure_jpeg, rate_at, scan_bytes
-from pipeline.rate import entropy_bits, measure_rate, packed_bits, rate_table, some_of
+from pipeline.rate import SplitRate, entropy_bits, packed_bits, rate_table, some_of
 from pipeline.sources import ImageSplit, open_images
 from prior import GatedPixelCNN
 from tokenizer.config import Bottleneck
@@ -41,6 +43,15 @@ SCAN_HEADER = {
     "L": bytes.fromhex("ffda 0008 01 0100 003f00"),
     "RGB": bytes.fromhex("ffda 000c 03 0100 0211 0311 003f00"),
 }
+
+
+def measure_rate(*given: Any, **chosen: Any) -> dict[str, Any]:
+    """What the command writes as JSON."""
+    return module.measure_rate(*given, **chosen).to_json()
+
+
+def evaluate(*given: Any, **chosen: Any) -> dict[str, Any]:
+    return evaluate_model(*given, **chosen).to_json()
 
 
 @pytest.fixture
@@ -219,7 +230,7 @@ def test_a_uniform_prior_costs_log2_k_bits(tmp_path: Path, rough: Path, num_code
 
 def test_the_prior_costs_what_evaluate_says(tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With its classes in another order than the images', in several batches."""
-    monkeypatch.setattr("pipeline.rate.BATCH", 13)
+    monkeypatch.setattr("pipeline.likelihood.BATCH", 13)
     save_prior(tmp_path / "prior", tiny_prior(num_classes=3), fingerprint_of(tokenizer), CLASS_NAMES[::-1])
     rate = measure_rate(tokenizer, tmp_path / "prior", device="cpu")
     for split, numbers in rate["splits"].items():
@@ -391,19 +402,19 @@ def test_noise_at_the_highest_quality_can_be_written() -> None:
 
 
 def test_the_table() -> None:
-    numbers = {
-        "images": 1234,
-        "image": [3, 32, 48],
-        "grid": [8, 12],
-        "num_codes": 512,
-        "psnr": 25.444,
-        "jpeg_psnr": 25.444,
-        "jpeg_quality": 14.72,
-        "jpeg_subsampling": "4:2:0",
-        "bits_per_code": {"packed": 9.0, "entropy": 8.6754},
-        "bytes_per_image": {"raw": 4608.0, "jpeg_scan": 98.76, "packed": 108.0, "entropy": 104.1},
-    }
-    assert rate_table(numbers).splitlines() == [
+    rate = SplitRate(
+        images=1234,
+        image=(3, 32, 48),
+        grid=(8, 12),
+        num_codes=512,
+        psnr=25.444,
+        jpeg_psnr=25.444,
+        jpeg_quality=14.72,
+        jpeg_subsampling="4:2:0",
+        bits_per_code={"packed": 9.0, "entropy": 8.6754},
+        bytes_per_image={"raw": 4608.0, "jpeg_scan": 98.76, "packed": 108.0, "entropy": 104.1},
+    )
+    assert rate_table(rate).splitlines() == [
         "1,234 images of 3x32x48, 8x12 codes of 512",
         "PSNR 25.44 dB, JPEG 25.44 dB at quality 14.7 (4:2:0)",
         "           bytes per image  bits per code",
@@ -422,7 +433,7 @@ def test_the_command(tmp_path: Path, trained: Trained, codegrid: Codegrid) -> No
     rate = json.loads(path.read_text("utf-8"))
     assert rate == measure_rate(trained.tokenizer, trained.prior, n=3, device="cpu")
     for split, numbers in rate["splits"].items():
-        assert f"{split}: {rate_table(numbers)}\n" in outcome.out
+        assert f"{split}: {rate_table(SplitRate(**numbers))}\n" in outcome.out
     assert all(remark in outcome.out for remark in rate["remarks"])
     before = path.read_bytes()
     assert codegrid(*command, "--json", path).status == 1

@@ -15,13 +15,13 @@ import cli
 from pipeline import loop
 from pipeline.checkpoint import (
     TrainingState,
-    load_prior,
     load_training,
     load_weights,
     read_info,
     save_checkpoint,
 )
 from pipeline.codes import CodeDataset
+from pipeline.loading import load_prior
 from pipeline.loop import run_training
 from pipeline.prior_stage import PriorStage
 from pipeline.recipes import PriorSettings

@@ -17,8 +17,9 @@ import torch
 
 import cli
 from pipeline import loop
-from pipeline.checkpoint import load_tokenizer, load_training, load_weights, read_info
+from pipeline.checkpoint import load_training, load_weights, read_info
 from pipeline.errors import InputError
+from pipeline.loading import load_tokenizer
 from pipeline.loop import run_training
 from pipeline.optimizer import Optimizers
 from pipeline.sources import open_images

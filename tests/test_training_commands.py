@@ -113,7 +113,7 @@ def never(*arguments: object, **options: object) -> NoReturn:
 def no_long_work(monkeypatch: pytest.MonkeyPatch) -> None:
     """Images, codes and exports are out of bounds."""
     monkeypatch.setattr(train_tokenizer, "open_images", never)
-    for name in ("CodeDataset", "export_codes", "load_tokenizer"):
+    for name in ("CodeDataset", "export_codes", "load_trained_tokenizer"):
         monkeypatch.setattr(train_prior, name, never)
 
 

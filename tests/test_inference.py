@@ -1,8 +1,9 @@
-"""Blocks: the bytes of a plain loop over padded blocks, however the work is cut, and nothing left changed."""
+"""Inference in blocks: the bytes of a plain loop over padded blocks, however it is divided; no setting changes."""
 
 import ctypes
 import itertools
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pipeline.blocks import BLOCK, in_blocks
+from pipeline.inference import BLOCK, in_blocks, run_in_blocks
 
 SHAPE = (3, 6, 10)
 COUNTS = [0, 1, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK + 8]
@@ -20,8 +21,10 @@ COUNTS = [0, 1, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK + 8]
 def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
+    try:
+        yield request.param
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.fixture
@@ -43,13 +46,15 @@ def plainly(compute: nn.Module, items: Tensor) -> Tensor:
     """The oracle: block after block, each filled up with zeros, on one thread."""
     threads, found = torch.get_num_threads(), []
     torch.set_num_threads(1)
-    with torch.no_grad():
-        for start in range(0, len(items), BLOCK):
-            some = items[start : start + BLOCK]
-            block = torch.zeros(BLOCK, *SHAPE)
-            block[: len(some)] = some
-            found.append(compute(block)[: len(some)])
-    torch.set_num_threads(threads)
+    try:
+        with torch.no_grad():
+            for start in range(0, len(items), BLOCK):
+                some = items[start : start + BLOCK]
+                block = torch.zeros(BLOCK, *SHAPE)
+                block[: len(some)] = some
+                found.append(compute(block)[: len(some)])
+    finally:
+        torch.set_num_threads(threads)
     return torch.cat(found)
 
 
@@ -106,8 +111,10 @@ def test_the_order_is_kept_though_the_second_batch_is_done_first(model: nn.Modul
             second_is_done.set()
         return block
 
-    found = torch.cat(list(in_blocks(model, compute, load, 5 * BLOCK - 3)))
-    torch.set_num_threads(before)
+    try:
+        found = torch.cat(list(in_blocks(model, compute, load, 5 * BLOCK - 3)))
+    finally:
+        torch.set_num_threads(before)
     assert found[:, 0].tolist() == list(range(5 * BLOCK - 3))
 
 
@@ -192,3 +199,51 @@ def test_two_at_a_time_leave_the_number_of_threads(threads: int, model: nn.Modul
     for one, other in zip(*several, strict=True):
         assert torch.equal(one, other)
     assert torch.get_num_threads() == threads
+
+
+# Several tensors, and one accelerator
+
+
+@pytest.mark.parametrize("count", COUNTS)
+def test_several_tensors_of_a_block_belong_to_the_same_items(count: int, threads: int, model: nn.Module) -> None:
+    items = items_of(count)
+    found = list(
+        run_in_blocks(
+            model,
+            lambda block: (block.sum(dim=(1, 2, 3)), model(block)),
+            lambda a, b: items[a:b],
+            count,
+            batch_size=BLOCK + 1,
+        )
+    )
+    sums, features = (torch.cat([batch[i] for batch in found]) if found else torch.empty(0) for i in (0, 1))
+    assert len(sums) == len(features) == count
+    if count:
+        assert torch.equal(sums, items.sum(dim=(1, 2, 3)))
+        assert torch.equal(features, plainly(model, items))
+
+
+def test_an_accelerator_computes_one_block_at_a_time_while_others_are_loaded() -> None:
+    """The activations of one block are in its memory. Its stand-in here is the device that has no data at all."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    inside, most, loading = [0], [0], threading.Barrier(4)
+
+    def load(start: int, stop: int) -> Tensor:
+        if start < 4 * BLOCK:
+            loading.wait(30)  # breaks if the loads did not run side by side
+        return torch.zeros(stop - start, 1)
+
+    def compute(block: Tensor) -> Tensor:
+        inside[0] += 1
+        most[0] = max(most[0], inside[0])
+        time.sleep(0.002)
+        inside[0] -= 1
+        return torch.full((len(block),), 7)
+
+    try:
+        found = list(in_blocks(nn.Linear(1, 1, device="meta"), compute, load, 12 * BLOCK))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(torch.cat(found), torch.full((12 * BLOCK,), 7))
+    assert most == [1]
