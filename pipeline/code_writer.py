@@ -22,11 +22,11 @@ import torch
 from .code_card import CARD_MARK, write_card
 from .code_manifest import CARD, MANIFEST, CodeManifest, read_manifest, write_manifest
 from .code_shards import write_shard
+from .code_statistics import CodeStatistics, count_codes
 from .codes import CodeDataset
 from .errors import InputError
 from .files import sha256, to_json, write_atomic
 from .folders import check_free
-from .health import codebook_health
 from .processes import Processes
 
 ENTRY = "shard-{:05d}.json"
@@ -228,13 +228,8 @@ def _remove(files: Iterable[Path]) -> None:
 
 
 def _statistics(codes: CodeDataset) -> dict[str, float]:
-    """Of the histogram of all codes."""
-    histogram = np.zeros(codes.manifest.num_codes, dtype=np.int64)
+    """Return the statistics of all codes."""
+    histogram = torch.zeros(codes.manifest.num_codes, dtype=torch.int64)
     for shard in codes.shards():
-        histogram += np.bincount(shard.codes.ravel(), minlength=len(histogram))
-    health = codebook_health(torch.from_numpy(histogram))
-    return {
-        "codes_used": health.codes_used,
-        "perplexity": health.perplexity,
-        "entropy_bits_per_code": float(np.log2(health.perplexity)),
-    }
+        histogram += count_codes(shard.codes, len(histogram))
+    return asdict(CodeStatistics.of(histogram))

@@ -28,7 +28,6 @@ from .optimizer import Optimizers
 
 SAVE_EVERY_SECONDS = 60.0
 WARMUP_STEPS = 100
-MOST_HELD_OUT = 4096  # items that the evaluations during training use at most
 
 
 class Stage(Protocol):
@@ -108,12 +107,6 @@ def learning_rate_at(step: int, settings: LoopSettings) -> float:
         return settings.learning_rate * (step + 1) / WARMUP_STEPS
     progress = (step - WARMUP_STEPS) / max(1, settings.steps - WARMUP_STEPS)
     return settings.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def split_rows(aside: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Rows to train on and rows to evaluate on, from a mask of those held out; a lone row serves as both."""
-    train, held_out = np.flatnonzero(~aside), np.flatnonzero(aside)[:MOST_HELD_OUT]
-    return (train, held_out) if len(held_out) else (train, train)
 
 
 class DataOrder:

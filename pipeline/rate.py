@@ -32,10 +32,10 @@ from tokenizer import VQVAE
 from .blocks import BLOCK, in_blocks
 from .checkpoint import load_tokenizer, read_info
 from .code_manifest import code_dtype
+from .code_statistics import count_codes, entropy_bits, packed_bits
 from .device import choose_device
 from .errors import InputError
 from .evaluate import BATCH, labels_for, load_with_prior, measure_prior
-from .health import perplexity
 from .picture_rate import jpeg_at_psnr, mean_png_bytes, progress, psnr_of_uint8, squared_error
 from .reconstruct import decode
 from .sources import ImageSet, ImageSplit
@@ -139,7 +139,7 @@ def _measure_split(tokenizer: VQVAE, prior: GatedPixelCNN | None, part: ImageSpl
     """What `measure_rate` says of a split; the labels are in the prior's numbering."""
     num_codes = tokenizer.config.num_codes
     codes = _encode(tokenizer, part)
-    bits = {"packed": float(packed_bits(num_codes)), "entropy": entropy_bits(codes, num_codes)}
+    bits = {"packed": float(packed_bits(num_codes)), "entropy": entropy_bits(count_codes(codes, num_codes))}
     if prior is not None:
         bits["prior"] = measure_prior(prior, _batches(codes, part.labels))
     psnr = _psnr_of_codes(tokenizer, codes, part.images)
@@ -171,17 +171,6 @@ def _remarks(numbers: dict[str, Any]) -> Iterator[str]:
         yield f"JPEG has {jpeg:.2f} dB even at quality {quality}, more than the codes with {ours:.2f} dB"
     if jpeg < ours:
         yield f"JPEG has only {jpeg:.2f} dB at quality {quality}, less than the codes with {ours:.2f} dB"
-
-
-def packed_bits(num_codes: int) -> int:
-    """Bits of a code when all take the same: ceil(log2 K), at least 1."""
-    return max(1, (num_codes - 1).bit_length())
-
-
-def entropy_bits(codes: np.ndarray, num_codes: int) -> float:
-    """Order-0 entropy of codes of any shape, in bits per code."""
-    histogram = np.bincount(codes.ravel(), minlength=num_codes)
-    return float(np.log2(perplexity(torch.from_numpy(histogram))))
 
 
 def _encode(tokenizer: VQVAE, part: ImageSplit) -> np.ndarray:

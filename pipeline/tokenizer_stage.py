@@ -12,10 +12,9 @@ from tokenizer import VQVAE, Baseline
 from .codebook_picture import codebook_picture
 from .evaluate import measure_reconstruction
 from .images import to_uint8
-from .loop import split_rows
 from .pictures import above_and_below, save_grid, save_png
 from .sources import ImageSplit
-from .splits import held_out
+from .splits import held_out, split_rows
 
 PICTURES = 16  # images in the picture of reconstructions
 CHANGES_SEEN_IN = 256  # held-out images that tell how many codes changed

@@ -22,10 +22,10 @@ from .errors import InputError
 from .evaluate import measure_prior
 from .export import export_codes
 from .images import to_uint8
-from .loop import LoopSettings, run_training, split_rows
+from .loop import LoopSettings, run_training
 from .pictures import save_grid
 from .settings import RunFolder, claim_run, clear_run, recorded, saved_run, settle
-from .splits import held_out
+from .splits import held_out, split_rows
 
 PICTURES = 32  # samples in the picture of each evaluation
 EVALUATION_BATCH = 256

@@ -12,9 +12,10 @@ from PIL import Image
 
 from pipeline import evaluate as module
 from pipeline.checkpoint import read_info, save_checkpoint
+from pipeline.code_statistics import perplexity
 from pipeline.errors import InputError
 from pipeline.evaluate import evaluate, measure_prior, measure_reconstruction
-from pipeline.health import CodebookHealth, perplexity
+from pipeline.health import CodebookHealth
 from pipeline.sources import ImageSplit, open_images
 from pipeline.train_tokenizer import TokenizerSettings, config_for, pixel_variance
 from prior import GatedPixelCNN

@@ -15,7 +15,7 @@ import torch
 from pipeline.checkpoint import load_prior, load_tokenizer, load_training, load_weights, read_info
 from pipeline.codes import CodeDataset
 from pipeline.evaluate import measure_prior, measure_reconstruction
-from pipeline.loop import WARMUP_STEPS, DataOrder, learning_rate_at, run_training, split_rows
+from pipeline.loop import WARMUP_STEPS, DataOrder, learning_rate_at, run_training
 from pipeline.metrics_log import MetricsLog
 from pipeline.sources import held_out, open_images
 from pipeline.tokenizer_stage import TokenizerStage
@@ -49,14 +49,6 @@ def test_a_batch_depends_on_the_seed_and_its_step_alone() -> None:
     order = DataOrder(7, 3, 5)
     assert [order.batch(step).tolist() for step in reversed(range(9))] == forwards[::-1]
     assert [DataOrder(7, 3, 6).batch(step).tolist() for step in range(9)] != forwards
-
-
-@pytest.mark.parametrize("aside", [[0, 0, 1, 0, 1], [0], [0, 1]])
-def test_rows_to_train_on_and_rows_held_out(aside: list[int]) -> None:
-    train, held = split_rows(np.array(aside, dtype=bool))
-    expected = [i for i, out in enumerate(aside) if not out]
-    assert train.tolist() == expected
-    assert held.tolist() == ([i for i, out in enumerate(aside) if out] or expected)
 
 
 # The learning rate
