@@ -198,11 +198,16 @@ codes_argument = click.argument("codes", metavar="DIR", type=PathType())
 @cli.command("verify-codes")
 @codes_argument
 @click.option("--tokenizer", type=PathType(), help="The tokenizer that should have made them.")
-def verify_codes(codes: Path, tokenizer: Path | None) -> None:
-    """Check every hash, range and count of exported codes."""
+@click.option("--data", metavar="SOURCE", help=f"The images that they should be of: {DATA_HELP}")
+@click.option("--data-root", metavar="DIR", help="Where a torchvision set lies, or is downloaded to.")
+def verify_codes(codes: Path, tokenizer: Path | None, data: str | None, data_root: str | None) -> None:
+    """Check every hash, range, count and statistic of exported codes.
+
+    With --data also that they are of those images: names, labels and pixels.
+    """
     from pipeline.verify_codes import verify_codes as run
 
-    manifest = run(codes, tokenizer)
+    manifest = run(codes, tokenizer, data=data, data_root=data_root)
     click.echo(f"as its manifest says: {manifest.count:,} grids by the tokenizer {manifest.tokenizer_fingerprint}")
 
 

@@ -29,14 +29,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from pipeline.code_manifest import MANIFEST, CodeManifest, code_dtype, read_manifest, write_manifest
+from pipeline.code_manifest import MANIFEST, CodeManifest, ShardEntry, code_dtype, read_manifest, write_manifest
 from pipeline.code_writer import write_codes
 from pipeline.codes import CodeDataset
 from pipeline.export import BATCH, SHARD_SIZE, export_codes
 from pipeline.inference import in_blocks
 from pipeline.loading import load_trained_tokenizer
 from pipeline.prior_stage import PriorStage
-from pipeline.processes import Processes
+from pipeline.processes import ProcessGroup
 from pipeline.stored_images import images_of
 from prior import GatedPixelCNN, PriorConfig
 from tokenizer import VQVAE, TokenizerConfig
@@ -182,7 +182,7 @@ def write_sparse(place: Path, grids: int) -> CodeManifest:
         for kind, (shape, dtype) in arrays.items():
             np.lib.format.open_memmap(place / f"{kind}-{index:05d}.npy", "w+", dtype, shape)
         files = {f"{kind}-{index:05d}.npy": "0" * 64 for kind in arrays}
-        shards.append({"start": first, "count": count, "files": files | names})
+        shards.append(ShardEntry(first, count, files | names))
     manifest = replace(random_manifest(grids, 512, 8), count=grids, shards=shards)
     write_manifest(place, manifest)
     return manifest
@@ -245,7 +245,7 @@ def random_manifest(grids: int, num_codes: int, side: int) -> CodeManifest:
 def write_random(place: Path, grids: int, num_codes: int, side: int) -> None:
     asked = random_manifest(grids, num_codes, side)
     before = peak()
-    seconds = timed(lambda: write_codes(place, asked, RandomRows(grids, num_codes, side), Processes()))
+    seconds = timed(lambda: write_codes(place, asked, RandomRows(grids, num_codes, side), ProcessGroup()))
     print(f"{grids:,} random grids of {side}x{side}, K = {num_codes}: written in {seconds:.1f} s,")
     print(f"  {peak() - before:,.0f} MB above {before:,.0f} MB before, {len(list(place.iterdir())):,} files")
     for kind in ("codes-*.npy", "labels-*.npy", "names-*.json", "manifest.json"):

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from .code_manifest import CARD, MANIFEST, CodeManifest, code_dtype
+from .code_statistics import packed_bits, packed_bytes
 from .files import write_atomic
 
 CARD_MARK = "<!-- written by codegrid export-codes -->"  # a README.md without it is somebody else's
@@ -88,14 +89,14 @@ def _facts(manifest: CodeManifest) -> dict[str, str]:
     (height, width), image, statistics = manifest.grid, manifest.image, manifest.statistics
     size = manifest.count * height * width * code_dtype(manifest.num_codes).itemsize
     half = manifest.count // 2
-    packed = packed_bytes(manifest)
     return {
         "grids": f"{manifest.count:,}, of the {manifest.split} part of {manifest.source}",
         "grid": f"{height}x{width} codes, each from 0 to {manifest.num_codes - 1:,} (K = {manifest.num_codes:,})",
         "images": f"{image['height']}x{image['width']} pixels, {'grey' if image['channels'] == 1 else 'RGB'}",
         "mirrored": f"rows from {half:,} on are those before them, mirrored left to right" if manifest.flips else "no",
         "stored as": f"{manifest.dtype}, {size:,} bytes",
-        "packed": f"{packed:,.1f} bytes an image, at {packed * 8 / (height * width):.0f} bits per code",
+        "packed": f"{packed_bytes(manifest.grid, manifest.num_codes):,.1f} bytes an image, at "
+        f"{packed_bits(manifest.num_codes)} bits per code",
         "entropy": f"{statistics['entropy_bits_per_code']:.3f} bits per code (order 0)",
         "codes in use": f"{statistics['codes_used']:,}, perplexity {statistics['perplexity']:.1f}",
         "tokenizer": f"fingerprint (SHA-256 of its model.safetensors) {manifest.tokenizer_fingerprint}",
@@ -110,12 +111,6 @@ def _cell(text: str) -> str:
 
 def _has(manifest: CodeManifest, suffix: str) -> bool:
     return any(name.endswith(suffix) for name in manifest.tables)
-
-
-def packed_bytes(manifest: CodeManifest) -> float:
-    """Bytes an image when each code takes ceil(log2 K) bits."""
-    height, width = manifest.grid
-    return height * width * max(1, (manifest.num_codes - 1).bit_length()) / 8
 
 
 def _classes(manifest: CodeManifest) -> str:

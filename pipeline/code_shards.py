@@ -7,7 +7,7 @@ import io
 import json
 import os
 import tokenize
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 
-from .code_manifest import SHARD_FILES, CodeManifest
+from .code_manifest import SHARD_FILES, CodeManifest, ShardEntry
 from .errors import InputError
 from .files import sha256, to_json, write_atomic
 
@@ -31,8 +31,8 @@ class Shard:
 
 def write_shard(
     folder: Path, index: int, codes: np.ndarray, labels: np.ndarray, names: Sequence[str], *, start: int = 0
-) -> dict[str, Any]:
-    """Write one shard, each file whole or not at all; returns its entry in the manifest.
+) -> ShardEntry:
+    """Write one shard, each file as a whole or not at all. Return its entry in the manifest.
 
     Args:
         folder: made if it is missing.
@@ -46,20 +46,19 @@ def write_shard(
     files = {pattern.format(index): data for pattern, data in zip(SHARD_FILES, contents, strict=True)}
     for name, data in files.items():
         write_atomic(folder / name, data)
-    return {"start": start, "count": len(codes), "files": {name: sha256(data) for name, data in files.items()}}
+    return ShardEntry(start, len(codes), {name: sha256(data) for name, data in files.items()})
 
 
-def open_shard(folder: Path, entry: Mapping[str, Any], manifest: CodeManifest) -> Shard:
+def open_shard(folder: Path, entry: ShardEntry, manifest: CodeManifest) -> Shard:
     """Map the arrays of one entry of the manifest.
 
     Raises:
         InputError: a file is missing, damaged, short, or of another type or shape than the manifest says.
     """
-    codes_file, labels_file, names_file = (folder / name for name in entry["files"])
-    count = int(entry["count"])
+    codes_file, labels_file, names_file = (folder / name for name in entry.files)
     return Shard(
-        codes=map_npy(codes_file, (count, *manifest.grid), np.dtype(manifest.dtype)),
-        labels=map_npy(labels_file, (count,), np.dtype(np.int64)),
+        codes=map_npy(codes_file, (entry.count, *manifest.grid), np.dtype(manifest.dtype)),
+        labels=map_npy(labels_file, (entry.count,), np.dtype(np.int64)),
         names_file=names_file,
     )
 

@@ -87,7 +87,7 @@ def _npz(folder: Path, manifest: CodeManifest) -> Iterator[tuple[str, bytes]]:
 
 
 def _parquet(folder: Path, manifest: CodeManifest) -> Iterator[tuple[str, bytes]]:
-    starts = accumulate((int(entry["count"]) for entry in manifest.shards), initial=0)
+    starts = accumulate((entry.count for entry in manifest.shards), initial=0)
     for index, (entry, start) in enumerate(zip(manifest.shards, starts, strict=False)):
         yield f"codes-{index:05d}.parquet", _parquet_bytes(open_shard(folder, entry, manifest), start, manifest)
 

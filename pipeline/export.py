@@ -1,18 +1,17 @@
-"""Images to code grids: runs the encoder over a data set and writes a code data set (`code_writer.py`)."""
+"""Images to code grids: runs the encoder over a data set and writes a code data set (`code_writer.py`).
 
-import hashlib
-import json
+What can be refused is refused before images are prepared, which may take minutes; only what depends on the images
+themselves (how many, their classes, their hash) is compared with an existing export afterwards.
+"""
+
 import sys
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import closing, contextmanager
-from dataclasses import fields
-from itertools import chain
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from tokenizer import VQVAE
@@ -22,87 +21,18 @@ from .code_manifest import CodeManifest, code_dtype
 from .code_tables import add_table, check_table
 from .code_writer import write_codes
 from .device import choose_device
+from .encoded_images import EncodedImages, rows_sha256
 from .errors import InputError
-from .inference import BLOCK, encode_images
+from .folder_lock import only_writer
 from .loading import load_trained_tokenizer
-from .processes import Processes, processes
-from .sources import ImageSet, ImageSplit
+from .processes import ProcessGroup, process_group
+from .sources import ImageSet, ImageSplit, source_name
 from .stored_images import images_of, part_of
+from .unfinished import check_destination
 
 SHARD_SIZE = 65_536  # grids a shard
 BATCH = 256  # images read at a time
-HASHED_AT_ONCE = 4_096  # images
-
-
-class EncodedImages:
-    """The rows of an export: the codes of the images of a split and then, with `flips`, of their mirror images.
-
-    Codes are computed in blocks that start at multiples of BLOCK rows, wherever a shard starts, so that a row has the
-    same neighbours in every export.
-    """
-
-    def __init__(self, tokenizer: VQVAE, part: ImageSplit, *, flips: bool, batch_size: int, bar: "tqdm[Any]") -> None:
-        self.tokenizer, self.part, self.batch_size, self.bar = tokenizer, part, batch_size, bar
-        self._len = len(part) * (2 if flips else 1)
-        self._dtype = code_dtype(tokenizer.config.num_codes)
-        self._last: tuple[int, np.ndarray] | None = None  # the block computed last: its first row, its codes
-
-    def __len__(self) -> int:
-        return self._len
-
-    def codes(self, start: int, stop: int) -> np.ndarray:
-        """[n,H,W] of rows start .. stop - 1."""
-        first, last = start - start % BLOCK, min(stop - stop % -BLOCK, len(self))
-        known = [self._last[1]] if self._last is not None and self._last[0] == first else []
-        blocks, done = [], first
-        with closing(self._computed(first + sum(map(len, known)), last)) as computed:
-            for some in chain(known, computed):
-                blocks.append(some)
-                self.bar.update(max(0, min(done + len(some), stop) - max(done, start)))
-                done += len(some)
-        codes = np.concatenate(blocks)
-        tail = (len(codes) - 1) // BLOCK * BLOCK
-        self._last = (first + tail, codes[tail:].copy())
-        return codes[start - first : stop - first]
-
-    def _computed(self, start: int, stop: int) -> Generator[np.ndarray, None, None]:
-        """The codes of rows start .. stop - 1, where a block starts, some blocks at a time."""
-        parts = encode_images(
-            self.tokenizer,
-            lambda first, last: self._images(start + first, start + last),
-            stop - start,
-            batch_size=self.batch_size,
-        )
-        for part in parts:
-            yield part.numpy().astype(self._dtype)
-
-    def labels(self, start: int, stop: int) -> np.ndarray:
-        """[n], -1 for none."""
-        return self.part.labels[self._rows(start, stop)]
-
-    def names(self, start: int, stop: int) -> Sequence[str]:
-        """n of them."""
-        return [self.part.names[row] for row in self._rows(start, stop)]
-
-    def sha256(self) -> str:
-        """Of the names, labels and pixels of all images, in order."""
-        digest = hashlib.sha256()
-        for start in range(0, len(self.part), HASHED_AT_ONCE):
-            some = slice(start, start + HASHED_AT_ONCE)
-            names = json.dumps(self.part.names[some], ensure_ascii=False).encode("utf-8", "surrogatepass")
-            digest.update(names)
-            digest.update(self.part.labels[some].astype("<i8").tobytes())
-            digest.update(self.part.images[some].tobytes())
-        return digest.hexdigest()
-
-    def _rows(self, start: int, stop: int) -> np.ndarray:
-        return np.arange(start, stop) % len(self.part)
-
-    def _images(self, start: int, stop: int) -> Tensor:
-        images = self.part.batch(self._rows(start, stop))
-        mirrored = max(0, len(self.part) - start)  # from there on
-        images[mirrored:] = images[mirrored:].flip(-1)
-        return images
+FROM_IMAGES = {"total", "class_names", "rows_sha256"}  # fields of the manifest that only prepared images tell
 
 
 def export_codes(
@@ -124,6 +54,8 @@ def export_codes(
     What an earlier call with the same arguments wrote into `out` is kept, and only the rest is written. Processes that
     torchrun started share the work. The bytes depend on neither, nor on `batch_size`.
 
+    The main process holds the lock of `out` (`folder_lock.py`) meanwhile, for all processes of the export.
+
     Args:
         tokenizer_folder: what train-tokenizer wrote.
         out: folder to write.
@@ -138,68 +70,95 @@ def export_codes(
         force: replace what `out` holds.
 
     Raises:
-        InputError: the tokenizer, the images or the folder cannot be used.
+        InputError: the tokenizer, the images or the folder cannot be used, or another export writes into it.
     """
-    with processes() as team:
-        team.together(lambda: check_table(to))
-        where = team.together(lambda: choose_device(team.device(device)))
-        trained = team.together(lambda: load_trained_tokenizer(tokenizer_folder, where))
+    with process_group() as group:
+        group.run_on_all(lambda: check_table(to))
+        chosen = group.run_on_all(lambda: choose_device(group.device(device)))
+        trained = group.run_on_all(lambda: load_trained_tokenizer(tokenizer_folder, chosen))
         info, tokenizer = trained.info, trained.model
-        images = team.in_turns(lambda: images_of(info, data=data, data_root=data_root))
-        part = team.together(lambda: part_of(images, split))
-        with _progress(split, team) as bar:
-            rows = EncodedImages(tokenizer, part, flips=flips, batch_size=batch_size, bar=bar)
-            asked = _request(info, tokenizer, images, rows, split=split, flips=flips, shard_size=shard_size)
-            requests = team.gather(asked)
-            team.together(lambda: _check_same_in_all(requests))
-            team.together(lambda: check_table(to, asked))
-
-            def start(here: int, there: int) -> None:
-                bar.reset(here)
-                if there and team.leads:
-                    bar.write(f"{there:,} grids are there already, {asked.total:,} in all: {out}")
-
-            with _said_when_stopped(bar, team, force=force):
-                manifest = write_codes(out, asked, rows, team, force=force, on_start=start)
-        if to is not None:
-            manifest = team.leader(lambda: add_table(out, to))
-        if team.leads:
+        source = source_name(info.training["data"] if data is None else data)
+        known = _known_before_images(info, tokenizer, source, split=split, flips=flips, shard_size=shard_size)
+        with _locked(out, group):
+            group.run_on_main(lambda: check_destination(out, known, force=force, unknown=FROM_IMAGES))
+            images = group.main_first(lambda: images_of(info, data=data, data_root=data_root))
+            part = group.run_on_all(lambda: part_of(images, split))
+            requested = _request(known, images, part)
+            requests = group.gather(requested)
+            group.run_on_all(lambda: _check_same_in_all(requests))
+            group.run_on_all(lambda: check_table(to, requested))
+            manifest = _encode(tokenizer, part, out, requested, group, batch_size=batch_size, force=force)
+            if to is not None:
+                manifest = group.run_on_main(lambda: add_table(out, to))
+        if group.is_main:
             print(f"{manifest.count:,} grids of {manifest.grid[0]}x{manifest.grid[1]} codes: {out}")
     return manifest
 
 
-def _request(
-    info: CheckpointInfo,
+@contextmanager
+def _locked(out: Path, group: ProcessGroup) -> Iterator[None]:
+    """Let the main process hold the lock of `out`. Raise InputError if another export holds it."""
+    with ExitStack() as stack:
+        group.run_on_main(lambda: stack.enter_context(only_writer(out)))
+        yield
+
+
+def _encode(
     tokenizer: VQVAE,
-    images: ImageSet,
-    rows: EncodedImages,
+    part: ImageSplit,
+    out: Path,
+    requested: CodeManifest,
+    group: ProcessGroup,
     *,
-    split: str,
-    flips: bool,
-    shard_size: int,
+    batch_size: int,
+    force: bool,
 ) -> CodeManifest:
-    """The manifest before anything is written: what is asked for."""
+    """Write the codes of all images, with a progress bar."""
+    with _progress(requested.split, group) as bar:
+
+        def on_start(own: int, existing: int) -> None:
+            bar.reset(own)
+            if existing and group.is_main:
+                bar.write(f"{existing:,} grids are there already, {requested.total:,} in all: {out}")
+
+        rows = EncodedImages(tokenizer, part, flips=requested.flips, batch_size=batch_size, bar=bar)
+        with _explained_when_stopped(bar, group, force=force):
+            return write_codes(out, requested, rows, group, force=force, on_start=on_start)
+
+
+def _known_before_images(
+    info: CheckpointInfo, tokenizer: VQVAE, source: str, *, split: str, flips: bool, shard_size: int
+) -> CodeManifest:
+    """Return the manifest that is requested, but for FROM_IMAGES."""
     size, num_codes = info.preprocessing, tokenizer.config.num_codes
     versions = library_versions()
     return CodeManifest(
         count=0,
-        total=len(rows),
         num_codes=num_codes,
         grid=tokenizer.grid(size["height"], size["width"]),
         dtype=code_dtype(num_codes).name,
-        class_names=list(images.class_names),
+        class_names=[],
         split=split,
-        source=images.source,
+        source=source,
         image=size,
         tokenizer_fingerprint=info.fingerprint,
         shards=[],
         shard_size=shard_size,
         flips=flips,
-        rows_sha256=rows.sha256(),
         made_with={
             "device": _device_name(next(tokenizer.parameters()).device),
             **{name: versions[name] for name in ("codegrid", "torch") if name in versions},
         },
+    )
+
+
+def _request(known: CodeManifest, images: ImageSet, part: ImageSplit) -> CodeManifest:
+    """Return the manifest before anything is written: what is requested."""
+    return replace(
+        known,
+        total=len(part) * (2 if known.flips else 1),
+        class_names=list(images.class_names),
+        rows_sha256=rows_sha256(part),
     )
 
 
@@ -220,18 +179,18 @@ def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-def _progress(split: str, team: Processes) -> "tqdm[Any]":
-    share = f" (process {team.rank + 1} of {team.count})" if team.count > 1 else ""
-    return tqdm(unit="image", desc=f"encoding {split}{share}", dynamic_ncols=True, disable=not team.leads, total=0)
+def _progress(split: str, group: ProcessGroup) -> "tqdm[Any]":
+    share = f" (process {group.rank + 1} of {group.count})" if group.count > 1 else ""
+    return tqdm(unit="image", desc=f"encoding {split}{share}", dynamic_ncols=True, disable=not group.is_main, total=0)
 
 
 @contextmanager
-def _said_when_stopped(bar: "tqdm[Any]", team: Processes, *, force: bool) -> Iterator[None]:
+def _explained_when_stopped(bar: "tqdm[Any]", group: ProcessGroup, *, force: bool) -> Iterator[None]:
     """On Ctrl-C, say that nothing is lost."""
     try:
         yield
     except KeyboardInterrupt:
-        if team.leads:
+        if group.is_main:
             command = "the same command without --force" if force else "the same command"
             bar.write(f"stopped; finished shards are kept, and {command} continues", file=sys.stderr)
         raise

@@ -11,7 +11,7 @@ import unicodedata
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -20,8 +20,9 @@ from tqdm import tqdm
 from .errors import InputError
 from .folder_layout import PartLayout, read_layout
 from .image_cache import Broken, open_entry
+from .image_file import read_or_broken
 from .image_source import Contents, Part, Source, check_broken
-from .images import IMAGE_ERRORS, Preprocessing, is_grey, read_image, upright_size, why_unreadable
+from .images import IMAGE_ERRORS, Preprocessing, is_grey, read_image, upright_size
 
 DEFAULT_SIDE = 64  # pixels, of a folder's images if they differ in size or are larger than
 LARGEST_NATIVE = 128  # this; others keep the size they have
@@ -121,13 +122,18 @@ def _read_headers(files: list[_File]) -> Preprocessing:
 
 
 def _header(file: _File) -> Preprocessing | Broken:
-    """The size and channels one file has."""
+    """Return the size and channels of one file. Raise InputError if the system cannot read it."""
     try:
-        with Image.open(file.path) as image:
-            height, width = upright_size(image)
-            return Preprocessing(height=height, width=width, channels=1 if is_grey(image) else 3)
-    except IMAGE_ERRORS as error:
-        return Broken(why_unreadable(error))
+        with open(file.path, "rb") as data:
+            return _read_header(data)
+    except IMAGE_ERRORS:  # only all of its bytes tell whether it is damaged
+        return read_or_broken(file.path, _read_header)
+
+
+def _read_header(data: BinaryIO) -> Preprocessing:
+    with Image.open(data) as image:
+        height, width = upright_size(image)
+        return Preprocessing(height=height, width=width, channels=1 if is_grey(image) else 3)
 
 
 # Images
@@ -148,11 +154,8 @@ def _part(files: list[_File], layout: PartLayout) -> Part:
 
 
 def _read(file: _File, preprocessing: Preprocessing) -> np.ndarray | Broken:
-    """uint8 [C, H', W']."""
-    try:
-        return read_image(file.path, preprocessing)
-    except IMAGE_ERRORS as error:
-        return Broken(why_unreadable(error))
+    """Return the image as uint8 [C, H', W']. Raise InputError if the system cannot read the file."""
+    return read_or_broken(file.path, lambda data: read_image(data, preprocessing))
 
 
 def _threaded(work: Callable[[_File], _T], files: list[_File]) -> Iterator[_T]:

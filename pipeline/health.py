@@ -5,8 +5,9 @@ A batch cannot tell: it holds too few vectors to meet every code, so its perplex
 
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
+
+from .code_statistics import perplexity
 
 ENOUGH_VECTORS = 4  # for each code, before a code that was not met counts as unused
 MOST_CODES = 0.9  # a codebook with this share of its codes in use is alive
@@ -57,9 +58,3 @@ def codebook_health(histogram: Tensor) -> CodebookHealth:
         half=half,
         histogram=histogram.cpu(),
     )
-
-
-def perplexity(histogram: Tensor) -> float:
-    """Return exp of the entropy of a histogram of codes [K]: the number of equally frequent codes with that entropy."""
-    shares = histogram.double() / histogram.sum().clamp_min(1)
-    return float(torch.special.entr(shares).sum().exp())

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from .errors import InputError
 
-FORMAT = 1  # of an entry, and of every key: add one to leave all older entries unused
+FORMAT = 2  # of an entry and of every key; another number leaves older entries unused (1 also held passing errors)
 _INDEX = "index.json"
 _BUILDING = ".building-"
 _STALE = 24 * 3600  # seconds after which a folder that a killed process was building is cleared away

@@ -9,7 +9,7 @@ import struct
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
@@ -92,9 +92,9 @@ def prepare(image: Image.Image, preprocessing: Preprocessing) -> np.ndarray:
     return np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 
-def read_image(path: str | Path, preprocessing: Preprocessing) -> np.ndarray:
-    """`prepare` of a file. Raises one of IMAGE_ERRORS if it cannot be read."""
-    with Image.open(path) as image:
+def read_image(file: str | Path | BinaryIO, preprocessing: Preprocessing) -> np.ndarray:
+    """Return `prepare` of a file or of its bytes. Raise one of IMAGE_ERRORS if it cannot be read."""
+    with Image.open(file) as image:
         return prepare(image, preprocessing)
 
 

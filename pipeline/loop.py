@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -30,7 +29,6 @@ from .stage import Evaluation, Stage
 
 SAVE_EVERY_SECONDS = 60.0
 LINES_PER_EVALUATION = 20  # of the log, about the training losses
-MOST_HELD_OUT = 4096  # items that the evaluations during training use at most
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,12 +74,6 @@ def run_training(
                 trainer.save()
                 stop.exit(f"stopped at step {trainer.step:,} and saved; --resume continues")
     return trainer.finish()
-
-
-def split_rows(aside: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Rows to train on and rows to evaluate on, from a mask of those held out; a lone row serves as both."""
-    train, held_out = np.flatnonzero(~aside), np.flatnonzero(aside)[:MOST_HELD_OUT]
-    return (train, held_out) if len(held_out) else (train, train)
 
 
 class _Trainer:

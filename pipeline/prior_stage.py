@@ -18,8 +18,8 @@ from tokenizer import VQVAE
 
 from .images import to_uint8
 from .likelihood import measure_prior
-from .loop import split_rows
 from .pictures import save_grid
+from .splits import split_rows
 from .stage import Evaluation
 
 PICTURES = 32  # samples in the picture of each evaluation

@@ -29,8 +29,8 @@ from prior import GatedPixelCNN
 from tokenizer import VQVAE
 
 from .code_manifest import code_dtype
+from .code_statistics import count_codes, entropy_bits, packed_bits
 from .errors import InputError
-from .health import perplexity
 from .inference import BLOCK, decode_codes, encode_images
 from .labels import match_labels
 from .likelihood import code_batches, measure_prior
@@ -165,7 +165,7 @@ def _measure_split(tokenizer: VQVAE, prior: GatedPixelCNN | None, split: ImageSp
     """Measure one split, whose labels are in the prior's numbering."""
     num_codes = tokenizer.config.num_codes
     codes = _encode(tokenizer, split)
-    bits = {"packed": float(packed_bits(num_codes)), "entropy": entropy_bits(codes, num_codes)}
+    bits = {"packed": float(packed_bits(num_codes)), "entropy": entropy_bits(count_codes(codes, num_codes))}
     if prior is not None:
         bits["prior"] = measure_prior(prior, code_batches(codes, split.labels))
     psnr = _psnr_of_codes(tokenizer, codes, split.images)
@@ -205,17 +205,6 @@ def _warnings(rate: SplitRate | None) -> Iterator[str]:
             f"JPEG has only {rate.jpeg_psnr:.2f} dB at quality {rate.jpeg_quality}, "
             f"less than the codes with {rate.psnr:.2f} dB"
         )
-
-
-def packed_bits(num_codes: int) -> int:
-    """Return the bits of a code if all codes take the same: ceil(log2 K), at least 1."""
-    return max(1, (num_codes - 1).bit_length())
-
-
-def entropy_bits(codes: np.ndarray, num_codes: int) -> float:
-    """Return the order-0 entropy of codes of any shape, in bits per code."""
-    histogram = np.bincount(codes.ravel(), minlength=num_codes)
-    return float(np.log2(perplexity(torch.from_numpy(histogram))))
 
 
 def _encode(tokenizer: VQVAE, split: ImageSplit) -> np.ndarray:

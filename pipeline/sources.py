@@ -97,7 +97,7 @@ def open_images(
     _warn_of(index["broken"])
     train, test = (_open_split(folder, part, index[part]) for part in PARTS)
     return ImageSet(
-        source=source if source in IMAGE_SOURCES else _absolute(source),
+        source=source_name(source),
         data_root=data_root,
         preprocessing=preprocessing,
         class_names=tuple(index["class_names"]),
@@ -105,6 +105,11 @@ def open_images(
         test=test,
         broken=tuple(index["broken"]),
     )
+
+
+def source_name(source: str) -> str:
+    """Return what `ImageSet.source` will be: the name of a built-in source, or the absolute path of a folder."""
+    return source if source in IMAGE_SOURCES else _absolute(source)
 
 
 def _find(source: str, data_root: str | None) -> Source:

@@ -12,6 +12,8 @@ from collections.abc import Iterable
 
 import numpy as np
 
+MOST_HELD_OUT = 4096  # items that the evaluations during training use at most
+
 
 def held_out(names: Iterable[str], fraction: float = 0.05) -> np.ndarray:
     """Which of the training images to validate on: bool [N], about `fraction` of them.
@@ -21,6 +23,17 @@ def held_out(names: Iterable[str], fraction: float = 0.05) -> np.ndarray:
     """
     chosen = by_hash(names, fraction, "validation")
     return chosen if len(chosen) > 1 else np.zeros(len(chosen), bool)
+
+
+def split_rows(held_out_mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the rows to train on and the rows to evaluate on, ascending.
+
+    Args:
+        held_out_mask: bool [N]; the first MOST_HELD_OUT of its rows are evaluated on. Where it holds out none, all
+            rows serve as both.
+    """
+    train, held_out_rows = np.flatnonzero(~held_out_mask), np.flatnonzero(held_out_mask)[:MOST_HELD_OUT]
+    return (train, held_out_rows) if len(held_out_rows) else (train, train)
 
 
 def by_hash(names: Iterable[str], fraction: float, salt: str) -> np.ndarray:

@@ -11,11 +11,10 @@ from tokenizer import VQVAE, Baseline
 
 from .codebook_picture import codebook_picture
 from .images import to_uint8
-from .loop import split_rows
 from .pictures import above_and_below, save_grid, save_png
 from .reconstruction import measure_reconstruction
 from .sources import ImageSplit
-from .splits import held_out
+from .splits import held_out, split_rows
 from .stage import Evaluation
 
 PICTURES = 16  # images in the picture of reconstructions

@@ -9,7 +9,7 @@ import numpy as np
 
 from pipeline.code_manifest import CodeManifest, code_dtype
 from pipeline.code_writer import write_codes
-from pipeline.processes import Processes
+from pipeline.processes import ProcessGroup
 
 GRID = (3, 5)
 CLASS_NAMES = ("disc", "été", "線")
@@ -70,7 +70,7 @@ def request(
 
 def finished(folder: Path, rows: Rows, asked: CodeManifest | None = None) -> CodeManifest:
     """`rows` as a data set in `folder`."""
-    return write_codes(folder, asked or request(rows), rows, Processes())
+    return write_codes(folder, asked or request(rows), rows, ProcessGroup())
 
 
 def read_by_numpy(folder: Path) -> Rows:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from pipeline.code_manifest import CodeManifest, code_dtype, read_manifest, write_manifest
+from pipeline.code_manifest import CodeManifest, ShardEntry, code_dtype, read_manifest, write_manifest
 from pipeline.code_shards import SHARD_FILES, write_shard
 from pipeline.codes import CodeDataset
 from pipeline.errors import InputError
@@ -29,9 +29,9 @@ SMALL_PRIOR = {"steps": 1, "channels": 2, "num_layers": 1, "precision": "fp32"}
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="asks /proc")
 
 
-def manifest_of(shards: list[dict[str, Any]], **fields: Any) -> CodeManifest:
+def manifest_of(shards: list[ShardEntry], **fields: Any) -> CodeManifest:
     chosen = {
-        "count": sum(shard["count"] for shard in shards),
+        "count": sum(shard.count for shard in shards),
         "num_codes": LEVELS,
         "grid": GRID,
         "class_names": [],
@@ -69,7 +69,7 @@ def zeros(folder: Path, counts: Sequence[int], grid: tuple[int, int], num_codes:
         files = [pattern.format(i) for pattern in SHARD_FILES]
         np.lib.format.open_memmap(folder / files[0], "w+", code_dtype(num_codes), (count, *grid))
         np.lib.format.open_memmap(folder / files[1], "w+", np.int64, (count,))
-        entries.append({"start": sum(counts[:i]), "count": count, "files": dict.fromkeys(files, "")})
+        entries.append(ShardEntry(sum(counts[:i]), count, dict.fromkeys(files, "")))
     write_manifest(folder, manifest_of(entries, grid=grid, num_codes=num_codes))
     return folder
 
@@ -163,7 +163,7 @@ def test_the_largest_code_of_every_type_survives(tmp_path: Path, num_codes: int)
     np.testing.assert_array_equal(dataset[3][0], expected[0])
 
 
-# Processes
+# ProcessGroup
 
 
 @pytest.mark.parametrize("start", ["here", "fork", "spawn"])

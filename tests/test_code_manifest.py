@@ -57,6 +57,10 @@ def test_a_manifest_of_the_earlier_program(tmp_path: Path) -> None:
     assert (manifest.total, manifest.shard_size, manifest.flips, manifest.tables) == (None, None, False, {})
 
 
+def test_shards_of_the_earlier_program_start_where_the_others_end(tmp_path: Path) -> None:
+    assert [(shard.start, shard.count) for shard in read(tmp_path, EARLIER).shards] == [(0, 3), (3, 2)]
+
+
 def test_a_field_of_a_later_program_is_left_aside(tmp_path: Path) -> None:
     assert read(tmp_path, {**EARLIER, "colour": "red"}) == read(tmp_path, EARLIER)
 
@@ -89,8 +93,32 @@ def with_files(*names: str) -> list[dict[str, Any]]:
         ({"shards": with_files("c.npy", "/l.npy", "n.json")}, "a shard of the files"),
         ({"shards": with_files("c.npy", "l.npy", "a/n.json")}, "a shard of the files"),
         ({"shards": with_files("c.npy", "l.npy")}, "a shard of the files"),
-        ({"shards": [{"count": 5}]}, "'files'"),
-        ({"shards": [5]}, ""),
+        ({"shards": with_files("c.npy", "..", "n.json")}, "a shard of the files"),
+        ({"shards": with_files("c.npy", "a\\l.npy", "n.json")}, "a shard of the files"),
+        ({"shards": with_files("c.npy", "\0", "n.json")}, "a shard of the files"),
+        ({"shards": with_files("c.npy", "\ud800", "n.json")}, "a shard of the files"),
+        ({"shards": with_files("c.npy", "", "n.json")}, "a shard of the files"),
+        ({"shards": [{"count": 5}]}, "shard 0 without files"),
+        ({"shards": [{"files": EARLIER["shards"][0]["files"]}]}, "shard 0 without count"),
+        ({"shards": [EARLIER["shards"][0], 5]}, "5 as shard 1"),
+        ({"shards": [EARLIER["shards"][0], None]}, "None as shard 1"),
+        ({"shards": [EARLIER["shards"][0], [EARLIER["shards"][1]]]}, "as shard 1"),
+        *(
+            ({"shards": [EARLIER["shards"][0], {**EARLIER["shards"][1], name: value}]}, f"as {name} of shard 1")
+            for name, value in [
+                *(("count", value) for value in ("2", 2.0, True, None, [2], {"a": 2})),
+                *(("start", value) for value in ("3", 3.0, True, None, [3])),
+                *(("files", value) for value in (["a", "b", "c"], "abc", None, {"c.npy": 1, "l.npy": 2, "n.json": 3})),
+                ("files", {"c.npy": ["d"], "l.npy": {}, "n.json": None}),
+            ]
+        ),
+        ({"shards": [EARLIER["shards"][0], {**EARLIER["shards"][1], "start": -3}]}, "a start of -3"),
+        ({"shard_size": 0}, "shards of 0 grids"),
+        ({"shard_size": -3}, "shards of -3 grids"),
+        ({"shard_size": 3}, "shard 0 without start"),
+        ({"num_codes": 2**31 + 1, "dtype": "int32"}, "K = 2147483649"),
+        ({"total": -5, "count": 0, "shards": []}, "0 grids of -5"),
+        *(({"tables": {name: "0" * 64}}, "a table in the file") for name in ("../a", "..", "a/b", "a\\b", "", "\0")),
     ],
 )
 def test_a_manifest_that_contradicts_itself(tmp_path: Path, change: dict[str, Any], got: str) -> None:
@@ -107,6 +135,12 @@ def test_a_manifest_that_contradicts_itself(tmp_path: Path, change: dict[str, An
         *[("count", "5"), ("count", 5.0), ("num_codes", 16.0), ("split", None), ("source", 3), ("image", [8, 12, 1])],
         *[("class_names", None), ("class_names", "cat"), ("class_names", ["cat", 1]), ("tokenizer_fingerprint", 0)],
         *[("total", "5"), ("shards", {}), ("flips", None), ("tables", None), ("grid", {"a": 4, "b": 6})],
+        *[(name, True) for name in ("count", "num_codes", "total", "shard_size", "statistics")],
+        *[("shard_size", value) for value in ("3", 3.0, [3])],
+        *[("grid", [True, 6]), ("flips", 1), ("rows_sha256", None), ("made_with", {"torch": 2})],
+        *[("image", {"height": "8", "width": 12, "channels": 1}), ("image", {"height": 8, "width": 12})],
+        *[("image", {"height": 8, "width": 12, "channels": True}), ("tables", {"codes.npz": 1}), ("tables", ["a"])],
+        *[("statistics", {"perplexity": "3"}), ("statistics", {"perplexity": True}), ("statistics", [3.0])],
     ],
 )
 def test_a_field_of_another_type(tmp_path: Path, name: str, value: Any) -> None:

@@ -24,7 +24,7 @@ from pipeline.code_manifest import read_manifest
 from pipeline.code_tables import add_table, check_table
 from pipeline.code_writer import write_codes
 from pipeline.errors import InputError
-from pipeline.processes import Processes
+from pipeline.processes import ProcessGroup
 
 from .code_folders import CLASS_NAMES, FINGERPRINT, GRID, Rows, finished, random_rows, read_by_numpy, request
 from .conftest import CLASS_NAMES as FOLDERS
@@ -233,7 +233,7 @@ def no_more_encoding(patch: pytest.MonkeyPatch) -> None:
     def encode(*arguments: object, **options: object) -> None:
         raise AssertionError("an image is encoded")
 
-    patch.setattr("pipeline.export.encode_images", encode)
+    patch.setattr("pipeline.encoded_images.encode_images", encode)
 
 
 def test_a_table_is_added_to_finished_codes(
@@ -396,7 +396,7 @@ def test_a_card_is_written_once_all_is(tmp_path: Path) -> None:
 
     stopped = Stopped(rows.all_codes, rows.all_labels, rows.all_names)
     with pytest.raises(Killed):
-        write_codes(tmp_path, request(rows), stopped, Processes())
+        write_codes(tmp_path, request(rows), stopped, ProcessGroup())
     assert not (tmp_path / "README.md").exists()
     manifest = finished(tmp_path, rows)
     assert (tmp_path / "README.md").read_text("utf-8") == card(manifest) == card(read_manifest(tmp_path))

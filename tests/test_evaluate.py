@@ -14,10 +14,11 @@ from PIL import Image
 from pipeline import evaluate as module
 from pipeline import inference, likelihood, rate
 from pipeline.checkpoint import read_info, save_checkpoint
+from pipeline.code_statistics import perplexity
 from pipeline.codes import CodeDataset
 from pipeline.errors import InputError
 from pipeline.export import export_codes
-from pipeline.health import CodebookHealth, perplexity
+from pipeline.health import CodebookHealth
 from pipeline.inference import BLOCK
 from pipeline.likelihood import measure_prior
 from pipeline.recipes import TokenizerSettings

@@ -11,7 +11,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from contextlib import ExitStack
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from pipeline import code_writer, export, files, inference
+from pipeline import code_writer, encoded_images, export, files, inference
 from pipeline.code_manifest import read_manifest
 from pipeline.codes import CodeDataset
 from pipeline.errors import InputError
 from pipeline.export import export_codes
+from pipeline.folder_lock import LOCK, only_writer
 from pipeline.inference import BLOCK
 from pipeline.loading import load_tokenizer
 from pipeline.sources import ImageSplit, open_images
@@ -67,7 +69,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> int:
     """Of 4 images, so that a few pictures are many blocks."""
     monkeypatch.setattr(inference, "BLOCK", 4)
-    monkeypatch.setattr(export, "BLOCK", 4)
+    monkeypatch.setattr(encoded_images, "BLOCK", 4)
     return 4
 
 
@@ -249,14 +251,14 @@ def deadline(quick: None, monkeypatch: pytest.MonkeyPatch) -> Deadline:
 def whole_shards(folder: Path) -> set[int]:
     """First rows of the shards that count; everything that the manifest says is so."""
     if not (folder / "manifest.json").exists():
-        assert not folder.exists() or all(path.name in (".writable", "manifest.json.new") for path in folder.iterdir())
+        assert not folder.exists() or all(path.name == "manifest.json.new" for path in folder.iterdir())
         return set()
     entries = list(read_manifest(folder).shards)
     for entry in entries:
-        for name, digest in entry["files"].items():
+        for name, digest in entry.files.items():
             assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == digest
-    entries += [json.loads(path.read_bytes()) for path in folder.glob("shard-*.json")]
-    return {entry["start"] for entry in entries}
+    coming = [json.loads(path.read_bytes()) for path in folder.glob("shard-*.json")]
+    return {entry.start for entry in entries} | {entry["start"] for entry in coming}
 
 
 @pytest.fixture
@@ -406,13 +408,13 @@ def test_an_entry_whose_files_are_damaged_is_never_counted(
         patch.setattr(code_writer, "write_shard", _killed)
         with pytest.raises(Killed):
             export_codes(tokenizer, out, **given)
-    (out / f"shard-{len(manifest.shards) - 1:05d}.json").write_text(json.dumps(last))
+    (out / f"shard-{len(manifest.shards) - 1:05d}.json").write_text(json.dumps(asdict(last)))
     monkeypatch.setattr(code_writer, "QUIET", 0)
     counted = []
     write = code_writer.write_shard
     monkeypatch.setattr(code_writer, "write_shard", lambda *a, **b: counted.append(whole_shards(out)) or write(*a, **b))
     export_codes(tokenizer, out, **given)
-    assert all(last["start"] not in starts for starts in counted)
+    assert all(last.start not in starts for starts in counted)
     assert len(counted) == len(manifest.shards)
     assert digest_of(out) == digest_of(tmp_path / "whole")
 
@@ -491,7 +493,118 @@ def test_a_process_killed_in_the_middle_and_run_again(tmp_path: Path, tokenizer:
     assert digest_of(out) == digest_of(tmp_path / "undisturbed")
 
 
-# What is refused
+# What is refused, and when
+
+
+def no_images(*_: Any, **__: Any) -> Any:
+    raise AssertionError("images were prepared before it was refused")
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [
+        ("tokenizer", "codes with tokenizer fingerprint"),
+        ("split", "codes with split train where this is test"),
+        ("source", "codes with source"),
+        ("flips", "codes with flips False where this is True"),
+        ("shard size", "codes with shard size 4 where this is 5"),
+        ("files", "a folder with files in it"),
+        ("README", "a README.md that export-codes did not write"),
+        ("damaged manifest", "expected the manifest of a code data set"),
+        ("a file", "a folder that can be written"),
+        ("below a file", "a folder that can be written"),
+        ("another export", "another export that writes into it, process"),
+    ],
+)
+def test_what_can_be_refused_is_refused_before_images_are_prepared(
+    tmp_path: Path, tokenizer: Path, many: Path, what: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, holding = tmp_path / "codes", ExitStack()
+    given: dict[str, Any] = {"shard_size": 4}
+    export_codes(tokenizer, out, device="cpu", **given)
+    if what == "tokenizer":
+        tokenizer = tmp_path / "other"
+        save_tokenizer(tokenizer, brightness_tokenizer(17), many)
+    elif what in ("files", "README"):
+        shutil.rmtree(out)
+        out.mkdir()
+        (out / {"files": "notes.txt", "README": "README.md"}[what]).write_text("mine")
+    elif what == "damaged manifest":
+        (out / "manifest.json").write_text("{")
+    elif what in ("a file", "below a file"):
+        (tmp_path / "file").touch()
+        out = tmp_path / "file" if what == "a file" else tmp_path / "file" / "codes"
+    elif what == "another export":
+        holding.enter_context(only_writer(out))
+    else:
+        changed = {"split": "test", "source": "glyphs", "flips": True, "shard size": 5}[what]
+        given[{"source": "data", "shard size": "shard_size"}.get(what, what)] = changed
+    monkeypatch.setattr(export, "images_of", no_images)
+    with holding:
+        before = digest_of(tmp_path)
+        with pytest.raises(InputError, match=re.escape(said)):
+            export_codes(tokenizer, out, device="cpu", **given)
+        assert digest_of(tmp_path) == before
+
+
+@pytest.mark.usefixtures("quick", "small_blocks")
+def test_of_two_exports_into_one_folder_one_is_refused(
+    tmp_path: Path, tokenizer: Path, codegrid: Codegrid, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether they are asked for the same or with --force; the first is not disturbed."""
+    out, command = tmp_path / "codes", ["export-codes", "--tokenizer", tokenizer, "--device", "cpu", "--out"]
+    assert codegrid(*command, tmp_path / "alone").status == 0
+    encode, outcomes, seen = VQVAE.encode, [], []
+
+    def meanwhile(model: VQVAE, images: Tensor) -> Tensor:
+        if not seen:
+            seen.append(images)
+            outcomes.extend(codegrid(*command, out, *options) for options in ([], ["--force"]))
+        return encode(model, images)
+
+    monkeypatch.setattr(VQVAE, "encode", meanwhile)
+    export_codes(tokenizer, out, device="cpu")
+    for outcome in outcomes:
+        (line,) = outcome.error_lines
+        assert outcome.status == 1
+        assert f"got another export that writes into it, process {os.getpid()} on " in line
+    assert len(outcomes) == 2
+    assert digest_of(out) == digest_of(tmp_path / "alone")
+
+
+@pytest.mark.usefixtures("quick")
+def test_no_lock_is_left(tmp_path: Path, tokenizer: Path) -> None:
+    """Nor the one that a kill left."""
+    (tmp_path / "codes").mkdir()
+    (tmp_path / "codes" / LOCK).write_text("{}")
+    for force in (False, True):
+        export_codes(tokenizer, tmp_path / "codes", device="cpu", force=force)
+        assert not (tmp_path / "codes" / LOCK).exists()
+
+
+@pytest.mark.usefixtures("quick")
+def test_images_that_cannot_be_opened_leave_no_folder(tmp_path: Path, tokenizer: Path) -> None:
+    with pytest.raises(InputError, match="which is neither"):
+        export_codes(tokenizer, tmp_path / "deep" / "codes", data="no-such-source", device="cpu")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("quick")
+def test_entries_are_known_by_their_exact_name_and_a_damaged_one_does_not_count(
+    tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export_codes(tokenizer, tmp_path / "whole", shard_size=4, device="cpu")
+    out, whole = tmp_path / "codes", digest_of(tmp_path / "whole")
+    unfinished(out, tokenizer, monkeypatch, shard_size=4)
+    theirs = {"shard-notes.json": "mine", "shard-1.json": "{}"}
+    for name, content in {**theirs, "shard-00002.json": "[", "shard-00003.json": '{"start": 12}'}.items():
+        (out / name).write_text(content)
+    export_codes(tokenizer, out, shard_size=4, device="cpu")
+    assert {name: (out / name).read_text() for name in theirs} == theirs
+    for name in theirs:
+        (out / name).unlink()
+    assert digest_of(out) == whole
 
 
 def unfinished(out: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch, **given: Any) -> None:

@@ -19,12 +19,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline import code_writer, export, inference
+from pipeline import code_writer, encoded_images, export, inference
 from pipeline.code_manifest import CodeManifest
 from pipeline.codes import CodeDataset
 from pipeline.errors import InputError
 from pipeline.export import export_codes
-from pipeline.processes import OtherProcessError, Processes, processes
+from pipeline.folder_lock import only_writer
+from pipeline.processes import OtherProcessError, ProcessGroup, process_group
 from pipeline.sources import open_images
 from tokenizer import VQVAE
 
@@ -65,14 +66,14 @@ class Meeting:
 
 
 @dataclass(frozen=True)
-class ThreadAsProcess(Processes):
+class ThreadAsProcess(ProcessGroup):
     meeting: Meeting = field(default_factory=lambda: Meeting(1))
 
     def gather(self, value: T) -> list[T]:
         return self.meeting.exchange(self.rank, value)
 
 
-def in_team(count: int, work: Callable[[Processes], Any], machines: int = 1) -> list[Any]:
+def in_team(count: int, work: Callable[[ProcessGroup], Any], machines: int = 1) -> list[Any]:
     """What `work` returned or raised in each of `count` processes, by rank."""
     meeting, outcomes = Meeting(count), [None] * count
     here = count // machines
@@ -98,14 +99,14 @@ class Team:
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self._own = threading.local()
-        patch.setattr(export, "processes", self._here)
+        patch.setattr(export, "process_group", self._here)
 
     @contextmanager
-    def _here(self) -> Iterator[Processes]:
-        yield getattr(self._own, "team", Processes())
+    def _here(self) -> Iterator[ProcessGroup]:
+        yield getattr(self._own, "team", ProcessGroup())
 
     def export(self, count: int, *given: Any, **options: Any) -> list[Any]:
-        def work(team: Processes) -> CodeManifest:
+        def work(team: ProcessGroup) -> CodeManifest:
             self._own.team = team
             return export_codes(*given, device="cpu", **options)
 
@@ -116,7 +117,7 @@ class Team:
 def team(monkeypatch: pytest.MonkeyPatch) -> Team:
     """With blocks of 4 images, and without waiting for the disk."""
     monkeypatch.setattr(inference, "BLOCK", 4)
-    monkeypatch.setattr(export, "BLOCK", 4)
+    monkeypatch.setattr(encoded_images, "BLOCK", 4)
     monkeypatch.setattr(os, "fsync", lambda file: None)
     return Team(monkeypatch)
 
@@ -127,17 +128,17 @@ def team(monkeypatch: pytest.MonkeyPatch) -> Team:
 def test_each_item_is_in_exactly_one_share_and_neighbours_stay_together() -> None:
     for count in range(1, 7):
         for n in range(20):
-            shares = [Processes(rank, count).share(list(range(n))) for rank in range(count)]
+            shares = [ProcessGroup(rank, count).share(list(range(n))) for rank in range(count)]
             assert [item for share in shares for item in share] == list(range(n))
             assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
 def test_one_process_needs_nobody() -> None:
-    alone = Processes()
-    assert (alone.leads, alone.gather(3), alone.share([1, 2])) == (True, [3], [1, 2])
-    assert alone.together(lambda: 1) == alone.leader(lambda: 1) == alone.in_turns(lambda: 1) == 1
+    alone = ProcessGroup()
+    assert (alone.is_main, alone.gather(3), alone.share([1, 2])) == (True, [3], [1, 2])
+    assert alone.run_on_all(lambda: 1) == alone.run_on_main(lambda: 1) == alone.main_first(lambda: 1) == 1
     with pytest.raises(InputError, match="expected x, got y; z"):
-        alone.together(lambda: _wrong("x"))
+        alone.run_on_all(lambda: _wrong("x"))
 
 
 def _wrong(expected: str) -> int:
@@ -146,7 +147,7 @@ def _wrong(expected: str) -> int:
 
 @pytest.mark.parametrize("wrong", [{0}, {1}, {1, 2}, {0, 1, 2}])
 def test_what_fails_in_some_is_said_by_the_leader_alone(wrong: set[int]) -> None:
-    outcomes = in_team(3, lambda us: us.together(lambda: _wrong(f"x{us.rank}") if us.rank in wrong else us.rank))
+    outcomes = in_team(3, lambda us: us.run_on_all(lambda: _wrong(f"x{us.rank}") if us.rank in wrong else us.rank))
     assert str(outcomes[0]) == f"expected x{min(wrong)}, got y; z"
     for outcome in outcomes[1:]:
         assert isinstance(outcome, OtherProcessError)
@@ -154,25 +155,25 @@ def test_what_fails_in_some_is_said_by_the_leader_alone(wrong: set[int]) -> None
 
 
 def test_together_gives_each_its_own_and_the_leader_gives_all_the_same() -> None:
-    assert in_team(3, lambda us: us.together(lambda: us.rank * 10)) == [0, 10, 20]
+    assert in_team(3, lambda us: us.run_on_all(lambda: us.rank * 10)) == [0, 10, 20]
     done: list[int] = []
-    assert in_team(3, lambda us: us.leader(lambda: done.append(us.rank) or "led")) == ["led"] * 3
+    assert in_team(3, lambda us: us.run_on_main(lambda: done.append(us.rank) or "led")) == ["led"] * 3
     assert done == [0]
-    outcomes = in_team(2, lambda us: us.leader(lambda: _wrong("x")))
+    outcomes = in_team(2, lambda us: us.run_on_main(lambda: _wrong("x")))
     assert [type(outcome) for outcome in outcomes] == [InputError, OtherProcessError]
 
 
 def test_in_turns_the_first_of_each_machine_is_done_before_its_others_begin() -> None:
     done: list[int] = []
 
-    def work(us: Processes) -> int:
+    def work(us: ProcessGroup) -> int:
         def action() -> int:
             if us.local_rank:
                 assert {0, 3} <= set(done)
             done.append(us.rank)
             return us.rank
 
-        return us.in_turns(action)
+        return us.main_first(action)
 
     assert in_team(6, work, machines=2) == list(range(6))
     assert sorted(done) == list(range(6))
@@ -181,21 +182,21 @@ def test_in_turns_the_first_of_each_machine_is_done_before_its_others_begin() ->
 def test_each_process_takes_a_gpu_of_its_own_unless_one_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert [Processes(rank, 3, rank).device("auto") for rank in range(3)] == ["cuda:0", "cuda:1", "cuda:0"]
-    assert Processes(5, 6, 1).device("cuda") == "cuda:1"
-    assert Processes(1, 2, 1).device("cpu") == "cpu"
-    assert Processes(1, 2, 1).device("cuda:0") == "cuda:0"
-    assert Processes().device("auto") == "auto"
+    assert [ProcessGroup(rank, 3, rank).device("auto") for rank in range(3)] == ["cuda:0", "cuda:1", "cuda:0"]
+    assert ProcessGroup(5, 6, 1).device("cuda") == "cuda:1"
+    assert ProcessGroup(1, 2, 1).device("cpu") == "cpu"
+    assert ProcessGroup(1, 2, 1).device("cuda:0") == "cuda:0"
+    assert ProcessGroup().device("auto") == "auto"
 
 
 def test_without_torchrun_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    with processes() as team:
-        assert team == Processes()
+    with process_group() as team:
+        assert team == ProcessGroup()
     monkeypatch.setenv("WORLD_SIZE", "4")  # as some schedulers leave it for a program that they start once
     monkeypatch.delenv("RANK", raising=False)
-    with processes() as team:
-        assert team == Processes()
+    with process_group() as team:
+        assert team == ProcessGroup()
 
 
 # An export by several
@@ -294,6 +295,15 @@ def test_a_shard_of_another_machine_that_never_shows(
 def test_a_wrong_option_is_said_once(tmp_path: Path, tokenizer: Path, team: Team) -> None:
     outcomes = team.export(2, tokenizer, tmp_path / "codes", to="csv")
     assert [type(outcome) for outcome in outcomes] == [InputError, OtherProcessError]
+
+
+def test_a_folder_that_another_export_has_is_said_once(tmp_path: Path, tokenizer: Path, team: Team) -> None:
+    """The processes of one export are one writer."""
+    with only_writer(tmp_path / "codes"):
+        outcomes = team.export(3, tokenizer, tmp_path / "codes")
+    assert [type(outcome) for outcome in outcomes] == [InputError, OtherProcessError, OtherProcessError]
+    assert "another export that writes into it" in str(outcomes[0])
+    assert not (tmp_path / "codes").exists()
 
 
 # As torchrun starts them

@@ -1,13 +1,11 @@
 """The verdict on a codebook, from histograms whose answer a reader knows."""
 
-import math
-
 import pytest
 import torch
 from torch import Tensor
 
 from pipeline.codebook_picture import BARS, COLUMNS, TILE, code_tiles, codebook_picture
-from pipeline.health import codebook_health, perplexity
+from pipeline.health import codebook_health
 from pipeline.pictures import GAP
 
 from .support import LEVELS, STEP, brightness_tokenizer
@@ -27,12 +25,6 @@ def test_half_is_the_fewest_codes_that_carry_half(histogram: list[int], half: in
         n for n in range(1, len(histogram) + 1) if 2 * sum(sorted(histogram, reverse=True)[:n]) >= sum(histogram)
     )
     assert codebook_health(torch.tensor(histogram)).half == half == slow
-
-
-def test_perplexity_is_the_number_of_codes_when_all_are_used_alike() -> None:
-    assert perplexity(even(512, 37)) == pytest.approx(37)
-    assert perplexity(torch.tensor([3, 1])) == pytest.approx(math.exp(-0.75 * math.log(0.75) - 0.25 * math.log(0.25)))
-    assert perplexity(torch.tensor([0, 0])) == 1
 
 
 @pytest.mark.parametrize(

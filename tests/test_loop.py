@@ -16,7 +16,7 @@ from pipeline.checkpoint import load_training, load_weights, read_info
 from pipeline.codes import CodeDataset
 from pipeline.likelihood import measure_prior
 from pipeline.loading import load_prior, load_tokenizer
-from pipeline.loop import run_training, split_rows
+from pipeline.loop import run_training
 from pipeline.metrics_log import MetricsLog
 from pipeline.prior_stage import PriorStage
 from pipeline.reconstruction import measure_reconstruction
@@ -52,14 +52,6 @@ def test_a_batch_depends_on_the_seed_and_its_step_alone() -> None:
     order = DataOrder(7, 3, 5)
     assert [order.batch(step).tolist() for step in reversed(range(9))] == forwards[::-1]
     assert [DataOrder(7, 3, 6).batch(step).tolist() for step in range(9)] != forwards
-
-
-@pytest.mark.parametrize("aside", [[0, 0, 1, 0, 1], [0], [0, 1]])
-def test_rows_to_train_on_and_rows_held_out(aside: list[int]) -> None:
-    train, held = split_rows(np.array(aside, dtype=bool))
-    expected = [i for i, out in enumerate(aside) if not out]
-    assert train.tolist() == expected
-    assert held.tolist() == ([i for i, out in enumerate(aside) if out] or expected)
 
 
 # The learning rate

@@ -17,7 +17,7 @@ from pipeline.errors import InputError
 from pipeline.evaluate import evaluate as evaluate_model
 from pipeline.inference import BLOCK
 from pipeline.picture_rate import JpegRate, jpeg_at_psnr, mean_png_bytes, measure_jpeg, rate_at, scan_bytes
-from pipeline.rate import SplitRate, entropy_bits, packed_bits, rate_table, some_of
+from pipeline.rate import SplitRate, rate_table, some_of
 from pipeline.sources import ImageSplit, open_images
 from prior import GatedPixelCNN
 from tokenizer.config import Bottleneck
@@ -151,19 +151,6 @@ def rising(quality: int) -> JpegRate:
 
 
 # Codes
-
-
-def test_entropy_of_histograms_by_hand() -> None:
-    assert entropy_bits(np.array([[[0, 0], [3, 0]], [[0, 1], [1, 2]]], dtype=np.uint8), 8) == pytest.approx(1.75)
-    assert entropy_bits(np.full((2, 3, 4), 5, dtype=np.uint16), 300) == 0
-    assert entropy_bits(np.arange(48).reshape(3, 4, 4) % 16, 16) == pytest.approx(4)
-
-
-@pytest.mark.parametrize(
-    ("num_codes", "bits"), [(2, 1), (3, 2), (4, 2), (5, 3), (16, 4), (256, 8), (257, 9), (512, 9), (513, 10)]
-)
-def test_packed_bits_by_hand(num_codes: int, bits: int) -> None:
-    assert packed_bits(num_codes) == bits
 
 
 @pytest.mark.parametrize(("num_codes", "size"), [(2, 3), (16, 12), (512, 27), (513, 30)])

@@ -6,7 +6,7 @@ import unicodedata
 import numpy as np
 import pytest
 
-from pipeline.splits import by_hash
+from pipeline.splits import MOST_HELD_OUT, by_hash, split_rows
 
 
 @pytest.mark.parametrize("salt", ["validation", "test"])
@@ -20,3 +20,11 @@ def test_a_name_is_chosen_when_its_hash_is_low(salt: str) -> None:
         digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
         expected.append(int(digest[:16], 16) / 2**64 < 0.3)
     np.testing.assert_array_equal(by_hash(iter(names), 0.3, salt), expected)
+
+
+@pytest.mark.parametrize("mask", [[0, 0, 1, 0, 1], [0], [0, 1], [0] * 7 + [1] * (MOST_HELD_OUT + 3)])
+def test_rows_to_train_on_and_rows_held_out(mask: list[int]) -> None:
+    train, held_out_rows = split_rows(np.array(mask, dtype=bool))
+    expected = [row for row, out in enumerate(mask) if not out]
+    assert train.tolist() == expected
+    assert held_out_rows.tolist() == ([row for row, out in enumerate(mask) if out][:MOST_HELD_OUT] or expected)

@@ -189,13 +189,13 @@ def test_a_run_that_cannot_be_written_is_not_resumed(
 ) -> None:
     """As in a folder that has become read-only, which permissions alone do not bring about for every user."""
 
-    def touch(path: Path, mode: int = 0o666, exist_ok: bool = True) -> NoReturn:
+    def temporary_file(**where: object) -> NoReturn:
         raise PermissionError(errno.EACCES, "Permission denied")
 
     shutil.copytree(trained.tokenizer, tmp_path / "run")
     before = digest_of(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "touch", touch)
+        patch.setattr("pipeline.folders.TemporaryFile", temporary_file)
         outcome = codegrid("train-tokenizer", "--out", tmp_path / "run", "--resume", "--steps", 9)
     assert outcome.status == 1
     (line,) = outcome.error_lines

@@ -3,18 +3,24 @@
 import hashlib
 import io
 import json
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from pipeline import verify_codes
 from pipeline.code_manifest import read_manifest
 from pipeline.code_tables import add_table
 from pipeline.code_writer import write_codes
-from pipeline.processes import Processes
+from pipeline.export import export_codes
+from pipeline.folder_lock import LOCK
+from pipeline.processes import ProcessGroup
+from pipeline.sources import open_images
 
 from .code_folders import CLASS_NAMES, FINGERPRINT, GRID, Rows, finished, random_rows, request
 from .conftest import Codegrid, Trained
@@ -230,7 +236,8 @@ def test_a_negative_code(tmp_path: Path, codegrid: Codegrid) -> None:
     outcome = checked(codegrid, tmp_path)
     assert outcome.out.startswith("codes-00000.npy holds codes from -1 to 0, where 0 to 65536 is possible")
     put(tmp_path, "codes-00000.npy", with_one(65_536, np.int32))
-    assert checked(codegrid, tmp_path).status == 0, "K - 1 is a code"
+    said = checked(codegrid, tmp_path).out.splitlines()
+    assert [line[:14] for line in said] == ["the statistics"] * 3, "K - 1 is a code"
 
 
 def test_a_label_where_there_are_no_classes(tmp_path: Path, codegrid: Codegrid) -> None:
@@ -258,6 +265,11 @@ def test_a_label_where_there_are_no_classes(tmp_path: Path, codegrid: Codegrid) 
         ({"shard_size": 5}, "shard 0 holds rows 0 to 3, which is no shard of 5"),
         ({"format_version": 2}, "expected format version 1"),
         ({"shards": []}, "a count of 10 over shards of 0 grids"),
+        ({"shard_size": 0}, "shards of 0 grids"),
+        ({"shard_size": -4}, "shards of -4 grids"),
+        ({"rows_sha256": "0" * 63}, "rows_sha256"),
+        ({"rows_sha256": "G" * 64}, "rows_sha256"),
+        ({"tables": {"../codes.npz": "0" * 64}}, "a table in the file '../codes.npz'"),
     ],
 )
 def test_a_manifest_that_says_something_else(
@@ -278,6 +290,106 @@ def test_no_manifest_at_all(whole: Path, codegrid: Codegrid, content: bytes) -> 
     assert "manifest.json" in outcome.error_lines[-1]
     (whole / "manifest.json").unlink()
     assert "got no manifest.json" in checked(codegrid, whole).error_lines[-1]
+
+
+@pytest.mark.parametrize("name", ["start", "count", "files"])
+@pytest.mark.parametrize("value", ["missing", "4", 4.0, True, None, [4], {"codes-00001.npy": 4}])
+def test_a_shard_whose_entry_is_not_one(whole: Path, codegrid: Codegrid, name: str, value: Any) -> None:
+    shards = shards_of(whole)
+    if value == "missing":
+        del shards[1][name]
+    else:
+        shards[1][name] = value
+    change_manifest(whole, shards=shards)
+    outcome = checked(codegrid, whole)
+    assert outcome.status == 1
+    assert name in outcome.error_lines[-1]
+    assert "shard 1" in outcome.error_lines[-1]
+    assert "Traceback" not in outcome.err
+    assert "--debug" not in outcome.error_lines[-1], "not an error that nobody thought of"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *[("codes_used", 15), ("perplexity", 3.5), ("entropy_bits_per_code", float("nan")), ("perplexity", 1e999)],
+        ("perplexity", None),
+    ],
+)
+def test_statistics_that_the_codes_do_not_have(whole: Path, codegrid: Codegrid, name: str, value: float | None) -> None:
+    statistics = json.loads((whole / "manifest.json").read_text("utf-8"))["statistics"]
+    true = statistics.pop(name)
+    if value is not None:
+        statistics[name] = value
+    change_manifest(whole, statistics=statistics)
+    outcome = checked(codegrid, whole)
+    assert outcome.out == f"the statistics say {name} {value}, the codes have {true}\n"
+
+
+def test_statistics_that_another_machine_rounded_otherwise(whole: Path, codegrid: Codegrid) -> None:
+    statistics = json.loads((whole / "manifest.json").read_text("utf-8"))["statistics"]
+    change_manifest(whole, statistics={**statistics, "perplexity": statistics["perplexity"] * (1 + 1e-14)})
+    assert checked(codegrid, whole).status == 0
+
+
+def test_a_finished_export_without_statistics(whole: Path, codegrid: Codegrid) -> None:
+    """As a kill just before they are counted leaves it."""
+    change_manifest(whole, statistics={})
+    assert checked(codegrid, whole).out == "the statistics are missing; the same export-codes adds them\n"
+
+
+def test_statistics_are_not_asked_of_damaged_codes(whole: Path, codegrid: Codegrid) -> None:
+    put(whole, "codes-00001.npy", with_one(16))
+    assert checked(codegrid, whole).out.count("\n") == 1
+
+
+# The images that the codes were made of
+
+
+@pytest.mark.parametrize("change", [None, "pixel", "name", "label", "one more"])
+def test_the_images_are_compared_if_they_are_named(
+    tmp_path: Path, grey_folder: Path, codegrid: Codegrid, change: str | None
+) -> None:
+    images, codes = tmp_path / "images", tmp_path / "codes"
+    shutil.copytree(grey_folder, images)
+    save_tokenizer(tmp_path / "tokenizer", brightness_tokenizer(), images)
+    export_codes(tmp_path / "tokenizer", codes, device="cpu", shard_size=8, flips=True)
+    manifest = read_manifest(codes)
+    first = images / open_images(str(images)).train.names[0]
+    {
+        None: lambda: None,
+        "pixel": lambda: Image.fromarray(np.asarray(Image.open(first)) ^ 1).save(first),
+        "name": lambda: first.rename(first.with_name("0000.png")),
+        "label": lambda: (images / "disc").rename(images / "zzz"),
+        "one more": lambda: [shutil.copy(first, first.with_name(f"copy-{i}.png")) for i in range(4)],
+    }[change]()
+    outcome = checked(codegrid, codes, "--data", images)
+    if change is None:
+        assert (outcome.status, manifest.count) == (0, 2 * len(open_images(str(images)).train))
+    elif change == "one more":
+        assert re.fullmatch(rf"the codes are of {manifest.count // 2} images, .* has \d+\n", outcome.out)
+    else:
+        assert outcome.out.startswith(f"rows_sha256 is {manifest.rows_sha256}, the names, labels and pixels of")
+    assert checked(codegrid, codes).status == 0, "unless they are named"
+
+
+def test_images_cannot_be_compared_with_codes_that_do_not_say_of_which(whole: Path, codegrid: Codegrid) -> None:
+    outcome = checked(codegrid, whole, "--data", "glyphs")
+    assert "expected a manifest that names the rows_sha256" in outcome.error_lines[-1]
+    assert outcome.out == ""
+
+
+def test_a_data_root_needs_data(whole: Path, codegrid: Codegrid) -> None:
+    assert "--data-root" in checked(codegrid, whole, "--data-root", whole).error_lines[-1]
+
+
+# The lock of an export that is running
+
+
+def test_the_lock_of_an_export_is_not_foreign(whole: Path, codegrid: Codegrid) -> None:
+    """Whether its process still runs or was killed."""
+    (whole / LOCK).write_text("{}")
+    assert checked(codegrid, whole).status == 0
 
 
 def test_shards_in_another_order(whole: Path, codegrid: Codegrid) -> None:
@@ -319,7 +431,7 @@ def test_an_export_that_was_stopped(tmp_path: Path, codegrid: Codegrid, stopped_
             return super().codes(start, stop)
 
     with pytest.raises(Killed):
-        write_codes(tmp_path, request(rows), Stopped(rows.all_codes, rows.all_labels, rows.all_names), Processes())
+        write_codes(tmp_path, request(rows), Stopped(rows.all_codes, rows.all_labels, rows.all_names), ProcessGroup())
     (tmp_path / "codes-00002.npy.new").touch()
     outcome = checked(codegrid, tmp_path)
     count = read_manifest(tmp_path).count

@@ -1,0 +1,59 @@
+"""How often each code occurs in a data set, and what follows from it.
+
+K codes in the codebook.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+COUNTED_AT_ONCE = 2**20  # codes; numpy counts 8 bytes each
+
+
+@dataclass(frozen=True)
+class CodeStatistics:
+    """What the manifest of a code data set says of all its codes."""
+
+    codes_used: int  # codes that occur
+    perplexity: float  # 1 to K
+    entropy_bits_per_code: float  # order 0
+
+    @classmethod
+    def of(cls, histogram: Tensor) -> "CodeStatistics":
+        """Return the statistics of a histogram [K]."""
+        return cls(int((histogram > 0).sum()), perplexity(histogram), entropy_bits(histogram))
+
+
+def count_codes(codes: np.ndarray, num_codes: int) -> Tensor:
+    """Return how often each of K codes occurs among `codes` of any shape: int64 [K].
+
+    Memory stays flat however many there are.
+    """
+    histogram, flat = np.zeros(num_codes, dtype=np.int64), codes.reshape(-1)
+    for start in range(0, flat.size, COUNTED_AT_ONCE):
+        histogram += np.bincount(flat[start : start + COUNTED_AT_ONCE], minlength=num_codes)
+    return torch.from_numpy(histogram)
+
+
+def perplexity(histogram: Tensor) -> float:
+    """Return exp of the entropy of a histogram of codes [K]: how many equally frequent codes would spread as far."""
+    shares = histogram.double() / histogram.sum().clamp_min(1)
+    return float(torch.special.entr(shares).sum().exp())
+
+
+def entropy_bits(histogram: Tensor) -> float:
+    """Return the order-0 entropy of a histogram of codes [K], in bits per code."""
+    return float(np.log2(perplexity(histogram)))
+
+
+def packed_bits(num_codes: int) -> int:
+    """Return the bits of a code when all take the same: ceil(log2 K), at least 1."""
+    return max(1, (num_codes - 1).bit_length())
+
+
+def packed_bytes(grid: tuple[int, int], num_codes: int) -> float:
+    """Return the bytes of a grid of H x W codes of `packed_bits` each."""
+    return math.prod(grid) * packed_bits(num_codes) / 8
