@@ -33,7 +33,16 @@ from pipeline.splits import held_out
 from tokenizer import VQVAE
 
 from .conftest import Codegrid, Trained
-from .support import HEIGHT, WIDTH, brightness_tokenizer, cells_of, digest_of, fill_with_cells, save_tokenizer
+from .support import (
+    HEIGHT,
+    WIDTH,
+    brightness_tokenizer,
+    cells_of,
+    digest_of,
+    fill_with_cells,
+    save_tokenizer,
+    torch_threads,
+)
 from .training import Killed
 
 ROOT = Path(__file__).parents[1]
@@ -99,17 +108,16 @@ def all_rows(folder: Path) -> tuple[bytes, bytes, list[str]]:
 def test_batch_size_and_threads_change_no_byte_and_the_shard_size_no_row(
     tmp_path: Path, trained: Trained, many: Path
 ) -> None:
-    before, rows = torch.get_num_threads(), []
+    rows = []
     for shard_size in (1, 3, 64, 1000):
         folders = []
         for batch_size, threads in ((256, 1), (1, 2), (7, 1), (64, 2), (1000, 1)):
             if shard_size < 64 and batch_size > 7:
                 continue
-            torch.set_num_threads(threads)
             folders.append(tmp_path / f"{shard_size}-{batch_size}-{threads}")
             given = {"data": str(many), "shard_size": shard_size, "batch_size": batch_size}
-            export_codes(trained.tokenizer, folders[-1], device="cpu", **given)  # type: ignore[arg-type]
-        torch.set_num_threads(before)
+            with torch_threads(threads):
+                export_codes(trained.tokenizer, folders[-1], device="cpu", **given)  # type: ignore[arg-type]
         digests = [digest_of(folder) for folder in folders]
         assert {"manifest.json", "README.md"} < digests[0].keys()
         assert all(digest == digests[0] for digest in digests)
