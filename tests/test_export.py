@@ -583,16 +583,19 @@ def test_only_missing_shards_need_the_versions_that_wrote_the_others(
 
 
 @pytest.mark.parametrize(
-    ("content", "force"),
+    ("content", "force", "told"),
     [
-        *((name, False) for name in ("notes.txt", "README.md", "manifest.json", "codes-00000.npy", "README.md.new")),
-        ("README.md", True),
+        *((name, False, "a folder with files in it") for name in ("notes.txt", "codes-00000.npy", "README.md.new")),
+        *(("README.md", force, "README.md that export-codes did not write") for force in (False, True)),
+        ("manifest.json", False, "Expecting value"),
     ],
 )
-def test_somebody_elses_folder_is_refused(tmp_path: Path, tokenizer: Path, content: str, force: bool) -> None:
+def test_somebody_elses_folder_is_refused(
+    tmp_path: Path, tokenizer: Path, content: str, force: bool, told: str
+) -> None:
     (tmp_path / "theirs").mkdir()
     (tmp_path / "theirs" / content).write_text("mine")
-    with pytest.raises(InputError, match=r"expected .*, got .*; "):
+    with pytest.raises(InputError, match=rf"expected .*, got .*{told}.*; "):
         export_codes(tokenizer, tmp_path / "theirs", device="cpu", force=force)
     assert digest_of(tmp_path / "theirs") == {content: hashlib.sha256(b"mine").hexdigest()}
 

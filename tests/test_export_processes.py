@@ -294,6 +294,8 @@ def test_a_shard_of_another_machine_that_never_shows(
 def test_a_wrong_option_is_said_once(tmp_path: Path, tokenizer: Path, team: Team) -> None:
     outcomes = team.export(2, tokenizer, tmp_path / "codes", to="csv")
     assert [type(outcome) for outcome in outcomes] == [InputError, OtherProcessError]
+    assert "expected npz or parquet as --to, got csv" in str(outcomes[0])
+    assert not (tmp_path / "codes").exists()
 
 
 # As torchrun starts them

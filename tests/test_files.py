@@ -143,10 +143,14 @@ def test_a_kill_while_the_next_writer_completes_what_a_kill_left(tmp_path: Path,
 
 @both
 def test_a_first_write_is_there_whole_or_not_at_all(tmp_path: Path, halfway: bool) -> None:
+    seen = []
+
     def check() -> None:
-        assert [current(tmp_path, name).exists() for name in NEW] in ([False] * 3, [True] * 3)
+        seen.append([current(tmp_path, name).exists() for name in NEW])
 
     every_kill(lambda: fresh(tmp_path, {}), lambda: write_together(tmp_path, NEW), check, halfway=halfway)
+    assert seen == sorted(seen)  # absent up to one moment, there from then on
+    assert {tuple(found) for found in seen} == {(False,) * 3, (True,) * 3}
 
 
 def test_a_commit_makes_current_only_what_it_names(tmp_path: Path) -> None:
