@@ -6,6 +6,8 @@ nearest to the mean of the cell, and a code decodes to a cell of that level. Wit
 
 import hashlib
 import re
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -22,6 +24,7 @@ from prior import GatedPixelCNN, PriorConfig
 from tokenizer import VQVAE, Baseline, TokenizerConfig
 from tokenizer.config import Bottleneck
 
+ROOT = Path(__file__).parents[1]
 HEIGHT, WIDTH, CELL = 8, 12, 2  # pixels
 GRID = (HEIGHT // CELL, WIDTH // CELL)
 LEVELS = 16
@@ -43,6 +46,13 @@ class Outcome:
         written = re.sub(r"\x1b\[\d*[A-Z]", "", self.err)  # how tqdm moves the cursor
         lines = [line.strip() for line in re.split(r"[\r\n]", written)]
         return [line for line in lines if line and not re.search(r"\d+(%\||(image|step|row|batch) )", line)]
+
+
+def as_a_program(*arguments: object, cwd: Path) -> Outcome:
+    """`python cli.py ...` in a process of its own."""
+    command = [sys.executable, str(ROOT / "cli.py"), *map(str, arguments)]
+    ended = subprocess.run(command, cwd=cwd, capture_output=True, text=True, encoding="utf-8", timeout=120)
+    return Outcome(ended.returncode, ended.stdout, ended.stderr)
 
 
 @contextmanager
