@@ -236,6 +236,10 @@ def test_five_flat_pictures_without_labels(
         ("--code-dim", 3, "code_dim", 3),
         ("--downsample", 2, "downsample", 2),
         ("--downsample", 8, "downsample", 8),
+        ("--hidden-channels", 6, "hidden_channels", 6),
+        ("--num-residual-layers", 0, "num_residual_layers", 0),
+        ("--residual-channels", 3, "residual_channels", 3),
+        ("--commitment-weight", 0.5, "commitment_weight", 0.5),
         ("--codebook-update", "gradient", "codebook_update", "gradient"),
         ("--bottleneck", "vae", "bottleneck", "vae"),
         ("--bottleneck", "ae", "bottleneck", "ae"),
@@ -254,3 +258,43 @@ def test_each_option_of_a_tokenizer_acts(
     assert codegrid("reconstruct", "--tokenizer", tmp_path / "run", "--out", picture, "--split", "train").status == 0
     with Image.open(picture) as image:
         assert image.mode == ("L" if expected == 1 else "RGB")
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "field"),
+    [("--channels", 3, "channels"), ("--num-layers", 1, "num_layers"), ("--dropout", 0.25, "dropout")],
+)
+def test_each_option_of_a_prior_acts(
+    tmp_path: Path, trained: Trained, option: str, value: object, field: str, codegrid: Codegrid
+) -> None:
+    small = ["--channels", 2, "--num-layers", 2, "--steps", 1]
+    assert codegrid("train-prior", "--codes", trained.codes, "--out", tmp_path, *small, option, value).status == 0
+    assert read_info(tmp_path, "prior").config[field] == value
+
+
+@pytest.mark.parametrize("stage", ["tokenizer", "prior"])
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("--seed", 3),
+        ("--batch-size", 2),
+        ("--lr", 0.01),
+        ("--optimizer", "adam"),
+        ("--precision", "bf16"),
+        ("--steps", 3),
+    ],
+)
+def test_each_option_of_training_acts(
+    tmp_path: Path, trained: Trained, stage: str, option: str, value: object, codegrid: Codegrid
+) -> None:
+    """It is recorded, and gives other weights than without it."""
+    own = {
+        "tokenizer": ["--data", trained.images, "--hidden-channels", 32],
+        "prior": ["--codes", trained.codes, "--channels", 16],
+    }[stage]
+    command = [f"train-{stage}", *own, "--precision", "fp32", "--steps", 2]
+    for name, options in (("without", []), ("with", [option, value])):
+        assert codegrid(*command, *options, "--out", tmp_path / name).status == 0
+    assert read_info(tmp_path / "with", stage).training[option.removeprefix("--").replace("-", "_")] == value
+    without, acted = (read_info(tmp_path / name, stage).fingerprint for name in ("without", "with"))
+    assert acted != without
