@@ -1,6 +1,7 @@
-"""What the two stages tell the loop, and what the loop logs of it, against slow counts."""
+"""What the two stages tell the loop, what the loop logs of it, against slow counts; and that every setting acts."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,10 @@ from pipeline.loop import MOST_HELD_OUT, run_training, split_rows
 from pipeline.pictures import save_grid
 from pipeline.sources import ImageSplit, open_images
 from pipeline.tokenizer_stage import TokenizerStage
-from pipeline.train_prior import PICTURES, PriorStage
+from pipeline.train_prior import PICTURES, PriorSettings, PriorStage
+from pipeline.train_prior import config_for as prior_config_for
+from pipeline.train_tokenizer import TokenizerSettings
+from pipeline.train_tokenizer import config_for as tokenizer_config_for
 from prior import sample_codes
 
 from .conftest import CLASS_NAMES, Codegrid, Trained
@@ -117,6 +121,32 @@ def test_the_picture_of_a_prior_shows_its_samples_with_the_classes_in_turn(tmp_p
     save_grid(to_uint8(load_tokenizer(trained.tokenizer).decode(codes)), tmp_path / "expected.png", columns=8)
     drawn = trained.prior / "pictures" / f"step-{step:07d}.png"
     assert drawn.read_bytes() == (tmp_path / "expected.png").read_bytes()
+
+
+# The settings
+
+
+def in_both(settings: Any, config: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The fields that settings and config share, in each."""
+    shared = sorted(vars(settings).keys() & vars(config).keys())
+    return {name: getattr(settings, name) for name in shared}, {name: getattr(config, name) for name in shared}
+
+
+def test_every_setting_of_a_prior_reaches_the_model(trained: Trained) -> None:
+    settings = PriorSettings(channels=10, num_layers=3, kernel_size=5, dropout=0.5)
+    chosen, found = in_both(settings, prior_config_for(settings, CodeDataset(trained.codes)))
+    assert found == chosen == {"channels": 10, "num_layers": 3, "kernel_size": 5, "dropout": 0.5}
+    assert all(chosen[name] != getattr(PriorSettings(), name) for name in chosen)
+
+
+@pytest.mark.parametrize(("bottleneck", "update"), [("vq", "gradient"), ("vae", "ema")])
+def test_every_setting_of_a_tokenizer_reaches_the_model(grey_folder: Path, bottleneck: str, update: str) -> None:
+    numbers = {"num_codes": 33, "code_dim": 5, "downsample": 2, "hidden_channels": 6, "num_residual_layers": 1}
+    more = {"residual_channels": 3, "commitment_weight": 0.5, "kl_weight": 0.25}
+    names = {"bottleneck": bottleneck, "codebook_update": update}
+    settings = TokenizerSettings(**numbers, **more, **names)  # type: ignore[arg-type]
+    chosen, found = in_both(settings, tokenizer_config_for(settings, open_images(str(grey_folder))))
+    assert found == chosen == {**numbers, **more, **names}
 
 
 # What the loop makes of it
