@@ -8,9 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from pipeline import drawing
 from pipeline.checkpoint import read_info
+from pipeline.pictures import save_grid
 
 from .conftest import CLASS_NAMES, Codegrid, Trained
 from .support import HEIGHT, WIDTH, as_a_program, digest_of
@@ -118,6 +121,19 @@ def test_sampling_options_and_labels_act(tmp_path: Path, trained: Trained, codeg
     assert not np.array_equal(codes["seed"], np.load(tmp_path / "a" / "codes.npy"))
     np.testing.assert_array_equal(codes["greedy"], codes["k"])
     np.testing.assert_array_equal(codes["k"][0], codes["k"][2])  # nothing random is left
+
+
+def test_the_picture_of_many_samples_shows_the_first_of_them(
+    tmp_path: Path, trained: Trained, codegrid: Codegrid, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(drawing, "MOST_IN_GRID", 3)
+    out = tmp_path / "out"
+    command = ["sample", "--tokenizer", trained.tokenizer, "--prior", trained.prior, "--n", 5, "--out", out]
+    assert codegrid(*command).status == 0
+    images = [np.array(Image.open(path)).transpose(2, 0, 1) for path in sorted((out / "images").iterdir())]
+    assert len(images) == 5
+    save_grid(torch.from_numpy(np.stack(images[:3])), tmp_path / "expected.png")
+    assert (out / "grid.png").read_bytes() == (tmp_path / "expected.png").read_bytes()
 
 
 @pytest.mark.parametrize("n", [1, 3])

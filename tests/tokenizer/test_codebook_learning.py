@@ -279,6 +279,21 @@ def test_revived_codes_are_different_vectors_of_the_batch_and_are_used(update: C
     assert len(set(used.tolist()) & set(dead.tolist())) >= 12
 
 
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("update", UPDATES)
+def test_a_code_is_never_revived_onto_a_vector_that_has_a_code(update: CodebookUpdate, seed: int) -> None:
+    """Of the three vectors in the batch, two have a code exactly on them, in sums that float32 holds exactly."""
+    torch.manual_seed(seed)
+    codebook = torch.tensor([[0.0, 0.0], [16.0, 0.0], [0.0, 16.0], [1024.0, 1024.0]])
+    quantizer = quantizer_with(codebook, codebook_update=update, ema_decay=0.5, revival_threshold=0.1)
+    batch = torch.tensor([[4.0, 2.0], [16.0, 0.0], [0.0, 16.0]]).repeat(5, 1)
+    for _ in range(10):
+        if int(quantizer.revived) == 0:
+            quantizer(as_batch(batch))
+    assert int(quantizer.revived) == 1
+    assert quantizer.codebook[1:].tolist() == [[16.0, 0.0], [0.0, 16.0], [4.0, 2.0]]
+
+
 def test_revival_lowers_the_error() -> None:
     torch.manual_seed(15)
     codebook = torch.cat([torch.randn(4, 2), 1000 + torch.randn(28, 2)])
