@@ -72,6 +72,8 @@ def check_samples(samples: Path, checkpoints: Path, n: int) -> None:
     assert record["class_names"] == [CLASS_NAMES[i % 3] for i in range(n)]
     assert record["seed"] == 0
     assert record["options"] == {"n": n, "temperature": 1.0, "top_k": None, "top_p": None}
+    assert record["finished"] == n
+    assert record["versions"] == read_info(checkpoints / "prior", "prior").versions
     for stage in ("tokenizer", "prior"):
         weights = digest_of(checkpoints / stage)["model.safetensors"]
         assert record["fingerprints"][stage] == weights

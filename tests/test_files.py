@@ -268,20 +268,23 @@ def test_a_reader_whose_file_is_renamed_under_it_reads_again(
 
 def test_what_is_renamed_is_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A rename that reaches the disk before the data leaves an empty file after a power cut."""
-    events: list[tuple[str, int]] = []
+    events: list[tuple[str, int, int]] = []  # what, of which file, of how many bytes by then
     real = os.replace
 
+    def note(what: str, found: os.stat_result) -> None:
+        events.append((what, found.st_ino, found.st_size))
+
     def noted(source: Path, target: Path) -> None:
-        events.append(("rename", os.stat(source).st_ino))
+        note("rename", os.stat(source))
         real(source, target)
 
-    monkeypatch.setattr(os, "fsync", lambda descriptor: events.append(("flush", os.fstat(descriptor).st_ino)))
+    monkeypatch.setattr(os, "fsync", lambda descriptor: note("flush", os.fstat(descriptor)))
     monkeypatch.setattr(os, "replace", noted)
     write_together(tmp_path, NEW)
     renames = [event for event in events if event[0] == "rename"]
     assert len(renames) == len(NEW) + 1
     for event in renames:
-        assert ("flush", event[1]) in events[: events.index(event)]
+        assert ("flush", *event[1:]) in events[: events.index(event)]
 
 
 def test_saving_again_gives_the_same_bytes(tmp_path: Path) -> None:

@@ -167,6 +167,15 @@ def test_the_first_updates_after_a_start_on_data_keep_less() -> None:
         assert_average_is_consistent(quantizer)
 
 
+def test_a_codebook_set_by_hand_keeps_its_share_also_after_a_start_on_data() -> None:
+    torch.manual_seed(0)
+    quantizer = VectorQuantizer(4, 4, ema_decay=0.5, revival_threshold=0)
+    quantizer(torch.randn(1, 4, 30))
+    quantizer.set_codebook(torch.eye(4))
+    quantizer(as_batch(torch.eye(4)[[0, 0, 0, 2]]))
+    assert quantizer.counts.tolist() == [2.0, 0.5, 1.0, 0.5]  # half of 1 and half of 3, 0, 1, 0
+
+
 def test_nothing_overflows_when_nine_codes_in_ten_die() -> None:
     torch.manual_seed(8)
     codebook = torch.cat([torch.randn(4, 3), 1e4 * (1 + torch.rand(36, 3))])
