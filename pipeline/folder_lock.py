@@ -1,7 +1,7 @@
 """One writer a folder: a lock that ends with its process, whatever ends it.
 
-The lock is the system's, on the file `.codegrid.lock` in the folder (`flock`, or on Windows `msvcrt.locking`), and not the file
-itself: what a killed process leaves of it locks nothing, and the next writer takes it over and removes it.
+The lock is the system's, on the file `.codegrid.lock` in the folder (`flock`, or on Windows `msvcrt.locking`), and not
+the file itself: what a killed process leaves of it locks nothing, and the next writer takes it over and removes it.
 
 What is guaranteed: on one machine, of all processes that write into a folder one at a time goes on. Machines that share
 a network folder see each other's locks where its file system carries them (NFS does, from version 4 on and earlier with

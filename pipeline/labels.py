@@ -33,11 +33,11 @@ def resolve_labels(n: int, labels: Labels, class_names: Sequence[str]) -> Tensor
             raise InputError(
                 expected="no label, because this prior was trained without them",
                 got=", ".join(str(label) for label in labels) or "an empty list",
-                do="leave the label away, or train on a folder with one subfolder a class",
+                do="omit the label, or train on a folder with one subfolder a class",
             )
         return None
     if labels is not None and len(labels) == 0:
-        raise InputError(expected="at least one label", got="none", do="leave the labels away for all in turn")
+        raise InputError(expected="at least one label", got="none", do="omit the labels for all in turn")
     chosen = range(len(class_names)) if labels is None else [_index(label, class_names) for label in labels]
     return torch.tensor([chosen[i % len(chosen)] for i in range(n)])
 
@@ -61,7 +61,7 @@ def match_labels(labels: np.ndarray, class_names: Sequence[str], prior: TrainedP
         raise InputError(
             expected=f"images labelled with the prior's classes ({', '.join(known)})",
             got=f"the class {unknown[0]}" if unknown else "images without labels",
-            do="use images with those classes, or leave --prior away",
+            do="use images with those classes, or omit --prior",
         )
     return np.array([known.index(name) for name in class_names], dtype=np.int64)[labels]
 

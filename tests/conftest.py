@@ -1,13 +1,13 @@
 """Fixtures for all tests: a cache of their own, a folder of labelled images, a small trained run, the command line."""
 
 import os
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 import cli
@@ -16,20 +16,27 @@ from pipeline.run_folder import RunFolder
 from pipeline.train_prior import train_prior
 from pipeline.train_tokenizer import train_tokenizer
 
-from .support import HEIGHT, WIDTH, Outcome, fill_with_cells
+from .support import HEIGHT, WIDTH, Outcome, fill_with_cells, torch_threads
 
 CLASS_NAMES = ("disc", "line", "été")  # in code point order, as the program has them
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache_and_one_thread(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, torch_threads(1):
         patch.setenv("CODEGRID_CACHE", str(tmp_path_factory.mktemp("cache")))
         patch.setenv("OMP_NUM_THREADS", "1")  # of the processes that tests start
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
         yield
-        torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _ctrl_c_is_heard() -> Iterator[None]:
+    """A shell starts what runs in its background with SIGINT ignored; the tests send that signal to themselves."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="session")

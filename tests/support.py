@@ -6,7 +6,10 @@ nearest to the mean of the cell, and a code decodes to a cell of that level. Wit
 
 import hashlib
 import re
-from collections.abc import Sequence
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +24,7 @@ from prior import GatedPixelCNN, PriorConfig
 from tokenizer import VQVAE, Baseline, TokenizerConfig
 from tokenizer.config import Bottleneck
 
+ROOT = Path(__file__).parents[1]
 HEIGHT, WIDTH, CELL = 8, 12, 2  # pixels
 GRID = (HEIGHT // CELL, WIDTH // CELL)
 LEVELS = 16
@@ -42,6 +46,24 @@ class Outcome:
         written = re.sub(r"\x1b\[\d*[A-Z]", "", self.err)  # how tqdm moves the cursor
         lines = [line.strip() for line in re.split(r"[\r\n]", written)]
         return [line for line in lines if line and not re.search(r"\d+(%\||(image|step|row|batch) )", line)]
+
+
+def as_a_program(*arguments: object, cwd: Path) -> Outcome:
+    """`python cli.py ...` in a process of its own."""
+    command = [sys.executable, str(ROOT / "cli.py"), *map(str, arguments)]
+    ended = subprocess.run(command, cwd=cwd, capture_output=True, text=True, encoding="utf-8", timeout=120)
+    return Outcome(ended.returncode, ended.stdout, ended.stderr)
+
+
+@contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """Let torch use `count` threads inside; whatever happens there, it has as many as before afterwards."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def brightness_tokenizer(num_codes: int = LEVELS, *, data_variance: float = 1.0) -> VQVAE:

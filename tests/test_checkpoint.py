@@ -287,7 +287,7 @@ def test_no_training_state_or_a_broken_one(saved: Path, tokenizer: VQVAE) -> Non
 
 def test_a_training_state_of_another_program(saved: Path) -> None:
     safetensors.torch.save_file({"a": torch.zeros(2)}, saved / "training.safetensors")
-    with pytest.raises(InputError):
+    with pytest.raises(InputError, match=r"expected the training state .*, got a file that cannot be read"):
         load_training(saved)
 
 

@@ -322,7 +322,7 @@ def test_of_a_data_set_just_begun_there_are_no_rows(tmp_path: Path) -> None:
     dataset = CodeDataset(tmp_path)
     assert (len(dataset), len(dataset.labels), list(dataset.names())) == (0, 0, [])
     assert dataset.batch(np.arange(0))[0].shape == (0, *GRID)
-    with pytest.raises(IndexError):
+    with pytest.raises(IndexError, match=r"expected an index .*, got 0"):
         dataset[0]
 
 

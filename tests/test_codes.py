@@ -114,7 +114,6 @@ def test_the_export_is_what_encode_says_in_float32(trained: Trained) -> None:
     """D5: of a real network, and so much the same that other batch sizes change nothing."""
     model, images = load_tokenizer(trained.tokenizer), open_images(str(trained.images))
     dataset = CodeDataset(trained.codes)
-    assert not torch.is_autocast_enabled("cpu")
     together = model.encode(images.train.batch(np.arange(len(images.train))))
     alone = torch.cat([model.encode(images.train.batch(np.array([i]))) for i in range(len(images.train))])
     exported = torch.stack([codes for codes, _ in dataset])
@@ -137,9 +136,12 @@ def test_exporting_leaves_the_tokenizer_as_it_is(
 ) -> None:
     """E5: in memory and on disk."""
     before, tokenizer = digest_of(trained.tokenizer), load_trained_tokenizer(trained.tokenizer, "cpu")
-    bits = bits_of(tokenizer.model)
-    monkeypatch.setattr("pipeline.export.load_trained_tokenizer", lambda folder, device: tokenizer)
+    bits, loaded = bits_of(tokenizer.model), []
+    monkeypatch.setattr(
+        "pipeline.export.load_trained_tokenizer", lambda folder, device: loaded.append(folder) or tokenizer
+    )
     export_codes(trained.tokenizer, tmp_path / "codes", device="cpu")
+    assert loaded == [trained.tokenizer]  # so the model asked about is the one that encoded
     assert bits_of(tokenizer.model) == bits
     assert digest_of(trained.tokenizer) == before
 
@@ -173,7 +175,7 @@ def test_numpy_reads_it_without_us(trained: Trained) -> None:
 
 
 def test_codes_of_another_tokenizer(tmp_path: Path, tokenizer: Path, grey_folder: Path) -> None:
-    """C6: with both fingerprints, and before anything is written."""
+    """C6: with both fingerprints, and before anything is written or cleared."""
     codes = export_codes(tokenizer, tmp_path / "codes", device="cpu")
     other = save_tokenizer(tmp_path / "other", brightness_tokenizer(17), grey_folder)
     given = {"codes": str(tmp_path / "codes"), "tokenizer": str(tmp_path / "other"), "steps": 1, "channels": 2}
@@ -181,6 +183,7 @@ def test_codes_of_another_tokenizer(tmp_path: Path, tokenizer: Path, grey_folder
         train_prior(RunFolder(out=tmp_path / "prior", device="cpu"), given, tmp_path / "none")
     assert codes.tokenizer_fingerprint in str(error.value)
     assert other.fingerprint in str(error.value)
+    assert digest_of(tmp_path / "prior") == {}
 
 
 def test_going_on_with_codes_that_another_tokenizer_made_since(tmp_path: Path, grey_folder: Path) -> None:

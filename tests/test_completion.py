@@ -202,6 +202,12 @@ def test_all_kept_is_the_image_and_nothing_kept_is_a_sample(grey: ImagePipeline)
     assert torch.equal(found.codes, grey.sample(2, seed=0).codes)
 
 
+def test_every_finished_row_is_told(grey: ImagePipeline) -> None:
+    rows: list[int] = []
+    complete(grey, random_images(2, 1), half_mask("top", SIZE), on_row=rows.append)
+    assert rows == list(range(1, GRID[0] + 1))
+
+
 @pytest.mark.parametrize(
     ("images", "mask"),
     [

@@ -324,6 +324,19 @@ BAD: dict[str, dict[str, Any]] = {
 }
 
 
+REFUSAL: dict[str, tuple[type[Exception], str]] = {
+    "no picture": (InputError, r"expected a picture as --image .*nosuch\.png, got .*No such file"),
+    "a text": (InputError, r"expected a picture as --image .*text\.png, got not an image"),
+    "no mask": (InputError, r"expected top, .* as --keep .*nosuch\.png, got .*No such file"),
+    "a mask of another size": (InputError, rf"expected a mask of {HEIGHT}x{WIDTH} pixels, .* got {HEIGHT - 1}x{WIDTH}"),
+    "all is kept": (InputError, "expected a mask that leaves something to draw, got one that keeps all"),
+    "an unknown label": (InputError, "got the label nosuch"),
+    "a temperature below 0": (ValueError, r"temperature: expected 0 or more, got -1\.0"),
+    "none": (ValueError, "expected at least 1 image, got 0"),
+    "no candidates": (ValueError, "candidates: expected at least 1, got 0"),
+}
+
+
 @pytest.mark.parametrize("case", BAD)
 @pytest.mark.parametrize("force", [False, True])
 def test_a_refused_completion_writes_and_removes_nothing(
@@ -339,7 +352,8 @@ def test_a_refused_completion_writes_and_removes_nothing(
     given = {"image": "picture.png", "keep": "top", "candidates": 4, "n": 2, **BAD[case]}
     image, keep, candidates = tmp_path / given.pop("image"), given.pop("keep"), given.pop("candidates")
     keep = keep if keep == "top" else str(tmp_path / keep)
-    with pytest.raises((InputError, ValueError)):
+    refusal, told = REFUSAL[case]
+    with pytest.raises(refusal, match=told):
         complete_to_folder(colour, image, keep, SampleOptions.of(**given), out, candidates=candidates, force=force)
     assert digest_of(tmp_path) == before
     assert out.exists() == force

@@ -351,7 +351,7 @@ def test_a_prior_of_another_tokenizer(tmp_path: Path, grey_folder: Path) -> None
 def test_classes_that_the_prior_does_not_know(tmp_path: Path, grey_folder: Path, noise: Path) -> None:
     own = save_tokenizer(tmp_path / "tokenizer", brightness_tokenizer(), grey_folder).fingerprint
     save_prior(tmp_path / "prior", tiny_prior(num_classes=2), own, ["disc", "line"])
-    with pytest.raises(InputError, match="got the class été; use images with those classes, or leave --prior away"):
+    with pytest.raises(InputError, match="got the class été; use images with those classes, or omit --prior"):
         evaluate(tmp_path / "tokenizer", tmp_path / "prior", device="cpu")
     with pytest.raises(InputError, match="got images without labels"):
         evaluate(tmp_path / "tokenizer", tmp_path / "prior", data=str(noise), device="cpu")

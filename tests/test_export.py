@@ -35,7 +35,16 @@ from pipeline.splits import held_out
 from tokenizer import VQVAE
 
 from .conftest import Codegrid, Trained
-from .support import HEIGHT, WIDTH, brightness_tokenizer, cells_of, digest_of, fill_with_cells, save_tokenizer
+from .support import (
+    HEIGHT,
+    WIDTH,
+    brightness_tokenizer,
+    cells_of,
+    digest_of,
+    fill_with_cells,
+    save_tokenizer,
+    torch_threads,
+)
 from .training import Killed
 
 ROOT = Path(__file__).parents[1]
@@ -101,17 +110,16 @@ def all_rows(folder: Path) -> tuple[bytes, bytes, list[str]]:
 def test_batch_size_and_threads_change_no_byte_and_the_shard_size_no_row(
     tmp_path: Path, trained: Trained, many: Path
 ) -> None:
-    before, rows = torch.get_num_threads(), []
+    rows = []
     for shard_size in (1, 3, 64, 1000):
         folders = []
         for batch_size, threads in ((256, 1), (1, 2), (7, 1), (64, 2), (1000, 1)):
             if shard_size < 64 and batch_size > 7:
                 continue
-            torch.set_num_threads(threads)
             folders.append(tmp_path / f"{shard_size}-{batch_size}-{threads}")
             given = {"data": str(many), "shard_size": shard_size, "batch_size": batch_size}
-            export_codes(trained.tokenizer, folders[-1], device="cpu", **given)  # type: ignore[arg-type]
-        torch.set_num_threads(before)
+            with torch_threads(threads):
+                export_codes(trained.tokenizer, folders[-1], device="cpu", **given)  # type: ignore[arg-type]
         digests = [digest_of(folder) for folder in folders]
         assert {"manifest.json", "README.md"} < digests[0].keys()
         assert all(digest == digests[0] for digest in digests)
@@ -688,16 +696,19 @@ def test_only_missing_shards_need_the_versions_that_wrote_the_others(
 
 
 @pytest.mark.parametrize(
-    ("content", "force"),
+    ("content", "force", "told"),
     [
-        *((name, False) for name in ("notes.txt", "README.md", "manifest.json", "codes-00000.npy", "README.md.new")),
-        ("README.md", True),
+        *((name, False, "a folder with files in it") for name in ("notes.txt", "codes-00000.npy", "README.md.new")),
+        *(("README.md", force, "README.md that export-codes did not write") for force in (False, True)),
+        ("manifest.json", False, "Expecting value"),
     ],
 )
-def test_somebody_elses_folder_is_refused(tmp_path: Path, tokenizer: Path, content: str, force: bool) -> None:
+def test_somebody_elses_folder_is_refused(
+    tmp_path: Path, tokenizer: Path, content: str, force: bool, told: str
+) -> None:
     (tmp_path / "theirs").mkdir()
     (tmp_path / "theirs" / content).write_text("mine")
-    with pytest.raises(InputError, match=r"expected .*, got .*; "):
+    with pytest.raises(InputError, match=rf"expected .*, got .*{told}.*; "):
         export_codes(tokenizer, tmp_path / "theirs", device="cpu", force=force)
     assert digest_of(tmp_path / "theirs") == {content: hashlib.sha256(b"mine").hexdigest()}
 

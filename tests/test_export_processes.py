@@ -295,6 +295,8 @@ def test_a_shard_of_another_machine_that_never_shows(
 def test_a_wrong_option_is_said_once(tmp_path: Path, tokenizer: Path, team: Team) -> None:
     outcomes = team.export(2, tokenizer, tmp_path / "codes", to="csv")
     assert [type(outcome) for outcome in outcomes] == [InputError, OtherProcessError]
+    assert "expected npz or parquet as --to, got csv" in str(outcomes[0])
+    assert not (tmp_path / "codes").exists()
 
 
 def test_a_folder_that_another_export_has_is_said_once(tmp_path: Path, tokenizer: Path, team: Team) -> None:
@@ -333,7 +335,7 @@ def test_torchrun_one_killed_then_two_go_on(tmp_path: Path, tokenizer: Path) -> 
             time.sleep(0.002)  # until the second process is at work
         os.kill(_worker(both.pid, 1), signal.SIGKILL)
         both.communicate(timeout=60)
-    assert both.returncode != 0
+    assert both.returncode == 1
     done = whole_shards(out)
     assert 1 <= len(done) < -(-count // 2)
     with torchrun(2, *command, out) as again:
@@ -361,7 +363,7 @@ def _worker(torchrun_pid: int, rank: int) -> int:
 def test_torchrun_says_an_error_once(tmp_path: Path) -> None:
     with torchrun(2, "--tokenizer", tmp_path / "nosuch", "--out", tmp_path / "codes") as failing:
         _, errors = failing.communicate(timeout=60)
-    assert failing.returncode != 0
+    assert failing.returncode == 1
     said = [line for line in errors.splitlines() if "Error: expected" in line]
     assert said == [
         f"Error: expected a tokenizer checkpoint in {tmp_path / 'nosuch'}, got no such folder; "

@@ -144,10 +144,14 @@ def test_a_kill_while_the_next_writer_completes_what_a_kill_left(tmp_path: Path,
 
 @both
 def test_a_first_write_is_there_whole_or_not_at_all(tmp_path: Path, halfway: bool) -> None:
+    seen = []
+
     def check() -> None:
-        assert [current(tmp_path, name).exists() for name in NEW] in ([False] * 3, [True] * 3)
+        seen.append([current(tmp_path, name).exists() for name in NEW])
 
     every_kill(lambda: fresh(tmp_path, {}), lambda: write_together(tmp_path, NEW), check, halfway=halfway)
+    assert seen == sorted(seen)  # absent up to one moment, there from then on
+    assert {tuple(found) for found in seen} == {(False,) * 3, (True,) * 3}
 
 
 def test_a_commit_makes_current_only_what_it_names(tmp_path: Path) -> None:
@@ -265,20 +269,23 @@ def test_a_reader_whose_file_is_renamed_under_it_reads_again(
 
 def test_what_is_renamed_is_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A rename that reaches the disk before the data leaves an empty file after a power cut."""
-    events: list[tuple[str, int]] = []
+    events: list[tuple[str, int, int]] = []  # what, of which file, of how many bytes by then
     real = os.replace
 
+    def note(what: str, found: os.stat_result) -> None:
+        events.append((what, found.st_ino, found.st_size))
+
     def noted(source: Path, target: Path) -> None:
-        events.append(("rename", os.stat(source).st_ino))
+        note("rename", os.stat(source))
         real(source, target)
 
-    monkeypatch.setattr(os, "fsync", lambda descriptor: events.append(("flush", os.fstat(descriptor).st_ino)))
+    monkeypatch.setattr(os, "fsync", lambda descriptor: note("flush", os.fstat(descriptor)))
     monkeypatch.setattr(os, "replace", noted)
     write_together(tmp_path, NEW)
     renames = [event for event in events if event[0] == "rename"]
     assert len(renames) == len(NEW) + 1
     for event in renames:
-        assert ("flush", event[1]) in events[: events.index(event)]
+        assert ("flush", *event[1:]) in events[: events.index(event)]
 
 
 def test_saving_again_gives_the_same_bytes(tmp_path: Path) -> None:

@@ -208,7 +208,7 @@ def test_a_file_cut_short_raises_what_callers_catch(tmp_path: Path) -> None:
     whole = tmp_path / "a.png"
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)).save(whole)
     whole.write_bytes(whole.read_bytes()[:2000])
-    with pytest.raises(IMAGE_ERRORS):
+    with pytest.raises(IMAGE_ERRORS, match="truncated"):
         read_image(whole, RGB)
 
 

@@ -13,18 +13,16 @@ from torch import Tensor, nn
 
 from pipeline.inference import BLOCK, in_blocks, run_in_blocks
 
+from .support import torch_threads
+
 SHAPE = (3, 6, 10)
 COUNTS = [0, 1, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK + 8]
 
 
 @pytest.fixture(params=[1, 2, 5])
 def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    try:
+    with torch_threads(request.param):
         yield request.param
-    finally:
-        torch.set_num_threads(before)
 
 
 @pytest.fixture
@@ -44,17 +42,13 @@ def where_it_is(block: Tensor) -> Tensor:
 
 def plainly(compute: nn.Module, items: Tensor) -> Tensor:
     """The oracle: block after block, each filled up with zeros, on one thread."""
-    threads, found = torch.get_num_threads(), []
-    torch.set_num_threads(1)
-    try:
-        with torch.no_grad():
-            for start in range(0, len(items), BLOCK):
-                some = items[start : start + BLOCK]
-                block = torch.zeros(BLOCK, *SHAPE)
-                block[: len(some)] = some
-                found.append(compute(block)[: len(some)])
-    finally:
-        torch.set_num_threads(threads)
+    found = []
+    with torch_threads(1), torch.no_grad():
+        for start in range(0, len(items), BLOCK):
+            some = items[start : start + BLOCK]
+            block = torch.zeros(BLOCK, *SHAPE)
+            block[: len(some)] = some
+            found.append(compute(block)[: len(some)])
     return torch.cat(found)
 
 
@@ -98,8 +92,7 @@ def _openmp() -> ctypes.CDLL | None:
 
 
 def test_the_order_is_kept_though_the_second_batch_is_done_first(model: nn.Module) -> None:
-    before, second_is_done = torch.get_num_threads(), threading.Event()
-    torch.set_num_threads(2)
+    second_is_done = threading.Event()
 
     def load(start: int, stop: int) -> Tensor:
         if start == 0:
@@ -111,25 +104,47 @@ def test_the_order_is_kept_though_the_second_batch_is_done_first(model: nn.Modul
             second_is_done.set()
         return block
 
-    try:
+    with torch_threads(2):
         found = torch.cat(list(in_blocks(model, compute, load, 5 * BLOCK - 3)))
-    finally:
-        torch.set_num_threads(before)
     assert found[:, 0].tolist() == list(range(5 * BLOCK - 3))
 
 
-def test_no_more_is_loaded_than_is_soon_asked_for(model: nn.Module) -> None:
-    loaded = []
+def test_no_more_is_loaded_than_is_soon_asked_for(threads: int, model: nn.Module) -> None:
+    """However long the caller takes over the first batch."""
+    most, loaded, too_many = 2 * threads + 1, [], threading.Event()
 
     def load(start: int, stop: int) -> Tensor:
         loaded.append(start)
-        return items_of(stop - start)
+        if len(loaded) > most:
+            too_many.set()
+        return torch.zeros(stop - start, 1)
 
-    batches = in_blocks(model, model, load, 100 * BLOCK)
+    batches = in_blocks(model, torch.clone, load, 100 * BLOCK)
     assert loaded == []
     next(batches)
+    assert not too_many.wait(0.2)
     batches.close()  # type: ignore[attr-defined]
-    assert 1 <= len(loaded) <= 2 * torch.get_num_threads() + 1
+    assert 1 <= len(loaded) <= most
+
+
+def test_what_waits_is_not_begun_when_the_caller_leaves(model: nn.Module) -> None:
+    """One thread, which is busy with the second batch: the third waits behind it."""
+    loaded, leaving = [], threading.Event()
+
+    def load(start: int, stop: int) -> Tensor:
+        loaded.append(start)
+        if start:
+            assert leaving.wait(30)
+        return torch.zeros(stop - start, 1)
+
+    with torch_threads(1):
+        batches = in_blocks(model, torch.clone, load, 100 * BLOCK)
+        next(batches)
+        timer = threading.Timer(0.2, leaving.set)  # while `close` waits for the second batch
+        timer.start()
+        batches.close()  # type: ignore[attr-defined]
+        timer.join()
+    assert loaded in ([0], [0, BLOCK])
 
 
 # What is left behind
@@ -144,10 +159,13 @@ def _state(model: nn.Module) -> tuple[object, ...]:
 @pytest.fixture
 def unusual() -> Iterator[None]:
     """Settings that `in_blocks` has to change."""
+    before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
-    with torch.backends.cudnn.flags(enabled=True, benchmark=True, deterministic=False, allow_tf32=True):
-        yield
-    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.backends.cudnn.flags(enabled=True, benchmark=True, deterministic=False, allow_tf32=True):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 @pytest.mark.usefixtures("unusual")

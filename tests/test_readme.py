@@ -32,6 +32,8 @@ def arguments_of(line: str) -> list[str]:
 def test_there_is_something_to_check() -> None:
     assert len(COMMANDS) >= 3
     assert PYTHON
+    assert IN_TABLES
+    assert any("--" in line for line in IN_TABLES)
     assert {arguments_of(line)[0] for line in [*COMMANDS, *IN_TABLES]} >= {"train-tokenizer", "train-prior", "sample"}
 
 
@@ -55,6 +57,7 @@ def test_an_option_in_a_table_is_one_that_the_command_has(line: str) -> None:
 def test_an_option_anywhere_is_one_that_some_command_has() -> None:
     known = {option for command in cli.cli.commands.values() for p in command.params for option in p.opts}
     named = {word for line in INLINE for word in re.findall(r"(?<!\S)--[a-z][a-z-]*", line)}
+    assert len(named) > 10
     assert named <= known | {"--help", "--debug", "--version", "--nproc-per-node"}  # the last is torchrun's
 
 
@@ -82,6 +85,7 @@ def test_make_targets_exist() -> None:
 
 def test_links_to_files_of_the_project_lead_somewhere() -> None:
     links = re.findall(r"\]\(([^)#]+)\)", README)
+    assert sum("://" not in link for link in links) > 1
     missing = [link for link in links if "://" not in link and not (ROOT / link).exists()]
     assert missing == []
 

@@ -167,6 +167,15 @@ def test_the_first_updates_after_a_start_on_data_keep_less() -> None:
         assert_average_is_consistent(quantizer)
 
 
+def test_a_codebook_set_by_hand_keeps_its_share_also_after_a_start_on_data() -> None:
+    torch.manual_seed(0)
+    quantizer = VectorQuantizer(4, 4, ema_decay=0.5, revival_threshold=0)
+    quantizer(torch.randn(1, 4, 30))
+    quantizer.set_codebook(torch.eye(4))
+    quantizer(as_batch(torch.eye(4)[[0, 0, 0, 2]]))
+    assert quantizer.counts.tolist() == [2.0, 0.5, 1.0, 0.5]  # half of 1 and half of 3, 0, 1, 0
+
+
 def test_nothing_overflows_when_nine_codes_in_ten_die() -> None:
     torch.manual_seed(8)
     codebook = torch.cat([torch.randn(4, 3), 1e4 * (1 + torch.rand(36, 3))])
@@ -277,6 +286,21 @@ def test_revived_codes_are_different_vectors_of_the_batch_and_are_used(update: C
         assert_average_is_consistent(quantizer)
     used = quantizer(as_batch(torch.randn(256, 4))).codes.unique()
     assert len(set(used.tolist()) & set(dead.tolist())) >= 12
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("update", UPDATES)
+def test_a_code_is_never_revived_onto_a_vector_that_has_a_code(update: CodebookUpdate, seed: int) -> None:
+    """Of the three vectors in the batch, two have a code exactly on them, in sums that float32 holds exactly."""
+    torch.manual_seed(seed)
+    codebook = torch.tensor([[0.0, 0.0], [16.0, 0.0], [0.0, 16.0], [1024.0, 1024.0]])
+    quantizer = quantizer_with(codebook, codebook_update=update, ema_decay=0.5, revival_threshold=0.1)
+    batch = torch.tensor([[4.0, 2.0], [16.0, 0.0], [0.0, 16.0]]).repeat(5, 1)
+    for _ in range(10):
+        if int(quantizer.revived) == 0:
+            quantizer(as_batch(batch))
+    assert int(quantizer.revived) == 1
+    assert quantizer.codebook[1:].tolist() == [[16.0, 0.0], [0.0, 16.0], [4.0, 2.0]]
 
 
 def test_revival_lowers_the_error() -> None:

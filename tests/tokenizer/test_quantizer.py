@@ -93,7 +93,7 @@ def test_no_tensor_is_larger_than_the_distances_at_once(at_once: int) -> None:
     codebook, vectors = torch.randn(4096, 4), torch.randn(300, 4)
     with LargestTensor() as largest:
         nearest_codes(vectors, codebook, at_once=at_once)
-    assert largest.nbytes <= 4 * max(at_once, codebook.numel())
+    assert 4 * at_once <= largest.nbytes <= 4 * max(at_once, codebook.numel())
 
 
 @pytest.mark.parametrize("update", UPDATES)
@@ -380,20 +380,27 @@ def test_an_unknown_way_to_learn_is_refused() -> None:
 
 
 PEAK = """
-import resource, torch
+import torch
+from pathlib import Path
 from tokenizer.quantizer import nearest_codes
+def peak():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
 torch.set_num_threads(1)
 vectors, codebook = torch.randn(4096, 64), torch.randn(65_536, 64)
 nearest_codes(vectors[:64], codebook[:64])
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak()
 nearest_codes(vectors, codebook)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+print(peak() - before)
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in kB on Linux alone")
+@pytest.mark.skipif(sys.platform != "linux", reason="asks /proc")
 def test_the_memory_of_a_search_is_that_of_one_chunk() -> None:
-    """In a process of its own: 64 chunks of 16 MB, which a table freed and taken anew for each kept all at once."""
+    """In a process of its own: 64 chunks of 16 MB, which a table freed and taken anew for each kept all at once.
+
+    Not by `ru_maxrss`: that of a new process begins at the size of the one that started it, here of all these tests.
+    """
     root = Path(__file__).parents[2]
     found = subprocess.run([sys.executable, "-c", PEAK], cwd=root, capture_output=True, text=True, check=True)
-    assert int(found.stdout) < 100_000  # kB
+    assert 10_000 < int(found.stdout) < 100_000  # kB; what is seen is the one chunk

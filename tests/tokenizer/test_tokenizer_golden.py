@@ -40,7 +40,9 @@ def test_a_codebook_learns_as_it_did(update: CodebookUpdate) -> None:
     written = load_file(FOLDER / "tokenizer_steps.safetensors")
     quantizer = VectorQuantizer(**QUANTIZER, codebook_update=update)
     quantizer.set_codebook(written["codebook"])
-    for number, told in enumerate(steps(quantizer, written["batches"])):
+    all_told = list(steps(quantizer, written["batches"]))
+    assert len(all_told) == len(written["batches"]) > 1
+    for number, told in enumerate(all_told):
         prefix = f"{update}.{number}."
         assert_as_written(
             told, {name.removeprefix(prefix): t for name, t in written.items() if name.startswith(prefix)}

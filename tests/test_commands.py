@@ -1,0 +1,318 @@
+"""What each command writes and says, through the command line, and that its options act."""
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pipeline import drawing
+from pipeline.checkpoint import read_info
+from pipeline.pictures import save_grid
+
+from .conftest import CLASS_NAMES, Codegrid, Trained
+from .support import HEIGHT, WIDTH, as_a_program, digest_of
+
+TOKENIZER = ["train-tokenizer", "--steps", 2, "--num-codes", 16]
+PRIOR = ["train-prior", "--steps", 2, "--channels", 4, "--num-layers", 2]
+
+
+def all_files(folder: Path) -> dict[str, str]:
+    """Every file and its hash; of the logs, which hold times, only that they are there."""
+    return {name: "" if name.endswith(".jsonl") else digest for name, digest in digest_of(folder).items()}
+
+
+# The whole way
+
+
+def test_the_three_commands_as_a_program_and_again_in_this_process(
+    tmp_path: Path, image_folder: Path, codegrid: Codegrid, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a fresh folder, with the default places; the same seed gives the same bytes of every file, in any process."""
+    lines: list[list[object]] = [[*TOKENIZER, "--data", image_folder], PRIOR, ["sample", "--n", 5]]
+    program, here = tmp_path / "a program", tmp_path / "ici même"
+    for folder in (program, here):
+        folder.mkdir()
+    monkeypatch.chdir(here)
+    for line in lines:
+        outcome = as_a_program(*line, cwd=program)
+        assert (outcome.status, outcome.error_lines) == (0, [])
+        outcome = codegrid(*line)
+        assert (outcome.status, outcome.error_lines) == (0, [])
+    assert all_files(program) == all_files(here)
+
+    top = {path.relative_to(program).as_posix() for path in program.glob("*/*")}
+    assert top == {
+        *("checkpoints/tokenizer", "checkpoints/prior"),
+        *("samples/grid.png", "samples/images", "samples/codes.npy", "samples/sample.json"),
+    }
+    for stage in ("tokenizer", "prior"):
+        held = {path.name for path in (program / "checkpoints" / stage).iterdir()}
+        assert {"model.safetensors", "config.json", "training.safetensors", "metrics.jsonl", "pictures"} <= held
+    check_samples(program / "samples", program / "checkpoints", 5)
+
+
+def check_samples(samples: Path, checkpoints: Path, n: int) -> None:
+    names = [f"{i:05d}.png" for i in range(n)]
+    assert sorted(path.name for path in (samples / "images").iterdir()) == names
+    for name in names:
+        with Image.open(samples / "images" / name) as image:
+            assert (image.size, image.mode) == ((WIDTH, HEIGHT), "RGB")
+    codes = np.load(samples / "codes.npy", allow_pickle=False)
+    assert codes.shape == (n, HEIGHT // 4, WIDTH // 4)
+    assert codes.dtype == np.int64
+    record = json.loads((samples / "sample.json").read_text("utf-8"))
+    assert {"labels", "seed", "options", "fingerprints"} <= set(record)
+    assert record["labels"] == [i % 3 for i in range(n)]
+    assert record["class_names"] == [CLASS_NAMES[i % 3] for i in range(n)]
+    assert record["seed"] == 0
+    assert record["options"] == {"n": n, "temperature": 1.0, "top_k": None, "top_p": None}
+    assert record["finished"] == n
+    assert record["versions"] == read_info(checkpoints / "prior", "prior").versions
+    for stage in ("tokenizer", "prior"):
+        weights = digest_of(checkpoints / stage)["model.safetensors"]
+        assert record["fingerprints"][stage] == weights
+
+
+def test_each_command_says_what_comes_next(
+    tmp_path: Path, image_folder: Path, codegrid: Codegrid, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    said = codegrid(*TOKENIZER, "--data", image_folder).out
+    assert said.startswith("stage one")
+    assert re.search(r"done: 2 steps; mse 0\.\d+, .*\nnext: codegrid train-prior", said)
+    said = codegrid(*PRIOR).out
+    assert said.startswith("stage two")
+    assert re.search(r"done: best at step \d; bits_per_code \d.*\nnext: codegrid sample --n 64", said)
+    assert "3 new images: samples" in codegrid("sample", "--n", 3).out
+
+
+def test_a_run_folder_holds_config_seed_versions_and_metrics(trained: Trained) -> None:
+    for stage in ("tokenizer", "prior"):
+        folder = getattr(trained, stage)
+        content = json.loads((folder / "config.json").read_text("utf-8"))
+        assert content["kind"] == stage
+        assert content["training"]["seed"] == 0
+        assert content["versions"]["torch"]
+        assert content["class_names"] == list(CLASS_NAMES)
+        assert content["preprocessing"] == {"height": HEIGHT, "width": WIDTH, "channels": 3}
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
+        assert {line["part"] for line in lines} == {"train", "held_out"}
+    prior = json.loads((trained.prior / "config.json").read_text("utf-8"))
+    assert prior["tokenizer_fingerprint"] == digest_of(trained.tokenizer)["model.safetensors"]
+
+
+def test_sampling_options_and_labels_act(tmp_path: Path, trained: Trained, codegrid: Codegrid) -> None:
+    both = ["--tokenizer", trained.tokenizer, "--prior", trained.prior]
+    options = ["--temperature", 0.5, "--top-k", 3, "--top-p", 0.8, "--seed", 11, "--label", "line", "--label", 0]
+    assert codegrid("sample", *both, "--n", 4, "--out", tmp_path / "a", *options).status == 0
+    record = json.loads((tmp_path / "a" / "sample.json").read_text("utf-8"))
+    assert record["labels"] == [1, 0, 1, 0]
+    assert record["class_names"] == ["line", "disc", "line", "disc"]
+    assert record["seed"] == 11
+    assert record["options"] == {"n": 4, "temperature": 0.5, "top_k": 3, "top_p": 0.8}
+    codes = {}
+    for name, changed in {"seed": ["--seed", 12], "greedy": ["--temperature", 0], "k": ["--top-k", 1]}.items():
+        assert codegrid("sample", *both, "--n", 4, "--out", tmp_path / name, *options, *changed).status == 0
+        codes[name] = np.load(tmp_path / name / "codes.npy")
+    assert not np.array_equal(codes["seed"], np.load(tmp_path / "a" / "codes.npy"))
+    np.testing.assert_array_equal(codes["greedy"], codes["k"])
+    np.testing.assert_array_equal(codes["k"][0], codes["k"][2])  # nothing random is left
+
+
+def test_the_picture_of_many_samples_shows_the_first_of_them(
+    tmp_path: Path, trained: Trained, codegrid: Codegrid, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(drawing, "MOST_IN_GRID", 3)
+    out = tmp_path / "out"
+    command = ["sample", "--tokenizer", trained.tokenizer, "--prior", trained.prior, "--n", 5, "--out", out]
+    assert codegrid(*command).status == 0
+    images = [np.array(Image.open(path)).transpose(2, 0, 1) for path in sorted((out / "images").iterdir())]
+    assert len(images) == 5
+    save_grid(torch.from_numpy(np.stack(images[:3])), tmp_path / "expected.png")
+    assert (out / "grid.png").read_bytes() == (tmp_path / "expected.png").read_bytes()
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_complete_writes_what_it_says(
+    tmp_path: Path, trained: Trained, codegrid: Codegrid, monkeypatch: pytest.MonkeyPatch, n: int
+) -> None:
+    """With the default folder; a label and the options of drawing act."""
+    monkeypatch.chdir(tmp_path)
+    picture = sorted(trained.images.rglob("*.png"))[0]
+    command = ["complete", "--tokenizer", trained.tokenizer, "--prior", trained.prior, "--image", picture, "--n", n]
+    outcome = codegrid(*command, "--keep", "left", "--label", "line", "--candidates", 5, "--seed", 11, "--top-k", 3)
+    assert (outcome.status, outcome.error_lines) == (0, [])
+    assert f"the picture, what is kept, and {n} completions: {Path('completions', 'grid.png')}" in outcome.out
+    names = [f"images/{i:05d}.png" for i in range(n)]
+    assert sorted(digest_of(Path("completions"))) == ["codes.npy", "complete.json", "grid.png", *names]
+    record = json.loads(Path("completions/complete.json").read_text("utf-8"))
+    assert record["class_names"] == ["line"] * n
+    assert (record["seed"], record["finished"]) == (11, n)
+    assert record["options"] == {
+        **{"n": n, "temperature": 1.0, "top_k": 3, "top_p": None},
+        **{"image": str(picture), "keep": "left", "candidates": 5},
+    }
+    original = np.asarray(Image.open(picture))
+    for name in names:
+        found = np.asarray(Image.open(Path("completions") / name))
+        np.testing.assert_array_equal(found[:, : WIDTH // 2], original[:, : WIDTH // 2])
+    before = digest_of(Path("completions"))
+    assert codegrid(*command, "--keep", "top").status == 1
+    assert digest_of(Path("completions")) == before
+    assert codegrid(*command, "--keep", "top", "--force").status == 0
+    assert digest_of(Path("completions")) != before
+
+
+def test_evaluate_prints_and_writes_the_numbers(tmp_path: Path, trained: Trained, codegrid: Codegrid) -> None:
+    path = tmp_path / "new" / "numbers.json"
+    command = ["evaluate", "--tokenizer", trained.tokenizer, "--prior", trained.prior]
+    outcome = codegrid(*command, "--json", path)
+    assert (outcome.status, outcome.error_lines) == (0, [])
+    numbers = json.loads(path.read_text("utf-8"))
+    keys = {"mse", "psnr", "nmse", "codes_used", "perplexity", "bits_per_code", "bits_per_dim"}
+    assert keys <= set(numbers)
+    assert numbers["data"] == str(trained.images)
+    assert numbers["bits_per_dim"] == pytest.approx(numbers["bits_per_code"] * 6 / (3 * HEIGHT * WIDTH))
+    printed = dict(line.split(maxsplit=1) for line in outcome.out.splitlines())
+    assert set(printed) == set(numbers)
+    assert all(float(printed[key]) == pytest.approx(numbers[key], rel=1e-4) for key in keys)
+    before = path.read_bytes()
+    assert codegrid(*command, "--json", path).status == 1
+    assert path.read_bytes() == before
+    assert codegrid(*command, "--split", "train", "--json", path, "--force").status == 0
+    assert json.loads(path.read_text("utf-8"))["split"] == "train"
+
+
+def test_reconstruct_and_export_with_nothing_said(
+    tmp_path: Path, trained: Trained, codegrid: Codegrid, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(trained.tokenizer, tmp_path / "checkpoints" / "tokenizer")
+    monkeypatch.chdir(tmp_path)
+    outcome = codegrid("reconstruct")
+    assert outcome.status == 0
+    assert "originals above reconstructions: reconstructions.png" in outcome.out
+    with Image.open("reconstructions.png") as picture:
+        assert picture.mode == "RGB"
+        assert picture.size[1] > 2 * HEIGHT
+    assert codegrid("export-codes").status == 0
+    assert sorted(os.listdir("checkpoints/codes")) == [
+        "README.md",
+        "codes-00000.npy",
+        "labels-00000.npy",
+        "manifest.json",
+        "names-00000.json",
+    ]
+    assert codegrid("export-codes", "--out", "c", "--shard-size", 4, "--split", "train").status == 0
+    ours = {name: digest for name, digest in digest_of(trained.codes).items() if name != "manifest.json"}
+    assert {name: digest_of(Path("c"))[name] for name in ours} == ours
+
+
+def test_force_replaces_and_nothing_else_does(tmp_path: Path, trained: Trained, codegrid: Codegrid) -> None:
+    """A shorter export over a longer one leaves no shard of the old behind."""
+    command = ["export-codes", "--tokenizer", trained.tokenizer, "--out", tmp_path / "codes"]
+    assert codegrid(*command, "--shard-size", 2).status == 0
+    before = digest_of(tmp_path / "codes")
+    assert codegrid(*command, "--shard-size", 8).status == 1
+    assert digest_of(tmp_path / "codes") == before
+    assert codegrid(*command, "--shard-size", 8, "--force").status == 0
+    assert {name for name in digest_of(tmp_path / "codes") if name.startswith("codes")} == {
+        "codes-00000.npy",
+        "codes-00001.npy",
+    }
+
+
+def test_five_flat_pictures_without_labels(
+    tmp_path: Path, image_folder: Path, codegrid: Codegrid, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """C5 through the command line; a label is then refused."""
+    (tmp_path / "flat").mkdir()
+    for i, path in enumerate(sorted(image_folder.rglob("*.png"))[:5]):
+        shutil.copy(path, tmp_path / "flat" / f"{i}.png")
+    monkeypatch.chdir(tmp_path)
+    assert codegrid(*TOKENIZER, "--data", "flat").status == 0
+    assert codegrid(*PRIOR).status == 0
+    assert codegrid("sample", "--n", 2).status == 0
+    record = json.loads(Path("samples/sample.json").read_text("utf-8"))
+    assert (record["labels"], record["class_names"]) == (None, None)
+    outcome = codegrid("sample", "--label", "disc", "--out", "more")
+    assert outcome.status == 1
+    assert re.search(r"expected no label, because .* without them, got '?disc'?;", outcome.error_lines[0])
+    assert codegrid("evaluate", "--prior", "checkpoints/prior").status == 0
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "field", "expected"),
+    [
+        ("--channels", 1, "in_channels", 1),
+        ("--num-codes", 9, "num_codes", 9),
+        ("--code-dim", 3, "code_dim", 3),
+        ("--downsample", 2, "downsample", 2),
+        ("--downsample", 8, "downsample", 8),
+        ("--hidden-channels", 6, "hidden_channels", 6),
+        ("--num-residual-layers", 0, "num_residual_layers", 0),
+        ("--residual-channels", 3, "residual_channels", 3),
+        ("--commitment-weight", 0.5, "commitment_weight", 0.5),
+        ("--codebook-update", "gradient", "codebook_update", "gradient"),
+        ("--bottleneck", "vae", "bottleneck", "vae"),
+        ("--bottleneck", "ae", "bottleneck", "ae"),
+    ],
+)
+def test_each_option_of_a_tokenizer_acts(
+    tmp_path: Path, image_folder: Path, option: str, value: object, field: str, expected: object, codegrid: Codegrid
+) -> None:
+    """G3: a step with each, and the model it makes reconstructs."""
+    command = ["train-tokenizer", "--data", image_folder, "--out", tmp_path / "run", "--steps", 1]
+    assert codegrid(*command, option, value, "--image-size", "16x8").status == 0
+    info = read_info(tmp_path / "run", "tokenizer")
+    assert info.config[field] == expected
+    assert (info.preprocessing["height"], info.preprocessing["width"]) == (16, 8)
+    picture = tmp_path / "picture.png"
+    assert codegrid("reconstruct", "--tokenizer", tmp_path / "run", "--out", picture, "--split", "train").status == 0
+    with Image.open(picture) as image:
+        assert image.mode == ("L" if expected == 1 else "RGB")
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "field"),
+    [("--channels", 3, "channels"), ("--num-layers", 1, "num_layers"), ("--dropout", 0.25, "dropout")],
+)
+def test_each_option_of_a_prior_acts(
+    tmp_path: Path, trained: Trained, option: str, value: object, field: str, codegrid: Codegrid
+) -> None:
+    small = ["--channels", 2, "--num-layers", 2, "--steps", 1]
+    assert codegrid("train-prior", "--codes", trained.codes, "--out", tmp_path, *small, option, value).status == 0
+    assert read_info(tmp_path, "prior").config[field] == value
+
+
+@pytest.mark.parametrize("stage", ["tokenizer", "prior"])
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("--seed", 3),
+        ("--batch-size", 2),
+        ("--lr", 0.01),
+        ("--optimizer", "adam"),
+        ("--precision", "bf16"),
+        ("--steps", 3),
+    ],
+)
+def test_each_option_of_training_acts(
+    tmp_path: Path, trained: Trained, stage: str, option: str, value: object, codegrid: Codegrid
+) -> None:
+    """It is recorded, and gives other weights than without it."""
+    own = {
+        "tokenizer": ["--data", trained.images, "--hidden-channels", 32],
+        "prior": ["--codes", trained.codes, "--channels", 16],
+    }[stage]
+    command = [f"train-{stage}", *own, "--precision", "fp32", "--steps", 2]
+    for name, options in (("without", []), ("with", [option, value])):
+        assert codegrid(*command, *options, "--out", tmp_path / name).status == 0
+    assert read_info(tmp_path / "with", stage).training[option.removeprefix("--").replace("-", "_")] == value
+    without, acted = (read_info(tmp_path / name, stage).fingerprint for name in ("without", "with"))
+    assert acted != without
