@@ -22,9 +22,9 @@ from pipeline import ImagePipeline
 from pipeline.checkpoint import read_info
 from pipeline.evaluate import evaluate
 from pipeline.images import to_uint8
-from pipeline.loading import load_trained_autoencoder
+from pipeline.loading import images_of, load_trained_autoencoder
 from pipeline.pictures import enlarge, save_png, tile
-from pipeline.stored_images import images_of, part_of
+from pipeline.sources import split_of
 from tokenizer import Baseline
 
 COLUMNS, ROWS = 8, 8
@@ -68,7 +68,7 @@ def kl_bits(folder: Path) -> float:
     if model.config.bottleneck != "vae":
         return 0.0
     assert isinstance(model, Baseline)
-    part = part_of(images_of(info, data=None, data_root=None), "test")
+    part = split_of(images_of(info, data=None, data_root=None), "test")
     rows = np.array_split(np.arange(len(part)), math.ceil(len(part) / 250))
     nats = sum(float(model.bottleneck(model.encoder(part.batch(some)))[1]) * len(some) for some in rows)
     return nats / len(part) / math.log(2)

@@ -34,10 +34,9 @@ from pipeline.code_writer import write_codes
 from pipeline.codes import CodeDataset
 from pipeline.export import BATCH, SHARD_SIZE, export_codes
 from pipeline.inference import in_blocks
-from pipeline.loading import load_trained_tokenizer
+from pipeline.loading import images_of, load_trained_tokenizer
 from pipeline.prior_stage import PriorStage
 from pipeline.processes import ProcessGroup
-from pipeline.stored_images import images_of
 from prior import GatedPixelCNN, PriorConfig
 from tokenizer import VQVAE, TokenizerConfig
 

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import chain
 from pathlib import Path
@@ -9,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from .checkpoint import check_same_tokenizer
 from .codes import CodeDataset
@@ -20,6 +20,7 @@ from .image_folder import ImageFolder, read_record, written_count
 from .inference import decode_codes as decode
 from .loading import load_trained_tokenizer
 from .pictures import save_grid
+from .progress import with_progress
 
 PICTURED = 64  # images in a contact sheet, if not told otherwise
 RECORD = "decode.json"
@@ -79,8 +80,7 @@ def decode_codes(
         return codes.batch(np.arange(start + first, start + last))[0]
 
     record = DecodeRecord(start=start, n=n, finished=0, tokenizer_fingerprint=tokenizer.info.fingerprint)
-    with tqdm(total=n, unit="image", desc="decoding", dynamic_ncols=True) as bar:
-        images = _counted(decode(tokenizer.model, rows, n), bar)
+    with closing(with_progress(decode(tokenizer.model, rows, n), n, "decoding", size=len)) as images:
         if kind == ".png":
             save_grid(torch.cat(list(images)), out)
         elif kind == ".npy":
@@ -88,13 +88,6 @@ def decode_codes(
         else:
             _write_folder(images, out, record)
     return n
-
-
-def _counted(images: Iterator[Tensor], bar: "tqdm[None]") -> Iterator[Tensor]:
-    """Yield the batches of images, each counted on the bar once it was used."""
-    for batch in images:
-        yield batch
-        bar.update(len(batch))
 
 
 def _check_start(codes: CodeDataset, start: int) -> None:

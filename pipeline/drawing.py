@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from einops import repeat
 from torch import Tensor
-from tqdm import tqdm
 
 from prior import SamplingParameters
 from prior.choosing import AS_TRAINED
@@ -22,6 +21,7 @@ from .generate import ImagePipeline, Sampled
 from .image_folder import ImageFolder
 from .images import IMAGE_ERRORS, Preprocessing, read_image, to_float, to_uint8, why_unreadable
 from .pictures import save_grid
+from .progress import Progress, progress_bar
 from .sample_record import (
     CODES,
     COMPLETION,
@@ -140,7 +140,7 @@ def complete_to_folder(
 
 
 def _sampled(
-    pipeline: ImagePipeline, options: SampleOptions, labels: Tensor | None, bar: "tqdm[None]"
+    pipeline: ImagePipeline, options: SampleOptions, labels: Tensor | None, bar: Progress
 ) -> Iterator[Sampled]:
     """Draw the samples, AT_ONCE at a time."""
     at_once = AT_ONCE[next(pipeline.prior.parameters()).device.type]
@@ -152,7 +152,7 @@ def _sampled(
         yield pipeline.sample(count, labels=subset, seed=options.seed, first=start, on_row=on_row, **parameters)
 
 
-def _rows_on(bar: "tqdm[None]", start: int, count: int, height: int) -> Callable[[int], None]:
+def _rows_on(bar: Progress, start: int, count: int, height: int) -> Callable[[int], None]:
     """Return a function that shows finished rows of the grids of images start .. start + count - 1 as images."""
 
     def show(rows: int) -> None:
@@ -161,9 +161,9 @@ def _rows_on(bar: "tqdm[None]", start: int, count: int, height: int) -> Callable
     return show
 
 
-def _progress(n: int) -> "tqdm[None]":
+def _progress(n: int) -> Progress:
     shape = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total} [{elapsed}<{remaining}]"
-    return tqdm(total=n, desc="drawing images", bar_format=shape, dynamic_ncols=True)
+    return progress_bar(n, "drawing images", bar_format=shape)
 
 
 def _read(path: Path, preprocessing: Preprocessing) -> Tensor:

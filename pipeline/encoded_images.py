@@ -8,16 +8,15 @@ import json
 from collections.abc import Generator, Sequence
 from contextlib import closing
 from itertools import chain
-from typing import Any
 
 import numpy as np
 from torch import Tensor
-from tqdm import tqdm
 
 from tokenizer import VQVAE
 
 from .code_manifest import code_dtype
 from .inference import BLOCK, encode_images
+from .progress import Progress
 from .sources import ImageSplit
 
 HASHED_AT_ONCE = 4_096  # images
@@ -30,7 +29,7 @@ class EncodedImages:
     same neighbours in every export.
     """
 
-    def __init__(self, tokenizer: VQVAE, split: ImageSplit, *, flips: bool, batch_size: int, bar: "tqdm[Any]") -> None:
+    def __init__(self, tokenizer: VQVAE, split: ImageSplit, *, flips: bool, batch_size: int, bar: Progress) -> None:
         self.tokenizer, self.split, self.batch_size, self.bar = tokenizer, split, batch_size, bar
         self._len = len(split) * (2 if flips else 1)
         self._dtype = code_dtype(tokenizer.config.num_codes)

@@ -13,9 +13,9 @@ from .code_manifest import code_dtype
 from .health import CodebookHealth
 from .labels import match_labels
 from .likelihood import code_batches, measure_prior
-from .loading import TrainedPrior, TrainedTokenizer, load_pair, load_trained_autoencoder
+from .loading import TrainedPrior, TrainedTokenizer, images_of, load_pair, load_trained_autoencoder
 from .reconstruction import ReconstructionNumbers, measure_reconstruction
-from .stored_images import images_of, part_of
+from .sources import split_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +74,7 @@ def evaluate(
     pair = None if prior_folder is None else load_pair(tokenizer_folder, prior_folder, device)
     trained = load_trained_autoencoder(tokenizer_folder, device) if pair is None else pair[0]
     images = images_of(trained.info, data=data, data_root=data_root)
-    part = part_of(images, split)
+    part = split_of(images, split)
     labels = part.labels if pair is None else match_labels(part.labels, images.class_names, pair[1])
     codes = _Codes(trained.model.config.num_codes)
     numbers, health = measure_reconstruction(

@@ -9,10 +9,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from tokenizer import VQVAE
 
@@ -24,10 +22,10 @@ from .device import choose_device
 from .encoded_images import EncodedImages, rows_sha256
 from .errors import InputError
 from .folder_lock import only_writer
-from .loading import load_trained_tokenizer
+from .loading import images_of, load_trained_tokenizer
 from .processes import ProcessGroup, process_group
-from .sources import ImageSet, ImageSplit, source_name
-from .stored_images import images_of, part_of
+from .progress import Progress, progress_bar
+from .sources import ImageSet, ImageSplit, source_name, split_of
 from .unfinished import check_destination
 
 SHARD_SIZE = 65_536  # grids a shard
@@ -82,7 +80,7 @@ def export_codes(
         with _locked(out, group):
             group.run_on_main(lambda: check_destination(out, known, force=force, unknown=FROM_IMAGES))
             images = group.main_first(lambda: images_of(info, data=data, data_root=data_root))
-            part = group.run_on_all(lambda: part_of(images, split))
+            part = group.run_on_all(lambda: split_of(images, split))
             requested = _request(known, images, part)
             requests = group.gather(requested)
             group.run_on_all(lambda: _check_same_in_all(requests))
@@ -179,13 +177,13 @@ def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-def _progress(split: str, group: ProcessGroup) -> "tqdm[Any]":
+def _progress(split: str, group: ProcessGroup) -> Progress:
     share = f" (process {group.rank + 1} of {group.count})" if group.count > 1 else ""
-    return tqdm(unit="image", desc=f"encoding {split}{share}", dynamic_ncols=True, disable=not group.is_main, total=0)
+    return progress_bar(0, f"encoding {split}{share}", disable=not group.is_main)
 
 
 @contextmanager
-def _explained_when_stopped(bar: "tqdm[Any]", group: ProcessGroup, *, force: bool) -> Iterator[None]:
+def _explained_when_stopped(bar: Progress, group: ProcessGroup, *, force: bool) -> Iterator[None]:
     """On Ctrl-C, say that nothing is lost."""
     try:
         yield

@@ -15,7 +15,6 @@ from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from .errors import InputError
 from .folder_layout import PartLayout, read_layout
@@ -23,6 +22,7 @@ from .image_cache import Broken, open_entry
 from .image_file import read_or_broken
 from .image_source import Contents, Part, Source, check_broken
 from .images import IMAGE_ERRORS, Preprocessing, is_grey, read_image, upright_size
+from .progress import with_progress
 
 DEFAULT_SIDE = 64  # pixels, of a folder's images if they differ in size or are larger than
 LARGEST_NATIVE = 128  # this; others keep the size they have
@@ -106,8 +106,7 @@ def _native(identity: dict[str, Any], files: list[_File]) -> Preprocessing:
 
 
 def _read_headers(files: list[_File]) -> Preprocessing:
-    progress = tqdm(_threaded(_header, files), desc="reading headers", total=len(files), unit="image")
-    outcomes = list(progress)
+    outcomes = list(with_progress(_threaded(_header, files), len(files), "reading headers"))
     headers = [outcome for outcome in outcomes if not isinstance(outcome, Broken)]
     broken = {
         file.name: outcome.reason for file, outcome in zip(files, outcomes, strict=True) if isinstance(outcome, Broken)

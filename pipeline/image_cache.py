@@ -24,9 +24,9 @@ from typing import Any
 
 import numpy as np
 from platformdirs import user_cache_dir
-from tqdm import tqdm
 
 from .errors import InputError
+from .progress import with_progress
 
 FORMAT = 2  # of an entry and of every key; another number leaves older entries unused (1 also held passing errors)
 _INDEX = "index.json"
@@ -78,7 +78,7 @@ def write_images(
     kept: list[int] = []
     broken: dict[int, str] = {}
     stored = _new_array(path, (count, *shape))
-    for i, image in enumerate(tqdm(images, desc=f"preparing {path.stem}", total=count, unit="image")):
+    for i, image in enumerate(with_progress(images, count, f"preparing {path.stem}")):
         if isinstance(image, Broken):
             broken[i] = image.reason
         else:

@@ -8,11 +8,12 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from prior import GatedPixelCNN
 from prior.objective import grid_bits
 from prior.sampling import evaluating
+
+from .progress import with_progress
 
 BATCH = 256  # grids at a time
 
@@ -33,9 +34,7 @@ def measure_prior(prior: GatedPixelCNN, batches: Iterable[tuple[Tensor, Tensor]]
 
 
 def code_batches(codes: np.ndarray, labels: np.ndarray) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield codes [n,H,W] of any integer type with their labels [n] as int64 batches, with a progress bar."""
-    with tqdm(total=len(codes), unit="image", desc="measuring the prior", leave=False, dynamic_ncols=True) as bar:
-        for start in range(0, len(codes), BATCH):
-            rows = slice(start, start + BATCH)
-            yield torch.from_numpy(codes[rows].astype(np.int64)), torch.from_numpy(labels[rows])
-            bar.update(len(codes[rows]))
+    """Return codes [n,H,W] of any integer type with their labels [n] as int64 batches, and show a bar meanwhile."""
+    parts = (slice(start, start + BATCH) for start in range(0, len(codes), BATCH))
+    batches = ((torch.from_numpy(codes[rows].astype(np.int64)), torch.from_numpy(labels[rows])) for rows in parts)
+    return with_progress(batches, len(codes), "measuring the prior", size=lambda batch: len(batch[0]), leave=False)

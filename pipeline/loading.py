@@ -20,6 +20,7 @@ from tokenizer import VQVAE, Baseline, TokenizerConfig, build_model
 from .checkpoint import MODEL, TRAIN_COMMAND, CheckpointInfo, check_same_tokenizer, read_checkpoint
 from .device import choose_device
 from .errors import InputError
+from .sources import ImageSet, open_images
 
 Config = TypeVar("Config", TokenizerConfig, PriorConfig)
 Model = TypeVar("Model", bound=nn.Module)
@@ -146,6 +147,21 @@ def load_prior(folder: str | Path, *, device: str | torch.device = "cpu") -> Gat
         InputError: there is no complete checkpoint, or there is no such device.
     """
     return load_trained_prior(folder, device).model
+
+
+def images_of(info: CheckpointInfo, *, data: str | None = None, data_root: str | None = None) -> ImageSet:
+    """Open `data` (by default what the tokenizer was trained on) in the size and channels that the tokenizer takes.
+
+    Raises:
+        InputError: the images cannot be opened.
+    """
+    own = data is None
+    return open_images(
+        info.training["data"] if data is None else data,
+        image_size=(info.preprocessing["height"], info.preprocessing["width"]),
+        channels=info.preprocessing["channels"],
+        data_root=data_root or (info.training.get("data_root") if own else None),
+    )
 
 
 def _load(

@@ -5,7 +5,6 @@ depends on is a function of the step number (`schedule.py`) or saved with it (we
 that is stopped and resumed ends, on a CPU, with the same bytes as one that never stopped.
 """
 
-import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -14,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from .checkpoint import CONFIG, CheckpointInfo, TrainingState, load_training, load_weights, read_info, save_checkpoint
 from .device import autocast
@@ -23,6 +21,7 @@ from .files import current
 from .interrupt import StopSignal
 from .metrics_log import MetricsLog, RunningMeans
 from .optimizer import Optimizers
+from .progress import progress_bar
 from .recipes import PriorSettings, TokenizerSettings
 from .schedule import DataOrder, learning_rate_at
 from .stage import Evaluation, Stage
@@ -88,8 +87,7 @@ class _Trainer:
         self.optimizers = Optimizers(stage.model, settings.optimizer, settings.learning_rate)
         self.log = MetricsLog(folder / "metrics.jsonl")
         self.means = RunningMeans()
-        interval = 1.0 if sys.stderr.isatty() else 15.0  # a log file needs no moving bar
-        self.bar = tqdm(total=settings.steps, unit="step", dynamic_ncols=True, mininterval=interval, smoothing=0.05)
+        self.bar = progress_bar(settings.steps, None, "step", smoothing=0.05)
         self.saved_at = time.monotonic()
 
     def advance(self) -> None:

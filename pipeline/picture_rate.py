@@ -9,7 +9,7 @@ N images of C channels, H' x W' pixels.
 
 import io
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
@@ -17,9 +17,9 @@ from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image, ImageFile
-from tqdm import tqdm
 
 from .pictures import to_pillow
+from .progress import with_progress
 from .reconstruction import psnr_of
 
 QUALITIES = range(1, 101)  # of JPEG
@@ -42,7 +42,8 @@ class JpegRate:
 
 def mean_png_bytes(images: np.ndarray) -> float:
     """Return the mean bytes of images uint8 [N,C,H',W'], each as an optimised PNG."""
-    return sum(len(_saved(to_pillow(image), "PNG")) for image in progress(images, "PNG", len(images))) / len(images)
+    shown = with_progress(images, len(images), "PNG", leave=False)
+    return sum(len(_saved(to_pillow(image), "PNG")) for image in shown) / len(images)
 
 
 def jpeg_at_psnr(psnr: float, images: np.ndarray) -> JpegRate:
@@ -76,7 +77,7 @@ def measure_jpeg(images: np.ndarray, quality: int, *, subsampling: str) -> JpegR
     """Return the rate of uint8 images [N,C,H',W'] as JPEG of one quality."""
     error, file, scan = 0, 0, 0
     with _buffer_for(images[0]):
-        for image in progress(images, f"JPEG {subsampling}, quality {quality}", len(images)):
+        for image in with_progress(images, len(images), f"JPEG {subsampling}, quality {quality}", leave=False):
             picture = to_pillow(image)
             data = _saved(picture, "JPEG", quality=quality, subsampling=subsampling)
             with Image.open(io.BytesIO(data)) as reconstructed:
@@ -123,11 +124,3 @@ def squared_error(images: np.ndarray, reconstructed: np.ndarray) -> int:
 def psnr_of_uint8(squared_error: int, values: int) -> float:
     """Return the PSNR in dB, from the sum of the squared errors of so many values of 8 bits."""
     return psnr_of(squared_error / values / 255**2)
-
-
-def progress(items: Iterable[Item], what: str, count: int, each: int = 1) -> Iterator[Item]:
-    """Yield the items and show progress over `count` images, `each` of them in an item."""
-    with tqdm(total=count, desc=what, unit="image", leave=False, dynamic_ncols=True) as bar:
-        for item in items:
-            yield item
-            bar.update(min(each, count - bar.n))

@@ -31,13 +31,13 @@ from tokenizer import VQVAE
 from .code_manifest import code_dtype
 from .code_statistics import count_codes, entropy_bits, packed_bits
 from .errors import InputError
-from .inference import BLOCK, decode_codes, encode_images
+from .inference import decode_codes, encode_images
 from .labels import match_labels
 from .likelihood import code_batches, measure_prior
-from .loading import TrainedPrior, TrainedTokenizer, load_pair, load_trained_tokenizer
-from .picture_rate import jpeg_at_psnr, mean_png_bytes, progress, psnr_of_uint8, squared_error
+from .loading import TrainedPrior, TrainedTokenizer, images_of, load_pair, load_trained_tokenizer
+from .picture_rate import jpeg_at_psnr, mean_png_bytes, psnr_of_uint8, squared_error
+from .progress import with_progress
 from .sources import ImageSet, ImageSplit
-from .stored_images import images_of
 
 SEED = 0  # of the choice of images, if not all are measured
 
@@ -211,14 +211,15 @@ def _encode(tokenizer: VQVAE, split: ImageSplit) -> np.ndarray:
     """Return the codes [N,H,W] of a split, in the smallest type that holds them."""
     dtype = code_dtype(tokenizer.config.num_codes)
     batches = encode_images(tokenizer, lambda start, stop: split.batch(np.arange(start, stop)), len(split))
-    return np.concatenate([codes.numpy().astype(dtype) for codes in progress(batches, "encoding", len(split), BLOCK)])
+    shown = with_progress(batches, len(split), "encoding", size=len, leave=False)
+    return np.concatenate([codes.numpy().astype(dtype) for codes in shown])
 
 
 def _psnr_of_codes(tokenizer: VQVAE, codes: np.ndarray, images: np.ndarray) -> float:
     """Return the PSNR in dB between images uint8 [N,C,H',W'] and what their codes [N,H,W] decode to, in uint8."""
     error, start = 0, 0
     decoded = decode_codes(tokenizer, lambda first, last: torch.from_numpy(codes[first:last]).long(), len(codes))
-    for batch in progress(decoded, "decoding", len(codes), BLOCK):
+    for batch in with_progress(decoded, len(codes), "decoding", size=len, leave=False):
         error += squared_error(batch.numpy(), images[start : start + len(batch)])
         start += len(batch)
     return psnr_of_uint8(error, images.size)

@@ -8,9 +8,9 @@ import numpy as np
 from .folders import check_output_file
 from .images import to_uint8
 from .inference import reconstruct_images
-from .loading import load_trained_autoencoder
+from .loading import images_of, load_trained_autoencoder
 from .pictures import above_and_below, save_grid
-from .stored_images import images_of, part_of
+from .sources import split_of
 
 
 def reconstruct_to_file(
@@ -31,7 +31,7 @@ def reconstruct_to_file(
     """
     check_output_file(out, force=force)
     trained = load_trained_autoencoder(tokenizer_folder, device)
-    part = part_of(images_of(trained.info, data=data, data_root=data_root), split)
+    part = split_of(images_of(trained.info, data=data, data_root=data_root), split)
     if n > len(part):
         print(f"note: the {split} part has {len(part)} images, fewer than --n {n}", file=sys.stderr)
     images = to_uint8(part.batch(np.arange(min(n, len(part)))))

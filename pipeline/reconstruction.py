@@ -10,12 +10,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from tokenizer import VQVAE, Baseline
 
 from .health import CodebookHealth, codebook_health
 from .inference import run_in_blocks
+from .progress import with_progress
 from .sources import ImageSplit
 
 
@@ -52,14 +52,15 @@ def measure_reconstruction(
     rows = np.arange(len(split)) if indices is None else indices
     squared_error, histogram = 0.0, torch.zeros(model.config.num_codes, dtype=torch.int64)
     results = run_in_blocks(model, _reconstruct(model), lambda start, stop: split.batch(rows[start:stop]), len(rows))
-    with tqdm(total=len(rows), unit="image", desc="evaluating", disable=not progress, leave=False) as bar:
-        for errors, *codes in results:
-            squared_error += float(errors.double().sum())
-            for some in codes:
-                histogram += torch.bincount(some.flatten(), minlength=len(histogram))
-                if on_codes is not None:
-                    on_codes(some)
-            bar.update(len(errors))
+    shown = with_progress(
+        results, len(rows), "evaluating", size=lambda result: len(result[0]), leave=False, disable=not progress
+    )
+    for errors, *codes in shown:
+        squared_error += float(errors.double().sum())
+        for batch in codes:
+            histogram += torch.bincount(batch.flatten(), minlength=len(histogram))
+            if on_codes is not None:
+                on_codes(batch)
     mse = squared_error / (len(rows) * math.prod(split.images.shape[1:]))
     numbers = ReconstructionNumbers(mse=mse, psnr=psnr_of(mse), nmse=mse / model.config.data_variance)
     return numbers, codebook_health(histogram) if isinstance(model, VQVAE) else None

@@ -25,7 +25,7 @@ from .torchvision_source import TORCHVISION_SETS, torchvision_source
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["IMAGE_SOURCES", "ImageSet", "ImageSplit", "held_out", "open_images"]
+__all__ = ["IMAGE_SOURCES", "ImageSet", "ImageSplit", "held_out", "open_images", "split_of"]
 
 IMAGE_SOURCES = ("glyphs", *TORCHVISION_SETS)
 
@@ -110,6 +110,16 @@ def open_images(
 def source_name(source: str) -> str:
     """Return what `ImageSet.source` will be: the name of a built-in source, or the absolute path of a folder."""
     return source if source in IMAGE_SOURCES else _absolute(source)
+
+
+def split_of(images: ImageSet, split: str) -> ImageSplit:
+    """Return the "train" or the "test" split. Raises InputError if it is empty."""
+    chosen = images.train if split == "train" else images.test
+    if len(chosen) == 0:
+        raise InputError(
+            expected=f"images in the {split} part of {images.source}", got="none", do="use the other --split"
+        )
+    return chosen
 
 
 def _find(source: str, data_root: str | None) -> Source:

@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from .checkpoint import check_same_tokenizer, read_info
 from .code_manifest import CARD, MANIFEST, CodeManifest, ShardEntry, read_manifest
@@ -22,8 +21,8 @@ from .code_statistics import CodeStatistics, count_codes
 from .encoded_images import rows_sha256
 from .errors import InputError
 from .folder_lock import LOCK
-from .sources import ImageSplit, open_images
-from .stored_images import part_of
+from .progress import with_progress
+from .sources import ImageSplit, open_images, split_of
 from .unfinished import OUR_FILES
 
 NAMED = 5  # problems in the one line of the error; all are printed
@@ -80,7 +79,7 @@ def _images_of(folder: Path, manifest: CodeManifest, data: str | None, data_root
         )
     image = manifest.image
     size, channels = (image["height"], image["width"]), image["channels"]
-    return part_of(open_images(data, image_size=size, channels=channels, data_root=data_root), manifest.split)
+    return split_of(open_images(data, image_size=size, channels=channels, data_root=data_root), manifest.split)
 
 
 def _problems(folder: Path, manifest: CodeManifest, split: ImageSplit | None) -> Iterator[str]:
@@ -89,7 +88,7 @@ def _problems(folder: Path, manifest: CodeManifest, split: ImageSplit | None) ->
     if manifest.shard_size is not None:
         yield from _gaps(manifest, manifest.shard_size)
     histogram, intact = torch.zeros(manifest.num_codes, dtype=torch.int64), True
-    for entry in tqdm(manifest.shards, desc="verifying", unit="shard", dynamic_ncols=True):
+    for entry in with_progress(manifest.shards, len(manifest.shards), "verifying", "shard"):
         problems = [*_changed(folder, entry.files)]
         if not problems:  # a file whose bytes are wrong is reported once
             problems = [*_wrong_content(folder, entry, manifest)]

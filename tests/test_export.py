@@ -668,13 +668,13 @@ def _change_one(what: str, images: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     elif what == "pixels":
         Image.fromarray(np.asarray(Image.open(first)) ^ 255).save(first)
     else:
-        part_of = export.part_of
+        split_of = export.split_of
 
         def other_label(*given: Any) -> ImageSplit:
-            part = part_of(*given)
+            part = split_of(*given)
             return replace(part, labels=np.where(np.arange(len(part)) == 3, -1, part.labels))
 
-        monkeypatch.setattr(export, "part_of", other_label)
+        monkeypatch.setattr(export, "split_of", other_label)
 
 
 @pytest.mark.usefixtures("quick", "small_blocks")

@@ -1,0 +1,43 @@
+"""Progress on standard error: one bar for everything that takes long, of the same look everywhere."""
+
+import sys
+from collections.abc import Callable, Generator, Iterable
+from typing import Any, TypeAlias, TypeVar
+
+from tqdm import tqdm
+
+Item = TypeVar("Item")
+Progress: TypeAlias = "tqdm[Any]"
+
+SECONDS_ON_A_TERMINAL, SECONDS_IN_A_FILE = 0.1, 15.0  # between two states of a bar; a log file needs no moving bar
+
+
+def progress_bar(total: int, description: str | None, unit: str = "image", **options: Any) -> Progress:
+    """Return a bar that counts to `total`; `options` are those of tqdm. To be used in a `with`, which ends its line."""
+    seconds = SECONDS_ON_A_TERMINAL if sys.stderr.isatty() else SECONDS_IN_A_FILE
+    return tqdm(total=total, desc=description, unit=unit, dynamic_ncols=True, mininterval=seconds, **options)
+
+
+def with_progress(
+    items: Iterable[Item],
+    total: int,
+    description: str,
+    unit: str = "image",
+    *,
+    size: Callable[[Item], int] = lambda item: 1,
+    **options: Any,
+) -> Generator[Item, None, None]:
+    """Yield `items`, with a bar that counts each once it was used.
+
+    Args:
+        items: to be yielded.
+        total: what the sizes of all items come to.
+        description: of the work.
+        unit: that the bar counts.
+        size: of an item, in that unit.
+        options: of tqdm.
+    """
+    with progress_bar(total, description, unit, **options) as bar:
+        for item in items:
+            yield item
+            bar.update(size(item))
