@@ -7,9 +7,8 @@ from typing import Any, NoReturn, TypeVar
 
 import click
 
-from pipeline.recipes import PriorSettings, TokenizerSettings
-
-__version__ = "0.1.0"
+from pipeline import __version__
+from pipeline.training.recipes import PriorSettings, TokenizerSettings
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -153,8 +152,8 @@ def cli(ctx: click.Context, debug: bool) -> None:
 @training_options
 def train_tokenizer(out: Path, device: str, resume: bool, force: bool, **overrides: Any) -> None:
     """Stage one: images to grids of codes, and back."""
-    from pipeline.run_folder import RunFolder
-    from pipeline.train_tokenizer import train_tokenizer as run
+    from pipeline.training.run_folder import RunFolder
+    from pipeline.training.train_tokenizer import train_tokenizer as run
 
     overrides |= {name: int(overrides[name]) for name in ("channels", "downsample") if overrides[name] is not None}
     click.echo(f"stage one: a tokenizer for {overrides['data'] or 'the built-in glyphs'}, into {out}")
@@ -187,7 +186,7 @@ def export_codes(tokenizer: Path, out: Path, **chosen: Any) -> None:
     What was interrupted goes on when the same command is run again. `torchrun --nproc-per-node N cli.py export-codes
     ...`, on one machine or several that share --out, divides the work.
     """
-    from pipeline.export import export_codes as run
+    from pipeline.codes.export import export_codes as run
 
     run(tokenizer, out, **chosen)
 
@@ -205,7 +204,7 @@ def verify_codes(codes: Path, tokenizer: Path | None, data: str | None, data_roo
 
     With --data also that they are of those images: names, labels and pixels.
     """
-    from pipeline.verify_codes import verify_codes as run
+    from pipeline.codes.verify import verify_codes as run
 
     manifest = run(codes, tokenizer, data=data, data_root=data_root)
     click.echo(f"as its manifest says: {manifest.count:,} grids by the tokenizer {manifest.tokenizer_fingerprint}")
@@ -225,7 +224,7 @@ def decode_codes(codes: Path, tokenizer: Path, out: Path, **chosen: Any) -> None
     Into a folder of PNGs named by row, and decode.json, which names the rows; or into one picture of them, FILE.png; or
     one array, FILE.npy.
     """
-    from pipeline.decode_codes import decode_codes as run
+    from pipeline.codes.decode import decode_codes as run
 
     click.echo(f"{run(codes, tokenizer, out, **chosen):,} images: {out}")
 
@@ -242,8 +241,8 @@ def decode_codes(codes: Path, tokenizer: Path, out: Path, **chosen: Any) -> None
 @training_options
 def train_prior(out: Path, device: str, resume: bool, force: bool, **overrides: Any) -> None:
     """Stage two: the probability of the code grids."""
-    from pipeline.run_folder import RunFolder
-    from pipeline.train_prior import train_prior as run
+    from pipeline.training.run_folder import RunFolder
+    from pipeline.training.train_prior import train_prior as run
 
     overrides["codes"] = list(overrides["codes"]) or None
     learned = ", ".join(overrides["codes"] or ["the codes of the tokenizer"])
@@ -261,9 +260,9 @@ def sample(out: Path, tokenizer: Path, prior: Path, device: str, force: bool, **
 
     Writes grid.png, images/, codes.npy and sample.json. Ctrl-C keeps the images that are finished.
     """
-    from pipeline.drawing import SampleOptions, sample_to_folder
-    from pipeline.generate import ImagePipeline
-    from pipeline.sample_record import SAMPLE, check_sample_folder
+    from pipeline.generation.image_pipeline import ImagePipeline
+    from pipeline.generation.sample_folder import SampleOptions, sample_to_folder
+    from pipeline.generation.sample_record import SAMPLE, check_sample_folder
 
     check_sample_folder(out, SAMPLE, chosen["n"], force=force)  # before the models are loaded
     images = ImagePipeline.from_pretrained(tokenizer, prior, device)
@@ -296,9 +295,9 @@ def complete(
 
     Writes grid.png (the picture, what is kept, the completions), images/, codes.npy and complete.json.
     """
-    from pipeline.drawing import SampleOptions, complete_to_folder
-    from pipeline.generate import ImagePipeline
-    from pipeline.sample_record import COMPLETION, check_sample_folder
+    from pipeline.generation.image_pipeline import ImagePipeline
+    from pipeline.generation.sample_folder import SampleOptions, complete_to_folder
+    from pipeline.generation.sample_record import COMPLETION, check_sample_folder
 
     check_sample_folder(out, COMPLETION, chosen["n"], force=force)  # before the models are loaded
     pipeline = ImagePipeline.from_pretrained(tokenizer, prior, device)
@@ -317,7 +316,7 @@ def complete(
 @force_option
 def reconstruct(tokenizer: Path, out: Path, **chosen: Any) -> None:
     """Draw originals above their reconstructions."""
-    from pipeline.reconstruct import reconstruct_to_file
+    from pipeline.evaluation.reconstruction_picture import reconstruct_to_file
 
     click.echo(f"originals above reconstructions: {reconstruct_to_file(tokenizer, out, **chosen)}")
 
@@ -332,9 +331,9 @@ def reconstruct(tokenizer: Path, out: Path, **chosen: Any) -> None:
 @click.option("--force", is_flag=True, help="Replace the file that --json names.")
 def evaluate(tokenizer: Path, prior: Path | None, json_file: Path | None, force: bool, **chosen: Any) -> None:
     """Measure reconstruction, codes in use and bits."""
-    from pipeline.evaluate import evaluate as run
-    from pipeline.files import to_json, write_atomic
-    from pipeline.folders import check_output_file
+    from pipeline.evaluation.evaluate import evaluate as run
+    from pipeline.runtime.atomic_files import to_json, write_atomic
+    from pipeline.runtime.output_paths import check_output_file
 
     if json_file is not None:
         check_output_file(json_file, force=force, option="--json")
@@ -363,10 +362,10 @@ def evaluate(tokenizer: Path, prior: Path | None, json_file: Path | None, force:
 @click.option("--force", is_flag=True, help="Replace the file that --json names.")
 def measure_rate(tokenizer: Path, prior: Path | None, json_file: Path | None, force: bool, **chosen: Any) -> None:
     """Measure the bytes an image costs as codes, next to PNG, and to JPEG of the same PSNR."""
-    from pipeline.files import to_json, write_atomic
-    from pipeline.folders import check_output_file
-    from pipeline.rate import measure_rate as run
-    from pipeline.rate import rate_table
+    from pipeline.compression.rate import measure_rate as run
+    from pipeline.compression.rate import rate_table
+    from pipeline.runtime.atomic_files import to_json, write_atomic
+    from pipeline.runtime.output_paths import check_output_file
 
     if json_file is not None:
         check_output_file(json_file, force=force, option="--json")

@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 
 from pipeline import ImagePipeline
-from pipeline.checkpoint import read_info
-from pipeline.evaluate import evaluate
-from pipeline.images import to_uint8
-from pipeline.loading import images_of, load_trained_autoencoder
-from pipeline.pictures import enlarge, save_png, tile
-from pipeline.sources import split_of
+from pipeline.evaluation.evaluate import evaluate
+from pipeline.images.image_set import split_of
+from pipeline.images.png import enlarge, save_png, tile
+from pipeline.images.preprocessing import to_uint8
+from pipeline.models.checkpoint import read_info
+from pipeline.models.loading import images_of, load_trained_autoencoder
 from tokenizer import Baseline
 
 COLUMNS, ROWS = 8, 8

@@ -29,14 +29,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from pipeline.code_manifest import MANIFEST, CodeManifest, ShardEntry, code_dtype, read_manifest, write_manifest
-from pipeline.code_writer import write_codes
-from pipeline.codes import CodeDataset
-from pipeline.export import BATCH, SHARD_SIZE, export_codes
-from pipeline.inference import in_blocks
-from pipeline.loading import images_of, load_trained_tokenizer
-from pipeline.prior_stage import PriorStage
-from pipeline.processes import ProcessGroup
+from pipeline.codes.dataset import CodeDataset
+from pipeline.codes.export import BATCH, SHARD_SIZE, export_codes
+from pipeline.codes.manifest import MANIFEST, CodeManifest, ShardEntry, code_dtype, read_manifest, write_manifest
+from pipeline.codes.writer import write_codes
+from pipeline.models.inference import in_blocks
+from pipeline.models.loading import images_of, load_trained_tokenizer
+from pipeline.runtime.process_group import ProcessGroup
+from pipeline.training.prior_stage import PriorStage
 from prior import GatedPixelCNN, PriorConfig
 from tokenizer import VQVAE, TokenizerConfig
 

@@ -16,9 +16,9 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from pipeline import ImagePipeline, open_images
-from pipeline.images import to_float
-from pipeline.schedule import DataOrder
-from pipeline.sources import ImageSplit
+from pipeline.images.image_set import ImageSplit
+from pipeline.images.preprocessing import to_float
+from pipeline.training.schedule import DataOrder
 
 EPOCHS, BATCH, LEARNING_RATE = 2, 128, 2e-3
 

@@ -21,14 +21,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.checkpoint import CheckpointInfo
-from pipeline.device import choose_device
-from pipeline.likelihood import measure_prior
-from pipeline.loading import load_prior
-from pipeline.loop import LoopSettings, run_training
-from pipeline.prior_stage import PriorStage
-from pipeline.recipes import PriorSettings
-from pipeline.splits import held_out
+from pipeline.evaluation.likelihood import measure_prior
+from pipeline.images.holdout import held_out
+from pipeline.models.checkpoint import CheckpointInfo
+from pipeline.models.loading import load_prior
+from pipeline.runtime.device import choose_device
+from pipeline.training.loop import LoopSettings, run_training
+from pipeline.training.prior_stage import PriorStage
+from pipeline.training.recipes import PriorSettings
 from prior import GatedPixelCNN, PriorConfig, sample_codes
 
 from .timing import hardware, paired, ratio

@@ -22,15 +22,15 @@ import click
 import torch
 from torch import Tensor, nn
 
-from pipeline.checkpoint import CheckpointInfo
-from pipeline.device import autocast, choose_device, compile_networks, manual_seed
-from pipeline.loop import LoopSettings, run_training
-from pipeline.optimizer import Optimizers
-from pipeline.recipes import LARGE_TOKENIZER, TokenizerSettings
-from pipeline.sources import ImageSet, open_images
-from pipeline.stage import Evaluation
-from pipeline.tokenizer_stage import TokenizerStage, evaluate_autoencoder
-from pipeline.train_tokenizer import config_for
+from pipeline.images.image_set import ImageSet, open_images
+from pipeline.models.checkpoint import CheckpointInfo
+from pipeline.runtime.device import autocast, choose_device, compile_networks, manual_seed
+from pipeline.training.loop import LoopSettings, run_training
+from pipeline.training.optimizer import Optimizers
+from pipeline.training.recipes import LARGE_TOKENIZER, TokenizerSettings
+from pipeline.training.stage import Evaluation
+from pipeline.training.tokenizer_stage import TokenizerStage, evaluate_autoencoder
+from pipeline.training.train_tokenizer import config_for
 from tokenizer import VQVAE, QuantizerOutput, TokenizerConfig
 from tokenizer.quantizer import nearest_codes
 

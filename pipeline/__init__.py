@@ -7,21 +7,23 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .codes import CodeDataset
+    from .codes.dataset import CodeDataset
     from .errors import InputError
-    from .generate import ImagePipeline
-    from .loading import load_prior, load_tokenizer
-    from .sources import open_images
+    from .generation.image_pipeline import ImagePipeline
+    from .images.image_set import open_images
+    from .models.loading import load_prior, load_tokenizer
+
+__version__ = "0.1.0"
 
 __all__ = ["CodeDataset", "ImagePipeline", "InputError", "load_prior", "load_tokenizer", "open_images"]
 
 _HOME = {
-    "CodeDataset": "codes",
-    "ImagePipeline": "generate",
+    "CodeDataset": "codes.dataset",
+    "ImagePipeline": "generation.image_pipeline",
     "InputError": "errors",
-    "load_prior": "loading",
-    "load_tokenizer": "loading",
-    "open_images": "sources",
+    "load_prior": "models.loading",
+    "load_tokenizer": "models.loading",
+    "open_images": "images.image_set",
 }
 
 

@@ -11,10 +11,10 @@ import pytest
 from PIL import Image
 
 import cli
-from pipeline.export import export_codes
-from pipeline.run_folder import RunFolder
-from pipeline.train_prior import train_prior
-from pipeline.train_tokenizer import train_tokenizer
+from pipeline.codes.export import export_codes
+from pipeline.training.run_folder import RunFolder
+from pipeline.training.train_prior import train_prior
+from pipeline.training.train_tokenizer import train_tokenizer
 
 from .support import HEIGHT, WIDTH, Outcome, fill_with_cells, torch_threads
 

@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from pipeline.checkpoint import CheckpointInfo, TrainingState, save_checkpoint
+from pipeline.models.checkpoint import CheckpointInfo, TrainingState, save_checkpoint
 from prior import GatedPixelCNN, PriorConfig
 from tokenizer import VQVAE, Baseline, TokenizerConfig
 from tokenizer.config import Bottleneck

@@ -18,9 +18,10 @@ import pytest
 from PIL import Image
 
 import cli
-from pipeline import drawing, generate
-from pipeline.checkpoint import load_training, read_info
-from pipeline.loading import load_tokenizer
+from pipeline.generation import image_pipeline as generate
+from pipeline.generation import sample_folder as drawing
+from pipeline.models.checkpoint import load_training, read_info
+from pipeline.models.loading import load_tokenizer
 
 from .conftest import Codegrid, Trained
 from .support import HEIGHT, ROOT, WIDTH, as_a_program, brightness_tokenizer, digest_of, save_tokenizer
@@ -274,13 +275,13 @@ def test_no_command_shows_the_help_as_it_is(codegrid: Codegrid) -> None:
 
 
 def test_the_version_is_the_latest_of_the_changelog_installed_or_not(codegrid: Codegrid) -> None:
-    """The number stands in cli.py alone, where setup.cfg takes it from."""
+    """The number is in one place, where setup.cfg takes it from."""
     latest = re.findall(r"^## (\d+\.\d+\.\d+)\b", (ROOT / "CHANGELOG.md").read_text("utf-8"), re.MULTILINE)[0]
     outcome = codegrid("--version")
     assert (outcome.status, outcome.out, outcome.err) == (0, f"codegrid, version {latest}\n", "")
     setup = configparser.ConfigParser()
     setup.read(ROOT / "setup.cfg", "utf-8")
-    assert setup["metadata"]["version"] == "attr: cli.__version__"
+    assert setup["metadata"]["version"] == "attr: pipeline.__version__"
     assert cli.__version__ == latest
 
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline import drawing
-from pipeline.checkpoint import read_info
-from pipeline.pictures import save_grid
+from pipeline.generation import sample_folder as drawing
+from pipeline.images.png import save_grid
+from pipeline.models.checkpoint import read_info
 
 from .conftest import CLASS_NAMES, Codegrid, Trained
 from .support import HEIGHT, WIDTH, as_a_program, digest_of

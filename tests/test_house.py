@@ -1,4 +1,7 @@
-"""The house reads top-down: cli -> pipeline -> {tokenizer, prior} -> torch; nothing is a pickle; `--help` is quick."""
+"""The house reads top-down: cli -> pipeline -> {tokenizer, prior} -> torch; nothing is a pickle; `--help` is quick.
+
+Inside `pipeline/` a folder (a room) imports only from itself and from the rooms before it in ROOMS.
+"""
 
 import ast
 import configparser
@@ -13,29 +16,61 @@ import pytest
 ROOT = Path(__file__).parents[1]
 STAGES = ("tokenizer", "prior")
 PACKAGES = (*STAGES, "pipeline")
-SOURCES = [*sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py")), ROOT / "cli.py"]
+MODULES = ("cli",)
+SOURCES = [
+    *sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py")),
+    *(ROOT / f"{module}.py" for module in MODULES),
+]
+ROOMS = (  # of pipeline/, each of which may import those before it
+    *("errors", "runtime", "images", "models", "codes", "generation", "evaluation", "training", "compression"),
+    *("report", "server"),
+)
+WITHOUT_MODELS = {"errors", "runtime", "images"}  # which import neither stage
+LIBRARIES = {"torch", "torchvision", "einops", "numpy", "PIL", "safetensors", "tqdm", "platformdirs"}
+EXTRAS = {"pipeline.codes.tables": {"pyarrow"}}  # codegrid[parquet]
 TOP_LEVEL = {
-    *("tokenizer", "prior", "pipeline", "cli.py", "checkpoints", "docs", "tests", "setup.cfg"),
+    *("tokenizer", "prior", "pipeline", "cli.py", "codegrid.py", "checkpoints", "docs", "tests", "setup.cfg"),
     *("README.md", "LICENSE", "CHANGELOG.md", "pyproject.toml", "Makefile", "benchmarks", ".ci", ".gitignore"),
 }
 PICKLERS = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 
 
-def imports_of(source: str, package: str) -> set[str]:
-    """The top-level names of everything imported anywhere in a file of `package`, under `if` and `def` too."""
+def module_of(path: Path) -> str:
+    """Return the name that a file is imported by: "pipeline.codes.writer", "pipeline" for its `__init__.py`."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports_of(source: str, module: str, *, is_package: bool = False) -> set[str]:
+    """Return the full name of every module that a module imports (or imports from), under `if` and `def` too."""
+    package = module if is_package else module.rpartition(".")[0]
     found = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
-            found |= {alias.name.partition(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.level:
-            found.add(package if node.level == 1 else "..")
+            found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            found.add((node.module or "").partition(".")[0])
+            above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            base = ".".join([*above, *([node.module] if node.module else [])])
+            found |= {base} if node.module else {f"{base}.{alias.name}" for alias in node.names}
     return found
 
 
+def imports_of_file(path: Path) -> set[str]:
+    return imports_of(path.read_text("utf-8"), module_of(path), is_package=path.name == "__init__.py")
+
+
+def top(names: set[str]) -> set[str]:
+    return {name.partition(".")[0] for name in names}
+
+
+def room_of(module: str) -> str | None:
+    """Return the room of a module of `pipeline`; None for what is not in one."""
+    parts = module.split(".")
+    return parts[1] if parts[0] == "pipeline" and len(parts) > 1 else None
+
+
 def pickling_in(source: str) -> Iterator[str]:
-    """Whatever writes or reads a pickle; `numpy.save` does unless told otherwise."""
+    """Yield whatever writes or reads a pickle; `numpy.save` does unless told otherwise."""
     for node in ast.walk(ast.parse(source)):
         if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
             continue
@@ -48,9 +83,15 @@ def pickling_in(source: str) -> Iterator[str]:
 
 def test_the_two_readers_see_what_they_look_for() -> None:
     source = (
-        "import torch.nn\ndef f():\n    from pipeline.codes import x\nif 0:\n    from . import y\nfrom ..cli import z"
+        "import torch.nn\n"
+        "def f():\n    from pipeline.codes.shard import x\n"
+        "if 0:\n    from . import y\n"
+        "from ..errors import z\nfrom .shard import w\nfrom .. import v\n"
     )
-    assert imports_of(source, "prior") == {"torch", "pipeline", "prior", ".."}
+    assert imports_of(source, "pipeline.codes.writer") == {
+        *("torch.nn", "pipeline.codes.shard", "pipeline.codes.y", "pipeline.errors", "pipeline.v"),
+    }
+    assert imports_of("from .codes.dataset import x", "pipeline", is_package=True) == {"pipeline.codes.dataset"}
     assert list(pickling_in("torch.load(p)")) == ["torch.load"]
     assert list(pickling_in("np.save(p, a); np.load(p, allow_pickle=True)")) == [
         "np.save without allow_pickle=False",
@@ -60,18 +101,49 @@ def test_the_two_readers_see_what_they_look_for() -> None:
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_a_file_imports_from_the_floor_below_only(path: Path) -> None:
-    package = path.parent.name if path.parent != ROOT else "cli"
+    module = module_of(path)
     below = {
         "tokenizer": {"torch", "einops"},
         "prior": {"torch", "einops"},
-        "pipeline": {"torch", "torchvision", "einops", "numpy", "PIL", "safetensors", "tqdm", "platformdirs", *STAGES},
+        "pipeline": LIBRARIES | (set() if room_of(module) in WITHOUT_MODELS else set(STAGES)),
         "cli": {"click", "pipeline"},
-    }[package]
-    if path.name == "code_tables.py":
-        below.add("pyarrow")  # the extra codegrid[parquet]
-    found = imports_of(path.read_text("utf-8"), package)
-    assert found - sys.stdlib_module_names - below - {package} == set()
+        "codegrid": set(PACKAGES),
+    }[module.partition(".")[0]]
+    found = top(imports_of_file(path))
+    assert found - sys.stdlib_module_names - below - EXTRAS.get(module, set()) - top({module}) == set()
     assert found & PICKLERS == set()
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "pipeline").rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT / "pipeline"))
+)
+def test_a_room_imports_from_itself_and_those_before_it_only(path: Path) -> None:
+    room = room_of(module_of(path))
+    assert room is None or room in ROOMS, "a room that ROOMS does not name: where does it belong?"
+    reach = ROOMS if room is None else ROOMS[: ROOMS.index(room) + 1]
+    imported = {room_of(name) for name in imports_of_file(path) if name.startswith("pipeline")}
+    assert imported - set(reach) == set()
+
+
+def test_every_file_of_the_pipeline_is_in_a_room_and_the_rooms_load_nothing() -> None:
+    """What is in a sub-package's `__init__.py` would be loaded with any file of it, and by `--help`."""
+    assert {path.name for path in (ROOT / "pipeline").glob("*.py")} == {"__init__.py", "errors.py"}
+    for folder in {path.parent for path in (ROOT / "pipeline").glob("*/*.py")}:
+        assert (folder / "__init__.py").read_text("utf-8") == ""
+
+
+def test_every_package_is_installed(tmp_path: Path) -> None:
+    """setup.cfg finds the packages; what it finds is every folder with Python files, and no other."""
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    from setuptools import find_packages
+
+    include = setup["options.packages.find"]["include"].split()
+    found = set(find_packages(str(ROOT), include=include))
+    folders = {path.parent.relative_to(ROOT) for package in PACKAGES for path in (ROOT / package).rglob("*.py")}
+    assert setup["options"]["packages"] == "find:"
+    assert found == {".".join(folder.parts) for folder in folders}
+    assert set(setup["options"]["py_modules"].replace(",", " ").split()) == set(MODULES)
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
@@ -85,8 +157,8 @@ def test_what_is_imported_is_declared() -> None:
     setup.read(ROOT / "setup.cfg")
     lines = [*setup["options"]["install_requires"].split(), *setup["options.extras_require"]["parquet"].split()]
     declared = {line.partition(">")[0].replace("pillow", "PIL") for line in lines}
-    found = set().union(*(imports_of(path.read_text("utf-8"), path.parent.name) for path in SOURCES))
-    assert found - sys.stdlib_module_names - {*PACKAGES, "cli"} == declared
+    found = set().union(*(top(imports_of_file(path)) for path in SOURCES))
+    assert found - sys.stdlib_module_names - {*PACKAGES, *MODULES} == declared
 
 
 def test_the_top_level_holds_what_people_expect() -> None:

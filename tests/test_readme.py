@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import cli
-from pipeline.export import export_codes
-from pipeline.glyphs import CLASS_NAMES
+from pipeline.codes.export import export_codes
+from pipeline.images.glyph_drawing import CLASS_NAMES
 
 from .support import brightness_tokenizer, fill_with_cells, save_prior, save_tokenizer, tiny_prior
 

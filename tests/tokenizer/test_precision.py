@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
-from pipeline.device import compile_networks
+from pipeline.runtime.device import compile_networks
 from tokenizer import VQVAE, TokenizerConfig, VectorQuantizer
 from tokenizer.config import CodebookUpdate
 

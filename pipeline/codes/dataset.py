@@ -1,0 +1,187 @@
+"""Code grids as a data set that torch reads: memory-mapped, from one folder or several.
+
+n rows in a batch, H W grid of codes.
+"""
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from ..errors import InputError
+from .manifest import CodeManifest, read_manifest
+from .shard import Shard, open_shard, read_names
+
+_log = logging.getLogger(__name__)
+
+
+class CodeDataset(Dataset[tuple[Tensor, int]]):
+    """The code grids of a folder, memory-mapped: `[i] -> (codes [H,W] int64, label int)`, label -1 for none.
+
+    Opening reads the manifest and the headers of the shards. A copy in another process, forked or spawned, maps the
+    same files again: nothing but their names travels, and the pages are the system's, once for all processes.
+
+    Args:
+        folders: what export-codes wrote; of several folders the rows follow each other.
+
+    Raises:
+        InputError: a folder is no code data set, a shard is missing or is not what the manifest says, or the folders
+            differ in tokenizer, grid or class names.
+    """
+
+    def __init__(self, folders: str | Path | Sequence[str | Path]) -> None:
+        chosen = [folders] if isinstance(folders, (str, Path)) else list(folders)
+        if not chosen:
+            raise InputError(expected="at least one folder of codes", got="none", do="name one")
+        self.folders = [Path(folder) for folder in chosen]
+        self._manifests = [read_manifest(folder) for folder in self.folders]
+        self.manifest = _merged(self.folders, self._manifests)
+        self._map()
+        for folder, manifest in zip(self.folders, self._manifests, strict=True):
+            if not manifest.complete:
+                _log.warning(
+                    "Warning: %s holds %d of %d grids; the export-codes that wrote it goes on when it is run again",
+                    folder,
+                    manifest.count,
+                    manifest.total,
+                )
+
+    def __len__(self) -> int:
+        return self.manifest.count
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"expected an index from {-len(self)} to {len(self) - 1}, got {index}")
+        index = int(index) % len(self)
+        place = np.searchsorted(self._ends, index, side="right")
+        row, shard = index - self._starts[place], self._shards[place]
+        codes = shard.codes[row]
+        self._check_range(codes)
+        return torch.from_numpy(codes.astype(np.int64)), int(shard.labels[row])
+
+    def __getitems__(self, indices: Sequence[int]) -> list[tuple[Tensor, int]]:
+        """The rows of a batch, for `DataLoader`, in one gather."""
+        codes, labels = self.batch(np.asarray(indices, dtype=np.int64))
+        return list(zip(codes, labels.tolist(), strict=True))
+
+    def batch(self, indices: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Codes [n,H,W] and labels [n], both int64, of the rows `indices` [n].
+
+        Raises:
+            IndexError: a row that is not there.
+            InputError: a code that is not below K.
+        """
+        if len(indices) and not -len(self) <= indices.min() <= indices.max() < len(self):
+            raise IndexError(f"expected indices from {-len(self)} to {len(self) - 1}, got {indices}")
+        rows = indices.astype(np.int64) % len(self)
+        order = np.argsort(rows)
+        stored, stored_labels = self._gather(rows[order])
+        self._check_range(stored)
+        codes = np.empty(stored.shape, dtype=np.int64)
+        labels = np.empty(len(rows), dtype=np.int64)
+        codes[order], labels[order] = stored, stored_labels
+        return torch.from_numpy(codes), torch.from_numpy(labels)
+
+    def shards(self) -> Iterator[Shard]:
+        """The mapped arrays, shard by shard, in the order of the rows."""
+        return iter(self._shards)
+
+    def names(self) -> Iterator[str]:
+        """The names of the images, in the order of the rows. Raises InputError if a file of names is damaged."""
+        for shard in self._shards:
+            names = read_names(shard.names_file)
+            if len(names) != len(shard.labels):
+                raise InputError(
+                    expected=f"{len(shard.labels)} names in {shard.names_file}",
+                    got=str(len(names)),
+                    do="export the codes again",
+                )
+            yield from names
+
+    @property
+    def labels(self) -> np.ndarray:
+        """All labels [N] int64, in memory."""
+        return np.concatenate([shard.labels for shard in self._shards] or [np.empty(0, dtype=np.int64)])
+
+    @property
+    def where(self) -> str:
+        """The folders, for messages."""
+        return ", ".join(str(folder) for folder in self.folders)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_shards"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._map()
+
+    def _map(self) -> None:
+        self._shards = [
+            open_shard(folder, entry, manifest)
+            for folder, manifest in zip(self.folders, self._manifests, strict=True)
+            for entry in manifest.shards
+        ]
+        counts = np.array([len(shard.labels) for shard in self._shards], dtype=np.int64)
+        self._ends = counts.cumsum()
+        self._starts = self._ends - counts
+
+    def _gather(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Codes [n,H,W] as they are stored, and labels [n], of ascending rows: each shard is asked once."""
+        codes = np.empty((len(rows), *self.manifest.grid), dtype=self.manifest.dtype)
+        labels = np.empty(len(rows), dtype=np.int64)
+        places = np.searchsorted(self._ends, rows, side="right")
+        rows = rows - self._starts[places]
+        cuts = np.flatnonzero(np.diff(places, prepend=-1)).tolist()
+        for first, last in pairwise([*cuts, len(rows)]):
+            shard, part = self._shards[places[first]], rows[first:last]
+            # In range already; numpy writes into `out` without a buffer only when told that it need not check.
+            shard.codes.take(part, axis=0, out=codes[first:last], mode="clip")
+            shard.labels.take(part, out=labels[first:last], mode="clip")
+        return codes, labels
+
+    def _check_range(self, codes: np.ndarray) -> None:
+        """A wrong code would be an index out of range far from here, in an embedding on the GPU."""
+        if codes.size and not 0 <= codes.min() <= codes.max() < self.manifest.num_codes:
+            wrong = codes.max() if codes.max() >= self.manifest.num_codes else codes.min()
+            raise InputError(
+                expected=f"codes from 0 to {self.manifest.num_codes - 1} in {self.where}",
+                got=str(wrong),
+                do="find the damaged shard with verify-codes",
+            )
+
+
+def _merged(folders: Sequence[Path], manifests: Sequence[CodeManifest]) -> CodeManifest:
+    """The manifest of all rows together. Raises InputError where the folders do not fit together."""
+    first = manifests[0]
+    for folder, manifest in zip(folders[1:], manifests[1:], strict=True):
+        for what in ("tokenizer_fingerprint", "num_codes", "grid", "image", "class_names"):
+            ours, theirs = getattr(first, what), getattr(manifest, what)
+            if ours != theirs:
+                raise InputError(
+                    expected=f"the same {what.replace('_', ' ')} in {folders[0]} and {folder}",
+                    got=f"{ours} and {theirs}",
+                    do="export both with one tokenizer, from images with the same classes",
+                )
+    if len(manifests) == 1:
+        return first
+    return replace(
+        first,
+        count=sum(manifest.count for manifest in manifests),
+        total=sum(manifest.total or manifest.count for manifest in manifests),
+        split="+".join(dict.fromkeys(manifest.split for manifest in manifests)),
+        source=", ".join(dict.fromkeys(manifest.source for manifest in manifests)),
+        shards=[entry for manifest in manifests for entry in manifest.shards],
+        shard_size=None,
+        flips=False,
+        rows_sha256="",
+        made_with={},
+        statistics={},
+        tables={},
+    )

@@ -1,0 +1,147 @@
+"""Code grids back to images: a contact sheet, a PNG each, or one array."""
+
+import os
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import asdict, dataclass, fields, replace
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+from ..images.png import save_grid
+from ..images.png_folder import ImageFolder, read_record, written_count
+from ..models.checkpoint import check_same_tokenizer
+from ..models.inference import decode_codes as decode
+from ..models.loading import load_trained_tokenizer
+from ..runtime.atomic_files import to_json
+from ..runtime.output_paths import OutputFiles, check_output_file, check_output_folder
+from ..runtime.progress import with_progress
+from .dataset import CodeDataset
+
+PICTURED = 64  # images in a contact sheet, if not told otherwise
+RECORD = "decode.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodeRecord:
+    """What RECORD says of a folder of decoded images; the names of its fields are its keys."""
+
+    start: int  # the first row
+    n: int  # rows that were to be decoded
+    finished: int  # of them; 0 while they are being written
+    tokenizer_fingerprint: str  # of the tokenizer that made the codes and decoded them
+
+
+def decode_codes(
+    folder: Path,
+    tokenizer_folder: Path,
+    out: Path,
+    *,
+    start: int = 0,
+    n: int | None = None,
+    device: str = "auto",
+    force: bool = False,
+) -> int:
+    """Write the images of rows start .. start + n - 1 of a code data set, in their order; return how many.
+
+    Args:
+        folder: what export-codes wrote.
+        tokenizer_folder: the tokenizer that made the codes.
+        out: FILE.png for a contact sheet, FILE.npy for an array uint8 [n,C,H',W'], or a folder for a PNG each, named by
+            row, and a record of which rows they are.
+        start: first row.
+        n: how many; by default all to the end, and for a picture at most PICTURED.
+        device: where to compute.
+        force: replace the file, or in a folder what its record names; a file that it does not name stays, and is
+            refused if it is in the way.
+
+    Raises:
+        InputError: the codes, the tokenizer, the rows or `out` cannot be used.
+    """
+    codes = CodeDataset(folder)
+    _check_start(codes, start)
+    kind, left = out.suffix.lower(), len(codes) - start
+    n = min(left, n if n is not None else PICTURED if kind == ".png" else left)
+    if n < 1:
+        raise ValueError(f"n: expected at least 1 image, got {n}")
+    if kind in (".png", ".npy"):
+        check_output_file(out, force=force)
+    else:
+        check_output_folder(out, force=force, written=_files(start, n), earlier=_earlier(out))
+    tokenizer = load_trained_tokenizer(tokenizer_folder, device)
+    remedy = "name the tokenizer that made them"
+    check_same_tokenizer(tokenizer.info.fingerprint, codes.manifest.tokenizer_fingerprint, f"codes in {folder}", remedy)
+
+    def rows(first: int, last: int) -> Tensor:
+        return codes.batch(np.arange(start + first, start + last))[0]
+
+    record = DecodeRecord(start=start, n=n, finished=0, tokenizer_fingerprint=tokenizer.info.fingerprint)
+    with closing(with_progress(decode(tokenizer.model, rows, n), n, "decoding", size=len)) as images:
+        if kind == ".png":
+            save_grid(torch.cat(list(images)), out)
+        elif kind == ".npy":
+            _write_array(images, n, out)
+        else:
+            _write_folder(images, out, record)
+    return n
+
+
+def _check_start(codes: CodeDataset, start: int) -> None:
+    """Raise InputError unless there is a row `start`."""
+    if len(codes) == 0:
+        raise InputError(
+            expected=f"grids in {codes.where}", got="none yet", do="run the export-codes that began it again"
+        )
+    if not 0 <= start < len(codes):
+        raise InputError(expected=f"a --start from 0 to {len(codes) - 1}", got=str(start), do="choose another")
+
+
+def _write_array(images: Iterator[Tensor], n: int, out: Path) -> None:
+    """Write batch by batch into a temporary file, renamed once it is complete and on the disk; else it is removed."""
+    first = next(images)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = out.with_name(f"{out.name}.new")
+    try:
+        with open(temporary, "wb") as file:
+            header = {"descr": "|u1", "fortran_order": False, "shape": (n, *first.shape[1:])}
+            np.lib.format.write_array_header_1_0(file, header)
+            for batch in chain([first], images):
+                file.write(batch.numpy().tobytes())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, out)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _write_folder(images: Iterator[Tensor], out: Path, record: DecodeRecord) -> None:
+    """Write a PNG each; those that are written when something goes wrong are kept, and the record counts them."""
+
+    def content(finished: int) -> bytes:
+        return to_json(asdict(replace(record, finished=finished)))
+
+    with ImageFolder(out, _files(record.start, record.n), _earlier(out), content) as folder:
+        try:
+            for batch in images:
+                folder.add(batch)
+        finally:
+            if folder.written:
+                folder.close(folder.written)
+
+
+def _files(start: int, n: int) -> OutputFiles:
+    """Return the files of rows start .. start + n - 1."""
+    return OutputFiles(record=RECORD, numbered="{:05d}.png", indices=range(start, start + n))
+
+
+def _earlier(folder: Path) -> list[OutputFiles]:
+    """Return what an earlier run wrote into `folder`, if its record is there."""
+    content = read_record(folder / RECORD)
+    if content is None or not {field.name for field in fields(DecodeRecord)} <= content.keys():
+        return []
+    start, count = content["start"], written_count(content["finished"], content["n"])
+    return [_files(start, count)] if isinstance(start, int) and count is not None else []

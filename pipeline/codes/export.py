@@ -1,0 +1,194 @@
+"""Images to code grids: runs the encoder over a data set and writes a code data set (`code_writer.py`).
+
+What can be refused is refused before images are prepared, which may take minutes; only what depends on the images
+themselves (how many, their classes, their hash) is compared with an existing export afterwards.
+"""
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import fields, replace
+from pathlib import Path
+
+import torch
+
+from tokenizer import VQVAE
+
+from ..errors import InputError
+from ..images.image_set import ImageSet, ImageSplit, source_name, split_of
+from ..models.checkpoint import CheckpointInfo, library_versions
+from ..models.loading import images_of, load_trained_tokenizer
+from ..runtime.device import choose_device
+from ..runtime.folder_lock import only_writer
+from ..runtime.process_group import ProcessGroup, process_group
+from ..runtime.progress import Progress, progress_bar
+from .encoded_images import EncodedImages, rows_sha256
+from .manifest import CodeManifest, code_dtype
+from .tables import add_table, check_table
+from .unfinished import check_destination
+from .writer import write_codes
+
+SHARD_SIZE = 65_536  # grids a shard
+BATCH = 256  # images read at a time
+FROM_IMAGES = {"total", "class_names", "rows_sha256"}  # fields of the manifest that only prepared images tell
+
+
+def export_codes(
+    tokenizer_folder: Path,
+    out: Path,
+    *,
+    data: str | None = None,
+    data_root: str | None = None,
+    split: str = "train",
+    flips: bool = False,
+    shard_size: int = SHARD_SIZE,
+    batch_size: int = BATCH,
+    to: str | None = None,
+    device: str = "auto",
+    force: bool = False,
+) -> CodeManifest:
+    """Write the codes of every image of a split of `data` (by default what the tokenizer was trained on) into `out`.
+
+    What an earlier call with the same arguments wrote into `out` is kept, and only the rest is written. Processes that
+    torchrun started share the work. The bytes depend on neither, nor on `batch_size`.
+
+    The main process holds the lock of `out` (`folder_lock.py`) meanwhile, for all processes of the export.
+
+    Args:
+        tokenizer_folder: what train-tokenizer wrote.
+        out: folder to write.
+        data: an image source.
+        data_root: folder of a torchvision set.
+        split: "train" or "test".
+        flips: also write every image mirrored left to right, as further rows after all others.
+        shard_size: grids a file.
+        batch_size: images read at a time.
+        to: "npz" or "parquet" to also write the whole in that format.
+        device: where to compute.
+        force: replace what `out` holds.
+
+    Raises:
+        InputError: the tokenizer, the images or the folder cannot be used, or another export writes into it.
+    """
+    with process_group() as group:
+        group.run_on_all(lambda: check_table(to))
+        chosen = group.run_on_all(lambda: choose_device(group.device(device)))
+        trained = group.run_on_all(lambda: load_trained_tokenizer(tokenizer_folder, chosen))
+        info, tokenizer = trained.info, trained.model
+        source = source_name(info.training["data"] if data is None else data)
+        known = _known_before_images(info, tokenizer, source, split=split, flips=flips, shard_size=shard_size)
+        with _locked(out, group):
+            group.run_on_main(lambda: check_destination(out, known, force=force, unknown=FROM_IMAGES))
+            images = group.main_first(lambda: images_of(info, data=data, data_root=data_root))
+            part = group.run_on_all(lambda: split_of(images, split))
+            requested = _request(known, images, part)
+            requests = group.gather(requested)
+            group.run_on_all(lambda: _check_same_in_all(requests))
+            group.run_on_all(lambda: check_table(to, requested))
+            manifest = _encode(tokenizer, part, out, requested, group, batch_size=batch_size, force=force)
+            if to is not None:
+                manifest = group.run_on_main(lambda: add_table(out, to))
+        if group.is_main:
+            print(f"{manifest.count:,} grids of {manifest.grid[0]}x{manifest.grid[1]} codes: {out}")
+    return manifest
+
+
+@contextmanager
+def _locked(out: Path, group: ProcessGroup) -> Iterator[None]:
+    """Let the main process hold the lock of `out`. Raise InputError if another export holds it."""
+    with ExitStack() as stack:
+        group.run_on_main(lambda: stack.enter_context(only_writer(out)))
+        yield
+
+
+def _encode(
+    tokenizer: VQVAE,
+    part: ImageSplit,
+    out: Path,
+    requested: CodeManifest,
+    group: ProcessGroup,
+    *,
+    batch_size: int,
+    force: bool,
+) -> CodeManifest:
+    """Write the codes of all images, with a progress bar."""
+    with _progress(requested.split, group) as bar:
+
+        def on_start(own: int, existing: int) -> None:
+            bar.reset(own)
+            if existing and group.is_main:
+                bar.write(f"{existing:,} grids are there already, {requested.total:,} in all: {out}")
+
+        rows = EncodedImages(tokenizer, part, flips=requested.flips, batch_size=batch_size, bar=bar)
+        with _explained_when_stopped(bar, group, force=force):
+            return write_codes(out, requested, rows, group, force=force, on_start=on_start)
+
+
+def _known_before_images(
+    info: CheckpointInfo, tokenizer: VQVAE, source: str, *, split: str, flips: bool, shard_size: int
+) -> CodeManifest:
+    """Return the manifest that is requested, but for FROM_IMAGES."""
+    size, num_codes = info.preprocessing, tokenizer.config.num_codes
+    versions = library_versions()
+    return CodeManifest(
+        count=0,
+        num_codes=num_codes,
+        grid=tokenizer.grid(size["height"], size["width"]),
+        dtype=code_dtype(num_codes).name,
+        class_names=[],
+        split=split,
+        source=source,
+        image=size,
+        tokenizer_fingerprint=info.fingerprint,
+        shards=[],
+        shard_size=shard_size,
+        flips=flips,
+        made_with={
+            "device": _device_name(next(tokenizer.parameters()).device),
+            **{name: versions[name] for name in ("codegrid", "torch") if name in versions},
+        },
+    )
+
+
+def _request(known: CodeManifest, images: ImageSet, part: ImageSplit) -> CodeManifest:
+    """Return the manifest before anything is written: what is requested."""
+    return replace(
+        known,
+        total=len(part) * (2 if known.flips else 1),
+        class_names=list(images.class_names),
+        rows_sha256=rows_sha256(part),
+    )
+
+
+def _check_same_in_all(requests: Sequence[CodeManifest]) -> None:
+    """See that every process is about to write the same; only where the images lie may be its machine's affair."""
+    for name in (field.name for field in fields(CodeManifest) if field.name != "source"):
+        values = [getattr(request, name) for request in requests]
+        other = next((rank for rank, value in enumerate(values) if value != values[0]), None)
+        if other is not None:
+            raise InputError(
+                expected=f"the same {name.replace('_', ' ')} in every process",
+                got=f"{values[other]} in process {other}, {values[0]} in process 0",
+                do="give all machines the same tokenizer, images, devices and versions",
+            )
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def _progress(split: str, group: ProcessGroup) -> Progress:
+    share = f" (process {group.rank + 1} of {group.count})" if group.count > 1 else ""
+    return progress_bar(0, f"encoding {split}{share}", disable=not group.is_main)
+
+
+@contextmanager
+def _explained_when_stopped(bar: Progress, group: ProcessGroup, *, force: bool) -> Iterator[None]:
+    """On Ctrl-C, say that nothing is lost."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if group.is_main:
+            command = "the same command without --force" if force else "the same command"
+            bar.write(f"stopped; finished shards are kept, and {command} continues", file=sys.stderr)
+        raise

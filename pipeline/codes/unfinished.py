@@ -1,0 +1,173 @@
+"""What an export finds in its folder, and what of it is kept: the shards that an interrupted export of the same request
+finished.
+
+Our files are known by an exact pattern; nothing else in the folder is ever changed or removed.
+"""
+
+import json
+import re
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+
+from ..errors import InputError
+from ..runtime.atomic_files import sha256
+from ..runtime.folder_lock import LOCK
+from ..runtime.output_paths import check_writable
+from .card import CARD_MARK
+from .manifest import CARD, MANIFEST, CodeManifest, ShardEntry, read_manifest, shard_entry, short, write_manifest
+
+ENTRY = "shard-{:05d}.json"
+OUR_FILES = re.compile(
+    r"manifest\.json|README\.md|(codes|labels)-[0-9]{5,}\.npy|(names|shard)-[0-9]{5,}\.json|codes\.npz"
+    r"|codes-[0-9]{5,}\.parquet"
+)
+BEFORE_ALL = {f"{MANIFEST}.new"}  # what a kill in the first moment leaves
+RESULTS = {"count", "shards", "statistics", "tables"}  # fields of the manifest that are not requested but come out
+MADE_WITH = "made_with"  # matters while shards are missing: two versions of torch may round differently
+CAUSES = ("tokenizer_fingerprint", "source", "split", "flips", "shard_size")  # the other fields follow from these
+_ENTRY_FILE = re.compile(r"shard-[0-9]{5,}\.json")
+
+
+def check_destination(
+    folder: Path, requested: CodeManifest, *, force: bool, unknown: Collection[str] = ()
+) -> CodeManifest | None:
+    """See that `requested` may be written into `folder`; nothing is changed there.
+
+    Args:
+        folder: where to write.
+        requested: the manifest, without results.
+        force: whether what is in the folder may be replaced.
+        unknown: fields of `requested` that are not known yet and not compared.
+
+    Returns:
+        the manifest that an export of the same request left there; None if the export starts anew.
+
+    Raises:
+        InputError: the folder holds a README of somebody else, or, unless `force`, another export or other files.
+    """
+    card = folder / CARD
+    if card.exists() and CARD_MARK not in card.read_text("utf-8", "replace"):
+        raise InputError(
+            expected=f"a folder for codes as --out {folder}",
+            got=f"one with a {CARD} that export-codes did not write",
+            do="name another folder",
+        )
+    if force:
+        return None
+    if (folder / MANIFEST).exists():
+        existing = read_manifest(folder)
+        _check_same_request(folder, existing, requested, unknown)
+        return existing
+    if folder.is_dir() and not {path.name for path in folder.iterdir()} <= {*BEFORE_ALL, LOCK}:
+        raise InputError(
+            expected=f"an empty or new folder as --out {folder}",
+            got="a folder with files in it",
+            do="name another folder, or use --force to replace what is there",
+        )
+    return None
+
+
+def prepare_destination(folder: Path, requested: CodeManifest, *, force: bool) -> CodeManifest:
+    """Make `folder` ready to write into.
+
+    Returns:
+        the manifest that is now there, with the shards that are intact and no others.
+
+    Raises:
+        InputError: like `check_destination`, or the folder cannot be written.
+    """
+    existing = check_destination(folder, requested, force=force)
+    if existing is not None:
+        return _resume(folder, existing, requested)
+    check_writable(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / MANIFEST).unlink(missing_ok=True)  # first: no manifest counts files that are gone
+    remove(path for path in folder.iterdir() if OUR_FILES.fullmatch(path.name.removesuffix(".new")))
+    write_manifest(folder, requested)
+    return requested
+
+
+def count_entries(folder: Path, manifest: CodeManifest) -> CodeManifest:
+    """Move the entries of finished shards from their files into the manifest, which is written and returned."""
+    entries = _read_entries(folder)
+    if entries:
+        manifest = _with_shards(manifest, [*manifest.shards, *_valid(entries)])
+        write_manifest(folder, manifest)
+        remove(entries)
+    return manifest
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what a kill in the middle of a writing left of our files."""
+    remove(path for path in folder.iterdir() if _is_leftover(path.name))
+
+
+def remove(files: Iterable[Path]) -> None:
+    """Remove files, which may be gone already."""
+    for path in list(files):
+        path.unlink(missing_ok=True)
+
+
+def _resume(folder: Path, existing: CodeManifest, requested: CodeManifest) -> CodeManifest:
+    """Return and write the manifest with all shards that are intact, and with no others. Raise InputError."""
+    entries = _read_entries(folder)
+    intact = [entry for entry in (*existing.shards, *_valid(entries)) if _is_intact(folder, entry)]
+    resumed = _with_shards(replace(existing, statistics={}), intact)
+    if resumed.shards == existing.shards:
+        resumed = existing
+    else:
+        _check_same_request(folder, resumed, requested)
+        write_manifest(folder, resumed)
+    remove(entries)
+    return resumed
+
+
+def _with_shards(manifest: CodeManifest, entries: Sequence[ShardEntry]) -> CodeManifest:
+    """Return `manifest` with these shards, each once, in the order of rows."""
+    by_start = {entry.start: entry for entry in entries}
+    shards = [by_start[start] for start in sorted(by_start)]
+    return replace(manifest, shards=shards, count=sum(shard.count for shard in shards))
+
+
+def _check_same_request(
+    folder: Path, existing: CodeManifest, requested: CodeManifest, unknown: Collection[str] = ()
+) -> None:
+    ignored = {*RESULTS, *unknown, *([MADE_WITH] if existing.complete else [])}
+    for name in (*CAUSES, *(field.name for field in fields(CodeManifest))):
+        before, now = getattr(existing, name), getattr(requested, name)
+        if name not in ignored and before != now:
+            raise InputError(
+                expected=f"an empty or new folder as --out {folder}, or one that this very command began",
+                got=f"codes with {name.replace('_', ' ')} {short(before)} where this is {short(now)}",
+                do="name another folder, or use --force to replace what is there",
+            )
+
+
+def _is_intact(folder: Path, entry: ShardEntry) -> bool:
+    """Return whether the files of a shard are there, with their hashes."""
+    try:
+        return all(sha256((folder / name).read_bytes()) == digest for name, digest in entry.files.items())
+    except OSError:
+        return False
+
+
+def _read_entries(folder: Path) -> dict[Path, ShardEntry | None]:
+    """Return the entries of shards that were finished and may not be in the manifest, by the file of each."""
+    return {path: _read_entry(path) for path in sorted(folder.iterdir()) if _ENTRY_FILE.fullmatch(path.name)}
+
+
+def _read_entry(path: Path) -> ShardEntry | None:
+    """Return None if the file holds no entry; its shard is then written again."""
+    try:
+        return shard_entry(json.loads(path.read_bytes()), int(path.stem.removeprefix("shard-")))
+    except ValueError:
+        return None
+
+
+def _valid(entries: dict[Path, ShardEntry | None]) -> list[ShardEntry]:
+    return [entry for entry in entries.values() if entry is not None]
+
+
+def _is_leftover(name: str) -> bool:
+    return name in BEFORE_ALL or (name.endswith(".new") and bool(OUR_FILES.fullmatch(name.removesuffix(".new"))))

@@ -1,0 +1,40 @@
+"""How well a prior predicts codes.
+
+Legend: n grids, H W grid of codes.
+"""
+
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from prior import GatedPixelCNN
+from prior.objective import grid_bits
+from prior.sampling import evaluating
+
+from ..runtime.progress import with_progress
+
+BATCH = 256  # grids at a time
+
+
+def measure_prior(prior: GatedPixelCNN, batches: Iterable[tuple[Tensor, Tensor]]) -> float:
+    """Return the bits per code over all batches of codes [n,H,W] and labels [n], in float32.
+
+    The mean is over codes, so that batches of any sizes give the same.
+    """
+    device = next(prior.parameters()).device
+    bits, count = 0.0, 0
+    with torch.no_grad(), evaluating(prior):
+        for codes, labels in batches:
+            codes = codes.to(device)
+            logits = prior(codes, labels.to(device) if prior.config.num_classes else None)
+            bits, count = bits + float(grid_bits(logits, codes).sum()), count + codes.numel()
+    return bits / count
+
+
+def code_batches(codes: np.ndarray, labels: np.ndarray) -> Iterator[tuple[Tensor, Tensor]]:
+    """Return codes [n,H,W] of any integer type with their labels [n] as int64 batches, and show a bar meanwhile."""
+    parts = (slice(start, start + BATCH) for start in range(0, len(codes), BATCH))
+    batches = ((torch.from_numpy(codes[rows].astype(np.int64)), torch.from_numpy(labels[rows])) for rows in parts)
+    return with_progress(batches, len(codes), "measuring the prior", size=lambda batch: len(batch[0]), leave=False)

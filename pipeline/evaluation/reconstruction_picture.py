@@ -1,0 +1,40 @@
+"""A picture of images above their reconstructions."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from ..images.image_set import split_of
+from ..images.png import above_and_below, save_grid
+from ..images.preprocessing import to_uint8
+from ..models.inference import reconstruct_images
+from ..models.loading import images_of, load_trained_autoencoder
+from ..runtime.output_paths import check_output_file
+
+
+def reconstruct_to_file(
+    tokenizer_folder: Path,
+    out: Path,
+    *,
+    data: str | None = None,
+    data_root: str | None = None,
+    split: str = "test",
+    n: int = 16,
+    device: str = "auto",
+    force: bool = False,
+) -> Path:
+    """Write a picture of the first n images of a split, each above its reconstruction.
+
+    Raises:
+        InputError: the tokenizer, the images or the file cannot be used.
+    """
+    check_output_file(out, force=force)
+    trained = load_trained_autoencoder(tokenizer_folder, device)
+    part = split_of(images_of(trained.info, data=data, data_root=data_root), split)
+    if n > len(part):
+        print(f"note: the {split} part has {len(part)} images, fewer than --n {n}", file=sys.stderr)
+    images = to_uint8(part.batch(np.arange(min(n, len(part)))))
+    columns = min(8, len(images))
+    save_grid(above_and_below(images, reconstruct_images(trained.model, images), columns), out, columns=columns)
+    return out

@@ -1,0 +1,219 @@
+"""From the two trained stages to images: prior -> codes -> decoder -> images."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from prior import GatedPixelCNN, complete_codes, sample_codes
+from prior.uniforms import draw_seed, draw_uniforms, seeded_generator
+from tokenizer import VQVAE
+
+from ..errors import InputError
+from ..images.preprocessing import to_float, to_uint8
+from ..models.checkpoint import CheckpointInfo
+from ..models.inference import reconstruct_images
+from ..models.labels import Labels, resolve_labels
+from ..models.loading import TrainedPrior, TrainedTokenizer, load_pair
+from .keep_mask import keep_pixels, known_codes
+
+DECODE_BATCH = 256
+
+
+class Sampled(NamedTuple):
+    """New images and the codes that they were decoded from."""
+
+    images: Tensor  # [n,C,H',W'] uint8
+    codes: Tensor  # [n,H,W] int64
+
+
+@dataclass(frozen=True)
+class ImagePipeline:
+    """A tokenizer and the prior over its codes.
+
+    Made by `ImagePipeline.from_pretrained(tokenizer_dir, prior_dir)`.
+    """
+
+    trained_tokenizer: TrainedTokenizer
+    trained_prior: TrainedPrior  # over the codes of this tokenizer
+
+    @classmethod
+    def from_pretrained(cls, tokenizer_dir: str | Path, prior_dir: str | Path, device: str = "auto") -> "ImagePipeline":
+        """Load both stages.
+
+        Args:
+            tokenizer_dir: what train-tokenizer wrote.
+            prior_dir: what train-prior wrote.
+            device: auto, cpu, cuda, cuda:1 or mps.
+
+        Raises:
+            InputError: a checkpoint cannot be used, the prior was trained on another tokenizer's codes, or there is no
+                such device.
+        """
+        return cls(*load_pair(tokenizer_dir, prior_dir, device))
+
+    @property
+    def tokenizer(self) -> VQVAE:
+        """The tokenizer as a module."""
+        return self.trained_tokenizer.model
+
+    @property
+    def prior(self) -> GatedPixelCNN:
+        """The prior as a module."""
+        return self.trained_prior.model
+
+    @property
+    def tokenizer_info(self) -> CheckpointInfo:
+        """What the tokenizer's checkpoint says about it."""
+        return self.trained_tokenizer.info
+
+    @property
+    def prior_info(self) -> CheckpointInfo:
+        """What the prior's checkpoint says about it."""
+        return self.trained_prior.info
+
+    @property
+    def class_names(self) -> list[str]:
+        """Names of the classes the prior knows; empty if it was trained without labels."""
+        return self.prior_info.class_names
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """The grid (H, W) of codes of an image."""
+        return self.trained_tokenizer.grid
+
+    def sample(
+        self,
+        n: int,
+        *,
+        labels: Labels = None,
+        seed: int | None = None,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        first: int = 0,
+        on_row: Callable[[int], None] | None = None,
+    ) -> Sampled:
+        """Sample n new images: (uint8 images [n,C,H',W'], codes [n,H,W]).
+
+        Args:
+            n: at least 1.
+            labels: class names or indices, taken in turn until there are n; None takes all classes in turn.
+            seed: the same seed gives the same images; None takes a new one.
+            temperature: 0 is greedy, 1 the prior as it is.
+            top_k: keep the k most likely codes of each position.
+            top_p: keep the fewest most likely codes that hold this much probability.
+            first: the index of the first image: 4 and then 4 more with `first=4` are the 8 that one call draws, given
+                their labels.
+            on_row: called with the number of finished rows of the grid after each.
+
+        Raises:
+            InputError: a label that the prior does not know.
+            ValueError: another argument out of its range.
+        """
+        codes = sample_codes(
+            self.prior,
+            n,
+            self.grid,
+            labels=self.labels_for(n, labels),
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            generator=seeded_generator(seed),
+            first=first,
+            on_row=on_row,
+        )
+        return Sampled(self.decode(codes), codes)
+
+    def complete(
+        self,
+        images: Tensor,
+        keep_mask: Tensor,
+        *,
+        labels: Labels = None,
+        candidates: int = 32,
+        seed: int | None = None,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        on_row: Callable[[int], None] | None = None,
+    ) -> Sampled:
+        """Draw what is missing of images: (uint8 images [n,C,H',W'], codes [n,H,W]). Kept pixels stay as they are.
+
+        A code is kept if every pixel it stands for is. What is kept above and to the left of a position is what the
+        prior draws from, exactly; what is kept after it in raster order is listened to by drawing several candidates
+        and preferring those that it fits (see `prior/completion.py`).
+
+        Args:
+            images: [n,C,H',W'] uint8 or float in [0,1], of the tokenizer's size; what is not kept does not matter.
+            keep_mask: [H',W'] or [n,H',W'] bool, True where a pixel is kept.
+            labels: class names or indices, in turn; None lets what is kept choose among all classes.
+            candidates: drawn of each image where later codes are kept or the class is open; more are slower and fit
+                better.
+            seed: as in `sample`, as are temperature, top_k, top_p and on_row.
+            temperature: see there.
+            top_k: see there.
+            top_p: see there.
+            on_row: see there.
+
+        Raises:
+            InputError: a label that the prior does not know, or images or a mask of the wrong shape.
+            ValueError: another argument out of its range.
+        """
+        size, count = self.tokenizer_info.preprocessing, len(images)
+        shape = (size["channels"], size["height"], size["width"])
+        masks = (shape[1:], (count, *shape[1:]))
+        if images.ndim != 4 or tuple(images.shape[1:]) != shape or tuple(keep_mask.shape) not in masks:
+            raise InputError(
+                expected=f"images [n,{shape[0]},{shape[1]},{shape[2]}] and a mask [H',W'] or [n,H',W'] of that size",
+                got=f"{list(images.shape)} and {list(keep_mask.shape)}",
+                do="resize them to what the tokenizer was trained on",
+            )
+        floats = (to_float(images) if images.dtype == torch.uint8 else images.float()).cpu()
+        keep = keep_mask.bool().cpu().expand(count, *shape[1:])
+        generator = seeded_generator(seed)
+        device = next(self.tokenizer.parameters()).device
+        known = known_codes(self.tokenizer, floats.to(device), keep.to(device))
+        chosen = None if labels is None else self.labels_for(count, labels)
+        if chosen is None and self.class_names:
+            chosen = open_labels(count, candidates, len(self.class_names), generator)
+        codes = complete_codes(
+            self.prior,
+            known,
+            candidates=candidates,
+            labels=chosen,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            generator=generator,
+            on_row=on_row,
+        )
+        return Sampled(keep_pixels(to_uint8(floats), self.decode(codes), keep), codes)
+
+    def labels_for(self, n: int, labels: Labels) -> Tensor | None:
+        """Return the label [n] of each of n samples: the given ones in turn, or all in turn; None without classes.
+
+        Raises:
+            InputError: a label that the prior does not know.
+        """
+        return resolve_labels(n, labels, self.class_names)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Decode codes [n,H,W] to uint8 images [n,C,H',W'], on the CPU."""
+        device = next(self.tokenizer.parameters()).device
+        parts = [to_uint8(self.tokenizer.decode(part.to(device))).cpu() for part in codes.split(DECODE_BATCH)]
+        return torch.cat(parts)
+
+    def reconstruct(self, images: Tensor) -> Tensor:
+        """Encode and decode images [n,C,H',W'], uint8 or float in [0,1]: uint8 of the same shape, on the CPU."""
+        return reconstruct_images(self.tokenizer, images)
+
+
+def open_labels(count: int, candidates: int, num_classes: int, generator: torch.Generator) -> Tensor:
+    """Return a label for each candidate, [n,m]: spread over the classes, each as likely as the others."""
+    seed = draw_seed(generator)
+    offset = draw_uniforms(range(seed, seed + count), 1)[:, 0]  # of each image its own, however many there are
+    return ((torch.arange(candidates) + offset[:, None]) * num_classes / candidates).long().clamp_max(num_classes - 1)

@@ -1,0 +1,84 @@
+"""Completing pictures: part of a picture is kept, the prior draws the rest.
+
+The picture becomes codes; a code is known if every pixel it stands for is kept. The pixels that are not kept are
+replaced by the mean colour of those that are before the encoder sees them, so that nothing of them can be told from
+the result. What the prior draws is decoded, and the kept pixels are put back.
+
+Legend: n pictures, C channels, H' W' pixels, H W grid of codes.
+"""
+
+from pathlib import Path
+
+import torch
+from einops import reduce
+from PIL import Image
+from torch import Tensor
+
+from prior.raster import UNKNOWN
+from tokenizer import VQVAE
+
+from ..errors import InputError
+from ..images.preprocessing import IMAGE_ERRORS, Preprocessing, prepare, upright_size, why_unreadable
+
+HALVES = ("top", "bottom", "left", "right")
+
+
+def known_codes(tokenizer: VQVAE, images: Tensor, keep: Tensor) -> Tensor:
+    """The codes [n,H,W] of images [n,C,H',W'] in [0,1], -1 where a pixel of `keep` [n,H',W'] is False."""
+    codes = tokenizer.encode(hidden(images, keep))
+    side = tokenizer.config.downsample
+    whole = reduce(keep.float(), "n (h p) (w q) -> n h w", "min", p=side, q=side) > 0
+    return codes.masked_fill(~whole.to(codes.device), UNKNOWN)
+
+
+def hidden(images: Tensor, keep: Tensor) -> Tensor:
+    """Images [n,C,H',W'] with the pixels that are not kept replaced by the mean of those that are (grey if none)."""
+    kept = keep[:, None].to(images)
+    count = kept.sum(dim=(2, 3), keepdim=True)
+    seen = torch.where(kept > 0, images, 0)  # not a product: a hidden pixel may be anything
+    mean = torch.where(count > 0, seen.sum(dim=(2, 3), keepdim=True) / count.clamp_min(1), 0.5)
+    return torch.where(kept > 0, images, mean)
+
+
+def keep_pixels(images: Tensor, drawn: Tensor, keep: Tensor) -> Tensor:
+    """uint8 [n,C,H',W']: `images` where `keep` [n,H',W'], `drawn` elsewhere."""
+    return torch.where(keep[:, None], images, drawn)
+
+
+def half_mask(half: str, size: tuple[int, int]) -> Tensor:
+    """True [H',W'] on the named half of a picture, the smaller one if the side is odd."""
+    height, width = size
+    mask = torch.zeros(size, dtype=torch.bool)
+    rows, columns = torch.arange(height)[:, None], torch.arange(width)[None]
+    mask |= {
+        "top": rows < height // 2,
+        "bottom": rows >= height - height // 2,
+        "left": columns < width // 2,
+        "right": columns >= width - width // 2,
+    }[half]
+    return mask
+
+
+def mask_from_file(path: Path, size: tuple[int, int]) -> Tensor:
+    """True [H',W'] where a picture of that size is white (128 or more): the pixels to keep.
+
+    Raises:
+        InputError: no picture there, or one of another size.
+    """
+    try:
+        with Image.open(path) as picture:
+            height, width = upright_size(picture)
+            pixels = prepare(picture, Preprocessing(height=height, width=width, channels=1))[0]
+    except IMAGE_ERRORS as error:
+        raise InputError(
+            expected=f"top, bottom, left, right or a picture, white where pixels are kept, as --keep {path}",
+            got=why_unreadable(error),
+            do="name one of them",
+        ) from None
+    if pixels.shape != size:
+        raise InputError(
+            expected=f"a mask of {size[0]}x{size[1]} pixels, the size of the tokenizer's images",
+            got=f"{pixels.shape[0]}x{pixels.shape[1]} in {path}",
+            do="resize it",
+        )
+    return torch.from_numpy(pixels >= 128)

@@ -1,0 +1,203 @@
+"""Folders of drawn images: a contact sheet, one PNG each, their codes, and what they were drawn with."""
+
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from einops import repeat
+from torch import Tensor
+
+from prior import SamplingParameters
+from prior.choosing import AS_TRAINED
+
+from ..codes.shard import npy_bytes
+from ..errors import InputError
+from ..images.png import save_grid
+from ..images.png_folder import ImageFolder
+from ..images.preprocessing import IMAGE_ERRORS, Preprocessing, read_image, to_float, to_uint8, why_unreadable
+from ..runtime.atomic_files import write_atomic
+from ..runtime.progress import Progress, progress_bar
+from .image_pipeline import ImagePipeline, Sampled
+from .keep_mask import HALVES, half_mask, hidden, mask_from_file
+from .sample_record import (
+    CODES,
+    COMPLETION,
+    GRID,
+    SAMPLE,
+    Fingerprints,
+    SampleRecord,
+    check_sample_folder,
+    earlier_samples,
+    sample_files,
+)
+
+MOST_IN_GRID = 1024  # images in the contact sheet
+AT_ONCE = {"cpu": 64, "cuda": 1024, "mps": 256}  # images drawn together, and kept if the rest is interrupted
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleOptions:
+    """How `sample_to_folder` and `complete_to_folder` draw; recorded beside what they drew."""
+
+    n: int
+    labels: tuple[str, ...] = ()  # names or indices, in turn; all classes if empty
+    seed: int = 0
+    parameters: SamplingParameters = AS_TRAINED
+
+    def __post_init__(self) -> None:
+        if self.n < 1:
+            raise ValueError(f"n: expected at least 1 image, got {self.n}")
+
+    @classmethod
+    def of(cls, *, n: int, labels: tuple[str, ...] = (), seed: int = 0, **parameters: Any) -> "SampleOptions":
+        """Return the options of a command line, where the fields of `SamplingParameters` are options of their own."""
+        return cls(n=n, labels=labels, seed=seed, parameters=SamplingParameters(**parameters))
+
+
+def sample_to_folder(pipeline: ImagePipeline, options: SampleOptions, out: Path, *, force: bool = False) -> Path:
+    """Draw images into `out`: grid.png, images/, codes.npy, sample.json; return the path of grid.png.
+
+    Raises:
+        InputError: an unknown label, or a folder that cannot be used.
+        ValueError: an option out of its range.
+        KeyboardInterrupt: Ctrl-C; the images that were finished are kept, and the record says how many.
+    """
+    check_sample_folder(out, SAMPLE, options.n, force=force)
+    labels = pipeline.labels_for(options.n, options.labels or None)
+    batches: list[Sampled] = []
+    with _image_folder(out, SAMPLE, _record(pipeline, options, labels)) as folder:
+        try:
+            with _progress(options.n) as bar:
+                for batch in _sampled(pipeline, options, labels, bar):
+                    folder.add(batch.images)
+                    batches.append(batch)
+        except KeyboardInterrupt:
+            finished = sum(len(batch.codes) for batch in batches)
+            print(f"stopped: {finished} of {options.n} images are in {out}", file=sys.stderr)
+            raise
+        finally:
+            if batches:
+                images, codes = (torch.cat([batch[i] for batch in batches]) for i in (0, 1))
+                _finish(folder, codes, images[:MOST_IN_GRID])
+    return out / GRID
+
+
+def complete_to_folder(
+    pipeline: ImagePipeline,
+    image: Path,
+    keep: str,
+    options: SampleOptions,
+    out: Path,
+    *,
+    candidates: int = 32,
+    force: bool = False,
+) -> Path:
+    """Draw the missing part of a picture n times into `out`, as `sample_to_folder` does; return the path of grid.png.
+
+    The contact sheet shows the original, what was kept, and the n completions.
+
+    Args:
+        pipeline: of the two stages.
+        image: a picture, prepared as those of the training were.
+        keep: top, bottom, left, right, or the path of a picture that is white where pixels are kept.
+        options: how to draw.
+        out: the folder.
+        candidates: as in `ImagePipeline.complete`.
+        force: replace what is there.
+
+    Raises:
+        InputError: a picture, mask, label or folder that cannot be used.
+        ValueError: an option out of its range.
+    """
+    if candidates < 1:
+        raise ValueError(f"candidates: expected at least 1, got {candidates}")
+    check_sample_folder(out, COMPLETION, options.n, force=force)
+    labels = pipeline.labels_for(options.n, options.labels) if options.labels else None
+    original = _read(image, Preprocessing(**pipeline.tokenizer_info.preprocessing))
+    size = (original.shape[1], original.shape[2])
+    mask = half_mask(keep, size) if keep in HALVES else mask_from_file(Path(keep), size)
+    if bool(mask.all()):
+        raise InputError(expected="a mask that leaves something to draw", got="one that keeps all", do="blacken a part")
+    kept = to_uint8(hidden(to_float(original[None]), mask[None]))
+    record = _record(pipeline, options, labels, image=str(image), keep=keep, candidates=candidates)
+    with _image_folder(out, COMPLETION, record) as folder:
+        with _progress(options.n) as bar:
+            completed = pipeline.complete(
+                repeat(original, "c h w -> n c h w", n=options.n),
+                mask,
+                labels=labels,
+                candidates=candidates,
+                on_row=_rows_on(bar, 0, options.n, pipeline.grid[0]),
+                seed=options.seed,
+                **asdict(options.parameters),
+            )
+        folder.add(completed.images)
+        _finish(folder, completed.codes, torch.cat([original[None], kept, completed.images]), columns=options.n + 2)
+    return out / GRID
+
+
+def _sampled(
+    pipeline: ImagePipeline, options: SampleOptions, labels: Tensor | None, bar: Progress
+) -> Iterator[Sampled]:
+    """Draw the samples, AT_ONCE at a time."""
+    at_once = AT_ONCE[next(pipeline.prior.parameters()).device.type]
+    for start in range(0, options.n, at_once):
+        count = min(at_once, options.n - start)
+        subset = None if labels is None else labels[start : start + count]
+        on_row = _rows_on(bar, start, count, pipeline.grid[0])
+        parameters = asdict(options.parameters)
+        yield pipeline.sample(count, labels=subset, seed=options.seed, first=start, on_row=on_row, **parameters)
+
+
+def _rows_on(bar: Progress, start: int, count: int, height: int) -> Callable[[int], None]:
+    """Return a function that shows finished rows of the grids of images start .. start + count - 1 as images."""
+
+    def show(rows: int) -> None:
+        bar.update(start + count * rows / height - bar.n)
+
+    return show
+
+
+def _progress(n: int) -> Progress:
+    shape = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total} [{elapsed}<{remaining}]"
+    return progress_bar(n, "drawing images", bar_format=shape)
+
+
+def _read(path: Path, preprocessing: Preprocessing) -> Tensor:
+    """Return a picture as uint8 [C,H',W']. Raise InputError if it cannot be read."""
+    try:
+        return torch.from_numpy(read_image(path, preprocessing).copy())  # some are read-only
+    except IMAGE_ERRORS as error:
+        raise InputError(
+            expected=f"a picture as --image {path}", got=why_unreadable(error), do="name a picture that Pillow reads"
+        ) from None
+
+
+def _record(pipeline: ImagePipeline, options: SampleOptions, labels: Tensor | None, **kept: int | str) -> SampleRecord:
+    """Return how the images come to be; of a completion also what was `kept`."""
+    chosen = None if labels is None else labels.tolist()
+    fingerprints = Fingerprints(tokenizer=pipeline.tokenizer_info.fingerprint, prior=pipeline.prior_info.fingerprint)
+    return SampleRecord(
+        labels=chosen,
+        class_names=None if chosen is None else [pipeline.class_names[i] for i in chosen],
+        seed=options.seed,
+        options={"n": options.n, **asdict(options.parameters), **kept},
+        finished=options.n,
+        fingerprints=fingerprints,
+        versions=pipeline.prior_info.versions,
+    )
+
+
+def _image_folder(out: Path, name: str, record: SampleRecord) -> ImageFolder:
+    files = sample_files(name, record.finished)
+    return ImageFolder(out, files, earlier_samples(out), lambda finished: record.of_first(finished).to_bytes())
+
+
+def _finish(folder: ImageFolder, codes: Tensor, shown: Tensor, columns: int | None = None) -> None:
+    """Keep the images of these codes [n,H,W], and write what goes with them."""
+    folder.close(len(codes))
+    write_atomic(folder.folder / CODES, npy_bytes(codes.cpu().numpy()))
+    save_grid(shown, folder.folder / GRID, columns=columns)

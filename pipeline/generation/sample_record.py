@@ -1,0 +1,75 @@
+"""The record of drawn images, `sample.json` or `complete.json`: how they were drawn, and which files were written."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from ..images.png_folder import read_record, written_count
+from ..runtime.atomic_files import to_json
+from ..runtime.output_paths import OutputFiles, check_output_folder
+
+SAMPLE, COMPLETION = "sample.json", "complete.json"
+GRID, CODES = "grid.png", "codes.npy"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fingerprints:
+    """SHA-256 of the weights of both stages."""
+
+    tokenizer: str
+    prior: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleRecord:
+    """What the record says; the names of its fields are its keys."""
+
+    labels: Sequence[int] | None  # of each image; None without classes, or where what is kept chose them
+    class_names: Sequence[str] | None  # of each image, by its label
+    seed: int
+    options: dict[str, int | float | str | None]  # n, and how the codes were chosen; of a completion, what was kept
+    finished: int  # images; 0 while they are being written
+    fingerprints: Fingerprints
+    versions: dict[str, str]  # of the libraries
+
+    def of_first(self, finished: int) -> "SampleRecord":
+        """Return the record of the first images alone, the others not being finished."""
+        labels = None if self.labels is None else self.labels[:finished]
+        class_names = None if self.class_names is None else self.class_names[:finished]
+        return replace(self, labels=labels, class_names=class_names, finished=finished)
+
+    def to_bytes(self) -> bytes:
+        return to_json(asdict(self))
+
+
+def sample_files(record: str, count: int) -> OutputFiles:
+    """Return the files of `count` drawn images whose record has this name."""
+    return OutputFiles(
+        record=record, numbered="images/{:05d}.png", indices=range(count), others=frozenset({GRID, CODES})
+    )
+
+
+def earlier_samples(folder: Path) -> list[OutputFiles]:
+    """Return what earlier runs wrote into `folder`, by the records of them that are there."""
+    counts = {name: _count(folder / name) for name in (SAMPLE, COMPLETION)}
+    return [sample_files(name, count) for name, count in counts.items() if count is not None]
+
+
+def check_sample_folder(folder: Path, record: str, count: int, *, force: bool) -> None:
+    """See that `count` images and their record can be written into `folder`; nothing is made or removed.
+
+    Raises:
+        InputError: it cannot be written, or it holds files; with `force`, such as no record names and that are in the
+            way.
+    """
+    written = sample_files(record, count)
+    check_output_folder(folder, force=force, written=written, earlier=earlier_samples(folder))
+
+
+def _count(path: Path) -> int | None:
+    """Return how many images the run with this record may have written, None if it is no record of ours."""
+    content = read_record(path) or {}
+    options = content.get("options")
+    if not {"seed", "fingerprints", "finished"} <= content.keys() or not isinstance(options, dict):
+        return None
+    return written_count(content["finished"], options.get("n"))

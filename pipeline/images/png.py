@@ -1,0 +1,64 @@
+"""Pictures of pictures: many small images in one PNG that a person can look at."""
+
+from __future__ import annotations
+
+import io
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image
+
+from ..runtime.atomic_files import write_atomic
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+GAP = 2  # white pixels between images, before enlarging
+SMALLEST_SIDE = 64  # images are enlarged, in whole steps, to about this many pixels
+
+
+def to_pillow(image: np.ndarray) -> Image.Image:
+    """Return a uint8 array [C,H,W] as a Pillow image: of mode L for 1 channel, RGB for 3."""
+    return Image.fromarray(image[0] if len(image) == 1 else np.ascontiguousarray(image.transpose(1, 2, 0)))
+
+
+def save_png(image: Tensor, path: Path) -> None:
+    """Write one uint8 image [C,H,W] with 1 or 3 channels."""
+    buffer = io.BytesIO()
+    to_pillow(image.cpu().numpy()).save(buffer, format="PNG")
+    write_atomic(path, buffer.getvalue())
+
+
+def save_grid(images: Tensor, path: Path, *, columns: int | None = None) -> None:
+    """Write uint8 images [n,C,H,W] in rows of `columns` (about a square by default), enlarged to be seen."""
+    columns = columns or math.ceil(math.sqrt(len(images)))
+    save_png(enlarge(tile(images, columns), images.shape[-1]), path)
+
+
+def tile(images: Tensor, columns: int) -> Tensor:
+    """uint8 images [n,C,H,W] -> one image [C,rows*(H+GAP)+GAP,columns*(W+GAP)+GAP] on white."""
+    count, channels, height, width = images.shape
+    rows = math.ceil(count / columns)
+    sheet = images.new_full((channels, rows * (height + GAP) + GAP, columns * (width + GAP) + GAP), 255)
+    for index, image in enumerate(images):
+        top = (index // columns) * (height + GAP) + GAP
+        left = (index % columns) * (width + GAP) + GAP
+        sheet[:, top : top + height, left : left + width] = image
+    return sheet
+
+
+def enlarge(sheet: Tensor, image_width: int) -> Tensor:
+    """Repeat each pixel of [C,H,W] so that images `image_width` wide come to about SMALLEST_SIDE."""
+    times = max(1, round(SMALLEST_SIDE / image_width))
+    return sheet.repeat_interleave(times, dim=1).repeat_interleave(times, dim=2)
+
+
+def above_and_below(originals: Tensor, reconstructions: Tensor, columns: int) -> Tensor:
+    """Order two equally long sets of images [n,...] so that rows of `columns` show originals above reconstructions."""
+    import torch  # here, so that sources of images can use `to_pillow` without it
+
+    blank = originals.new_full((-len(originals) % columns, *originals.shape[1:]), 255)
+    above, below = (torch.cat([images, blank]).split(columns) for images in (originals, reconstructions))
+    return torch.cat([row for pair in zip(above, below, strict=True) for row in pair])

@@ -1,0 +1,78 @@
+"""Where to compute, in what precision, and from what seed."""
+
+import hashlib
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import nn
+
+from ..errors import InputError
+
+
+def choose_device(name: str) -> torch.device:
+    """The device called `name` (auto, cpu, cuda, cuda:1, mps); auto takes the fastest there is.
+
+    Raises:
+        InputError: the device is not there.
+    """
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise InputError(expected="auto, cpu, cuda, cuda:1 or mps as device", got=name, do="choose one of them")
+    missing = (device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()) or (
+        device.type == "mps" and not torch.backends.mps.is_available()
+    )
+    if missing:
+        raise InputError(expected=f"the device {name}", got="none on this machine", do="use --device cpu")
+    return device
+
+
+def manual_seed(seed: int) -> None:
+    """Seed torch's global generators, on every device, with a non-negative integer of any size."""
+    torch.manual_seed(torch_seed(seed))
+
+
+def torch_seed(seed: int) -> int:
+    """Return a seed that torch takes: `seed` itself below 2^32, else 64 bits of its SHA-256.
+
+    torch refuses seeds from 2^64 on, and its CPU generator keeps only the low 32 bits, so that seeds which differ above
+    them alone would give the same numbers.
+    """
+    if seed < 2**32:
+        return seed
+    return int.from_bytes(hashlib.sha256(str(seed).encode()).digest()[:8], "big")
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
+    """The context to run a network in: bf16 autocast for `precision` bf16, plain float32 for fp32.
+
+    auto is bf16 where the processor multiplies in bf16, and fp32 elsewhere.
+    """
+    if precision == "bf16" or (precision == "auto" and has_fast_bf16(device)):
+        return torch.autocast(device.type, dtype=torch.bfloat16)
+    return nullcontext()
+
+
+def compile_networks(*networks: nn.Module) -> None:
+    """Compile the forward and backward of each, in place; the first steps take a minute, the names of weights stay.
+
+    What they compute stays the same, but for the rounding of fused operations.
+    """
+    for network in networks:
+        network.compile()
+
+
+def has_fast_bf16(device: torch.device) -> bool:
+    """Whether bf16 matrix products are faster than float32 ones on this device."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # no public probe before torch 2.12
+        return any(getattr(torch.cpu, probe, bool)() for probe in probes)
+    return False

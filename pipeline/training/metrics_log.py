@@ -1,0 +1,80 @@
+"""What a run tells about itself: `metrics.jsonl`, one JSON object a line, and the means of losses between two lines."""
+
+import json
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..runtime.atomic_files import write_atomic
+
+
+class MetricsLog:
+    """Appends {"step", "part", "seconds", numbers ...}; a number that is not finite is written as null."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._started = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        """Return how long the run has taken so far, in seconds, the time before a resume included."""
+        return round(time.monotonic() - self._started, 3)
+
+    def write(self, step: int, part: str, numbers: Mapping[str, float]) -> None:
+        """Append one line. `part` is the data it is about: "train" or "held_out"."""
+        values = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
+        line = {"step": step, "part": part, "seconds": self.seconds, **values}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def resume(self, step: int, seconds: float | None) -> None:
+        """Continue after `step`, with the clock at `seconds`; at None it continues where the last line has it."""
+        self.drop_after(step)
+        self._started = time.monotonic() - (self._last_seconds() if seconds is None else seconds)
+
+    def drop_after(self, step: int) -> None:
+        """Remove what was logged after `step` and a line cut short by a kill: a resumed run repeats those steps."""
+        if not self.path.exists():
+            return
+        kept = [f"{line}\n" for line in self.path.read_text("utf-8").splitlines() if _step_of(line) <= step]
+        write_atomic(self.path, "".join(kept).encode())
+
+    def _last_seconds(self) -> float:
+        lines = self.path.read_text("utf-8").splitlines() if self.path.exists() else []
+        return max((float(json.loads(line).get("seconds", 0)) for line in lines), default=0.0)
+
+
+class RunningMeans:
+    """The means of the losses of the steps since they were last taken."""
+
+    def __init__(self) -> None:
+        self.count = 0  # steps
+        self.sums: dict[str, Tensor] = {}  # scalars, on the device of the losses
+
+    def add(self, losses: Mapping[str, Tensor]) -> None:
+        """Count the scalar losses of one step; no CPU-GPU sync."""
+        for name, loss in losses.items():
+            self.sums[name] = self.sums.get(name, torch.zeros_like(loss)) + loss.detach()
+        self.count += 1
+
+    def take(self) -> dict[str, float]:
+        """Return the means and start anew."""
+        means = {name: float(total) / self.count for name, total in self.sums.items()}
+        self.count, self.sums = 0, {}
+        return means
+
+    def load(self, count: int, sums: Mapping[str, Tensor]) -> None:
+        """Continue with these sums over `count` steps."""
+        self.count, self.sums = count, dict(sums)
+
+
+def _step_of(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf

@@ -1,0 +1,95 @@
+"""Stage two as the training loop sees it: a prior over code grids.
+
+n grids in a batch, H W positions in a grid.
+"""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from prior import GatedPixelCNN, sample_codes
+from prior.objective import cross_entropy
+from prior.uniforms import seeded_generator
+from tokenizer import VQVAE
+
+from ..evaluation.likelihood import measure_prior
+from ..images.holdout import split_rows
+from ..images.png import save_grid
+from ..images.preprocessing import to_uint8
+from .stage import Evaluation
+
+PICTURES = 32  # samples in the picture of each evaluation
+EVALUATION_BATCH = 256  # grids
+
+Preview = Callable[[Path], None]  # writes a picture of what the prior can do
+
+
+class Grids(Protocol):
+    """Code grids with labels: what `CodeDataset` is, and what arrays can be made into."""
+
+    def batch(self, indices: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Return the codes [n,H,W] and labels [n], both int64, of the rows `indices` [n]."""
+
+
+class PriorStage:
+    """A prior, on grids of which some are held out.
+
+    Args:
+        model: on the device to train on.
+        grids: codes, and labels where the model is conditioned on them.
+        held_out_mask: bool [N], the grids that the prior is measured on.
+        preview: None where there is no tokenizer to decode samples.
+    """
+
+    def __init__(
+        self, model: GatedPixelCNN, grids: Grids, held_out_mask: np.ndarray, preview: Preview | None = None
+    ) -> None:
+        self.model, self.grids, self._preview = model, grids, preview
+        self.device = next(model.parameters()).device
+        self.train_rows, self.held_out_rows = split_rows(held_out_mask)
+        self.num_items = len(self.train_rows)
+
+    def losses(self, indices: np.ndarray) -> dict[str, Tensor]:
+        codes, labels = (tensor.to(self.device) for tensor in self.grids.batch(self.train_rows[indices]))
+        return {"loss": cross_entropy(self.model(codes, labels if self.model.config.num_classes else None), codes)}
+
+    def status(self) -> dict[str, float]:
+        return {}
+
+    def evaluate(self) -> Evaluation:
+        numbers = {"bits_per_code": measure_prior(self.model, self._held_out_batches())}
+        return Evaluation(numbers=numbers, score_name="bits_per_code")
+
+    def preview(self, path: Path, evaluation: Evaluation) -> None:
+        if self._preview is not None:
+            self._preview(path)
+
+    def state(self) -> dict[str, Tensor]:
+        return {}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        pass
+
+    def _held_out_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for start in range(0, len(self.held_out_rows), EVALUATION_BATCH):
+            yield self.grids.batch(self.held_out_rows[start : start + EVALUATION_BATCH])
+
+
+def sample_preview(model: GatedPixelCNN, tokenizer: VQVAE, grid: tuple[int, int], seed: int) -> Preview:
+    """Return a function that writes PICTURES decoded samples, of each class in turn, as one picture.
+
+    The samples start from the same random numbers each time, so that two pictures differ by the model alone.
+    """
+
+    def preview(path: Path) -> None:
+        device = next(model.parameters()).device
+        num_classes = model.config.num_classes
+        labels = torch.arange(PICTURES, device=device) % num_classes if num_classes else None
+        codes = sample_codes(model, PICTURES, grid, labels=labels, generator=seeded_generator(seed))
+        save_grid(to_uint8(tokenizer.decode(codes)), path, columns=8)
+
+    return preview

@@ -1,0 +1,84 @@
+"""The folder of a training run: what it may do with what is there, checked before the work and cleared after it."""
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import InputError
+from ..models.checkpoint import CONFIG, MODEL, TRAINING, CheckpointInfo, read_info
+from ..runtime.atomic_files import COMMIT, current
+from ..runtime.output_paths import check_output_folder, check_writable, remove_files
+
+PICTURES = "pictures"
+LOGS = re.compile(rf"metrics\.jsonl|{PICTURES}/step-([0-9]{{7}}|[1-9][0-9]{{7,}})(-codebook)?\.png")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFolder:
+    """Where a run writes, and what it may do with what is there.
+
+    Raises:
+        InputError: `resume` and `force` are both set.
+    """
+
+    out: Path
+    resume: bool = False
+    force: bool = False
+    device: str = "auto"  # where to compute: auto, cpu, cuda, cuda:1, mps
+
+    def __post_init__(self) -> None:
+        if self.resume and self.force:
+            raise InputError(expected="--resume or --force", got="both", do="omit one")
+
+
+def saved_run(run: RunFolder, kind: str) -> CheckpointInfo | None:
+    """Return the checkpoint to resume from, or None to start anew.
+
+    Raises:
+        InputError: it is of another kind, or the folder holds what a save of a checkpoint would replace.
+    """
+    _check_commit(run.out)
+    if not run.resume or not current(run.out, CONFIG).exists():
+        return None
+    return read_info(run.out, kind)
+
+
+def check_run_folder(run: RunFolder, saved: CheckpointInfo | None) -> None:
+    """Raise InputError unless the run may write into its folder: a new run needs an empty one, or `force`.
+
+    To be called before any long work; nothing is made or removed. What a run left that was killed before its first save
+    may be replaced by `resume` alone.
+    """
+    if saved is not None:
+        check_writable(run.out)
+        return
+    unsaved = not any((run.out / name).exists() for name in (MODEL, TRAINING))
+    check_output_folder(run.out, force=run.force or (run.resume and unsaved), hint="--resume to continue or ")
+
+
+def prepare_run_folder(run: RunFolder, saved: CheckpointInfo | None) -> None:
+    """Make the folder and remove what an older run logged there, unless that run is resumed.
+
+    To be called last, when nothing can be refused any more. The checkpoint of the older run stays until the first save
+    of the new one replaces it.
+    """
+    run.out.mkdir(parents=True, exist_ok=True)
+    if saved is None:
+        remove_files(run.out, LOGS.fullmatch, subfolder=PICTURES)
+
+
+def _check_commit(folder: Path) -> None:
+    """Raise InputError for a commit file that no save of a checkpoint wrote: the next save would replace it."""
+    try:
+        names = json.loads((folder / COMMIT).read_bytes())
+    except OSError:
+        return
+    except ValueError:
+        names = None
+    if not isinstance(names, list) or not all(name in (MODEL, CONFIG, TRAINING) for name in names):
+        raise InputError(
+            expected=f"no {COMMIT} in --out {folder} but that of a checkpoint",
+            got="another",
+            do="move it away or name another folder",
+        )

@@ -1,0 +1,41 @@
+"""What depends on the number of a step alone: its learning rate and the items of its batch."""
+
+import math
+
+import numpy as np
+
+from ..runtime.device import torch_seed
+
+WARMUP_STEPS = 100
+
+
+def learning_rate_at(step: int, *, peak: float, steps: int) -> float:
+    """Return the learning rate of a step, counted from 0: linear to `peak`, then half a cosine to 0 after `steps`."""
+    if step < WARMUP_STEPS:
+        return peak * (step + 1) / WARMUP_STEPS
+    progress = (step - WARMUP_STEPS) / max(1, steps - WARMUP_STEPS)
+    return peak * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+class DataOrder:
+    """Which items make up the batch of a step: one permutation an epoch, each another, joined without a seam."""
+
+    def __init__(self, num_items: int, batch_size: int, seed: int) -> None:
+        self.num_items, self.batch_size, self.seed = num_items, batch_size, torch_seed(seed)
+        self._epoch, self._permutation = -1, np.empty(0, dtype=np.int64)
+
+    def batch(self, step: int) -> np.ndarray:
+        """Return the indices [batch_size] of a step, int64 in [0, num_items)."""
+        position, pieces, missing = step * self.batch_size, [], self.batch_size
+        while missing:
+            epoch, offset = divmod(position, self.num_items)
+            piece = self._permutation_of(epoch)[offset : offset + missing]
+            pieces.append(piece)
+            position, missing = position + len(piece), missing - len(piece)
+        return np.concatenate(pieces)
+
+    def _permutation_of(self, epoch: int) -> np.ndarray:
+        if epoch != self._epoch:
+            self._epoch = epoch
+            self._permutation = np.random.default_rng([self.seed, epoch]).permutation(self.num_items)
+        return self._permutation

@@ -1,0 +1,138 @@
+"""Stage one as the training loop sees it: a model with codes, or a baseline without."""
+
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tokenizer import VQVAE, Baseline
+
+from ..evaluation.codebook_picture import codebook_picture
+from ..evaluation.reconstruction import measure_reconstruction
+from ..images.holdout import held_out, split_rows
+from ..images.image_set import ImageSplit
+from ..images.png import above_and_below, save_grid, save_png
+from ..images.preprocessing import to_uint8
+from .stage import Evaluation
+
+PICTURES = 16  # images in the picture of reconstructions
+CHANGES_SEEN_IN = 256  # held-out images that tell how many codes changed
+
+
+class BaselineStage:
+    """An autoencoder without codes.
+
+    Args:
+        model: on the device to train on.
+        images: the training part of a set, of which some are held out.
+    """
+
+    def __init__(self, model: Baseline, images: ImageSplit) -> None:
+        self.model, self.images = model, images
+        self.device = next(model.parameters()).device
+        self.train_rows, self.held_out_rows = split_rows(held_out(images.names))
+        self.num_items = len(self.train_rows)
+
+    def losses(self, indices: np.ndarray) -> dict[str, Tensor]:
+        result = self.model(self.images.batch(self.train_rows[indices]).to(self.device))
+        return {"loss": result.loss, "reconstruction": result.reconstruction_loss, "kl": result.kl}
+
+    def status(self) -> dict[str, float]:
+        return {}
+
+    def evaluate(self) -> Evaluation:
+        return evaluate_autoencoder(self.model, self.images, self.held_out_rows)
+
+    def preview(self, path: Path, evaluation: Evaluation) -> None:
+        preview_reconstructions(self.model, self.images.batch(self.held_out_rows[:PICTURES]), path)
+
+    def state(self) -> dict[str, Tensor]:
+        return {}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        pass
+
+
+class TokenizerStage:
+    """A VQ-VAE; each evaluation comes with a verdict on its codebook.
+
+    Args:
+        model: on the device to train on.
+        images: the training part of a set, of which some are held out.
+    """
+
+    def __init__(self, model: VQVAE, images: ImageSplit) -> None:
+        self.model, self.images = model, images
+        self.device = next(model.parameters()).device
+        self.train_rows, self.held_out_rows = split_rows(held_out(images.names))
+        self.num_items = len(self.train_rows)
+        self.recent = torch.zeros(model.config.num_codes, dtype=torch.int64, device=self.device)  # uses since `status`
+        self.revived = torch.tensor(0)  # the quantizer's count at the last `status`
+        self.codes: Tensor | None = None  # [n,H,W] of the first held-out images at the last evaluation
+
+    def losses(self, indices: np.ndarray) -> dict[str, Tensor]:
+        result = self.model(self.images.batch(self.train_rows[indices]).to(self.device))
+        self.recent += torch.bincount(result.codes.flatten(), minlength=len(self.recent))
+        return {
+            "loss": result.loss,
+            "reconstruction": result.reconstruction_loss,
+            "commitment": result.commitment_loss,
+        }
+
+    def status(self) -> dict[str, float]:
+        before, self.revived = self.revived, self.model.quantizer.revived.cpu().clone()
+        used = int((self.recent > 0).sum())
+        self.recent.zero_()
+        return {"codes_in_use": used, "revived": int(self.revived - before)}
+
+    def evaluate(self) -> Evaluation:
+        evaluation = evaluate_autoencoder(self.model, self.images, self.held_out_rows)
+        return replace(evaluation, numbers=evaluation.numbers | {"codes_changed": self._share_of_changed_codes()})
+
+    def preview(self, path: Path, evaluation: Evaluation) -> None:
+        preview_reconstructions(self.model, self.images.batch(self.held_out_rows[:PICTURES]), path)
+        assert evaluation.code_histogram is not None
+        save_png(codebook_picture(self.model, evaluation.code_histogram), path.with_stem(f"{path.stem}-codebook"))
+
+    def state(self) -> dict[str, Tensor]:
+        codes = {} if self.codes is None else {"codes": self.codes}
+        return {"recent": self.recent, "revived": self.revived, **codes}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        self.recent = state.get("recent", torch.zeros_like(self.recent)).to(self.device)
+        self.revived = state["revived"]
+        self.codes = state["codes"].to(self.device) if "codes" in state else None
+
+    def _share_of_changed_codes(self) -> float:
+        """Return the share of positions in some held-out images whose code has changed since the last evaluation."""
+        images = self.images.batch(self.held_out_rows[:CHANGES_SEEN_IN]).to(self.device)
+        before, self.codes = self.codes, self.model.encode(images)
+        return 1.0 if before is None else float((before != self.codes).float().mean())
+
+
+def stage_for(model: VQVAE | Baseline, images: ImageSplit) -> TokenizerStage | BaselineStage:
+    """Return the stage that trains `model`."""
+    return TokenizerStage(model, images) if isinstance(model, VQVAE) else BaselineStage(model, images)
+
+
+def evaluate_autoencoder(model: VQVAE | Baseline, images: ImageSplit, rows: np.ndarray | None = None) -> Evaluation:
+    """Measure reconstruction and, of a model with codes, their use, on images: those at `rows`, by default all."""
+    numbers, health = measure_reconstruction(model, images, rows)
+    if health is None:
+        return Evaluation(numbers=asdict(numbers), score_name="nmse")
+    return Evaluation(
+        numbers=asdict(numbers) | {"codes_used": health.codes_used, "perplexity": health.perplexity},
+        score_name="nmse",
+        summary=health.verdict,
+        code_histogram=health.histogram,
+    )
+
+
+def preview_reconstructions(model: VQVAE | Baseline, images: Tensor, path: Path) -> None:
+    """Write images [n,C,H',W'], n at most PICTURES, above their reconstructions."""
+    images = images.to(next(model.parameters()).device)
+    reconstructed = model.decode(model.encode(images))
+    columns = min(8, len(images))
+    save_grid(above_and_below(to_uint8(images), to_uint8(reconstructed), columns), path, columns=columns)

@@ -1,0 +1,192 @@
+"""Stage two: train a gated PixelCNN on code grids."""
+
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from prior import GatedPixelCNN, PriorConfig
+
+from ..codes.dataset import CodeDataset
+from ..codes.export import export_codes
+from ..codes.manifest import MANIFEST, read_manifest
+from ..errors import InputError
+from ..images.holdout import held_out
+from ..models.checkpoint import CONFIG, CheckpointInfo, check_same_tokenizer, read_info
+from ..models.labels import all_labelled
+from ..models.loading import TrainedTokenizer, load_trained_tokenizer
+from ..runtime.device import choose_device, compile_networks, manual_seed
+from .loop import LoopSettings, run_training
+from .prior_stage import PriorStage, sample_preview
+from .recipes import PriorSettings
+from .run_folder import RunFolder, check_run_folder, prepare_run_folder, saved_run
+from .settings import recorded, resolve
+
+
+def train_prior(run: RunFolder, overrides: Mapping[str, Any], default_tokenizer: Path) -> CheckpointInfo:
+    """Train a prior into `run.out`.
+
+    Args:
+        run: where to write.
+        overrides: fields of `PriorSettings`; None, or a field that is missing, takes the default.
+        default_tokenizer: the tokenizer when none is named and one is needed. Where none is needed, it is used for
+            pictures if it made the codes.
+
+    Raises:
+        InputError: the codes, the tokenizer, a setting or the folder cannot be used, or a loss is not finite.
+        ValueError: a setting is out of its range.
+    """
+    saved = saved_run(run, "prior")
+    settings = resolve(PriorSettings, overrides, saved.training if saved else None)
+    _config(settings, num_codes=2, num_classes=0)  # what no network can be is refused before codes are exported
+    device = choose_device(run.device)
+    check_run_folder(run, saved)
+    tokenizer_folder = Path(settings.tokenizer) if settings.tokenizer is not None else default_tokenizer
+    required = settings.tokenizer is not None or settings.codes is None
+    # One without codes is refused before anything is written.
+    tokenizer = load_trained_tokenizer(tokenizer_folder, device) if required else None
+    codes = _open_codes(run, saved, settings, tokenizer_folder)
+    if tokenizer is None:
+        tokenizer = _optional_tokenizer(tokenizer_folder, codes, device)
+    else:
+        _check_made_by(tokenizer, codes)
+
+    manual_seed(settings.seed)
+    config = config_for(settings, codes) if saved is None else PriorConfig(**saved.config)
+    model = GatedPixelCNN(config).to(device)
+    if settings.compile:
+        compile_networks(model)
+    preview = None
+    if tokenizer is not None:
+        preview = sample_preview(model, tokenizer.model, codes.manifest.grid, settings.seed)
+    stage = PriorStage(model, codes, held_out(codes.names()), preview)
+    print(explanation(stage, codes))
+    info = _info(settings, config, codes, tokenizer_folder if required else None)
+    prepare_run_folder(run, saved)
+    loop = LoopSettings.from_settings(settings, device, keep_best=True)
+    return run_training(stage, info, loop, run.out, resume=saved is not None)
+
+
+def config_for(settings: PriorSettings, codes: CodeDataset) -> PriorConfig:
+    """Return the configuration of the model: what was chosen, and what the codes say.
+
+    Labels count if every grid has one.
+    """
+    manifest = codes.manifest
+    labelled = all_labelled(manifest.class_names, (shard.labels for shard in codes.shards()))
+    return _config(settings, num_codes=manifest.num_codes, num_classes=len(manifest.class_names) if labelled else 0)
+
+
+def _config(settings: PriorSettings, *, num_codes: int, num_classes: int) -> PriorConfig:
+    return PriorConfig(
+        num_codes=num_codes,
+        num_classes=num_classes,
+        channels=settings.channels,
+        num_layers=settings.num_layers,
+        kernel_size=settings.kernel_size,
+        dropout=settings.dropout,
+    )
+
+
+def _info(settings: PriorSettings, config: PriorConfig, codes: CodeDataset, tokenizer: Path | None) -> CheckpointInfo:
+    """Return what config.json says before the first step; `tokenizer` is the folder that a resumed run needs again."""
+    return CheckpointInfo(
+        kind="prior",
+        config=asdict(config),
+        step=0,
+        class_names=list(codes.manifest.class_names) if config.num_classes else [],
+        preprocessing=codes.manifest.image,
+        training={**recorded(settings), "tokenizer": None if tokenizer is None else str(tokenizer)},
+        tokenizer_fingerprint=codes.manifest.tokenizer_fingerprint,
+    )
+
+
+def explanation(stage: PriorStage, codes: CodeDataset) -> str:
+    """Return what is about to happen, in words."""
+    config, (height, width) = stage.model.config, codes.manifest.grid
+    return (
+        f"{len(codes):,} grids of {height}x{width} codes to learn from, "
+        f"{len(stage.held_out_rows):,} of them held out to check on, {config.num_classes or 'no'} classes\n"
+        f"bits_per_code is what a code costs given those before it (guessing costs {math.log2(config.num_codes):.2f})"
+    )
+
+
+def _open_codes(run: RunFolder, saved: CheckpointInfo | None, settings: PriorSettings, tokenizer: Path) -> CodeDataset:
+    """Return the codes to learn, exported into the run first if none were named."""
+    folders = _exported_codes(tokenizer, run, saved) if settings.codes is None else settings.codes
+    codes = _complete(CodeDataset(folders))
+    if saved is not None:
+        _check_resumable(saved, codes.manifest.tokenizer_fingerprint, f"codes in {codes.where}")
+    return codes
+
+
+def _complete(codes: CodeDataset) -> CodeDataset:
+    """Return `codes`. Raises InputError if there are none, some are missing, or a label is of no class."""
+    manifest = codes.manifest
+    if not manifest.complete:
+        raise InputError(
+            expected=f"all {manifest.total:,} grids in {codes.where}",
+            got=f"{manifest.count:,}",
+            do="run the export-codes that was interrupted once more: it continues",
+        )
+    if not len(codes):
+        raise InputError(expected=f"at least one grid in {codes.where}", got="none", do="export the codes of images")
+    highest = max(int(shard.labels.max()) for shard in codes.shards())
+    if manifest.class_names and highest >= len(manifest.class_names):
+        raise InputError(
+            expected=f"labels below {len(manifest.class_names)}, the number of class names in {codes.where}",
+            got=str(highest),
+            do="find the damaged shard with verify-codes",
+        )
+    return codes
+
+
+def _exported_codes(tokenizer: Path, run: RunFolder, saved: CheckpointInfo | None) -> Path:
+    """Return the codes of the images that the tokenizer was trained on, exported into the run unless they are there.
+
+    An export that was interrupted continues, or with --force starts anew.
+    """
+    fingerprint = read_info(tokenizer, "tokenizer").fingerprint
+    if saved is not None:
+        _check_resumable(saved, fingerprint, f"a tokenizer in {tokenizer}")
+    out = run.out / "codes"
+    existing = read_manifest(out) if (out / MANIFEST).exists() else None
+    if existing is None or existing.tokenizer_fingerprint != fingerprint:
+        export_codes(tokenizer, out, device=run.device, force=True)
+    elif not existing.complete:
+        export_codes(tokenizer, out, device=run.device, force=run.force)
+    return out
+
+
+def _check_resumable(saved: CheckpointInfo, fingerprint: str, what: str) -> None:
+    """Raise InputError unless `what`, which has this fingerprint, is of the tokenizer that the run learns."""
+    check_same_tokenizer(saved.tokenizer_fingerprint, fingerprint, what, "train a new prior with another --out")
+
+
+def _check_made_by(tokenizer: TrainedTokenizer, codes: CodeDataset) -> None:
+    """Raise InputError unless the tokenizer made the codes."""
+    folder, made_by = tokenizer.folder, codes.manifest.tokenizer_fingerprint
+    remedy = f"export them again with export-codes --tokenizer {folder}, or name the tokenizer that made them"
+    check_same_tokenizer(tokenizer.info.fingerprint, made_by, f"codes in {codes.where}", remedy)
+
+
+def _optional_tokenizer(folder: Path, codes: CodeDataset, device: torch.device) -> TrainedTokenizer | None:
+    """Return the tokenizer, for pictures, or None if there is none, it cannot be used or it did not make the codes.
+
+    Only pictures depend on it, so whatever is wrong with it is a note and no error.
+    """
+    if not os.path.exists(folder / CONFIG):
+        return None
+    try:
+        tokenizer = load_trained_tokenizer(folder, device)
+        if tokenizer.info.fingerprint == codes.manifest.tokenizer_fingerprint:
+            return tokenizer
+        reason = f"the tokenizer in {folder} did not make these codes"
+    except (InputError, OSError) as error:
+        reason = f"the tokenizer in {folder} cannot be used ({error})"
+    print(f"note: {reason}; training goes on without pictures")
+    return None

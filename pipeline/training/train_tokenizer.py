@@ -1,0 +1,138 @@
+"""Stage one: train a VQ-VAE on images."""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from tokenizer import TokenizerConfig, build_model
+
+from ..errors import InputError
+from ..images.image_set import ImageSet, ImageSplit, open_images
+from ..images.preprocessing import to_uint8
+from ..models.checkpoint import CheckpointInfo
+from ..runtime.device import choose_device, compile_networks, manual_seed
+from .loop import LoopSettings, run_training
+from .recipes import TokenizerSettings
+from .run_folder import RunFolder, check_run_folder, prepare_run_folder, saved_run
+from .settings import recorded, resolve
+from .tokenizer_stage import BaselineStage, TokenizerStage, stage_for
+
+OPTIONS_OF_ONE_BOTTLENECK = {"num_codes": "vq", "codebook_update": "vq", "commitment_weight": "vq", "kl_weight": "vae"}
+
+
+def train_tokenizer(run: RunFolder, overrides: Mapping[str, Any]) -> CheckpointInfo:
+    """Train a tokenizer into `run.out`.
+
+    Args:
+        run: where to write.
+        overrides: fields of `TokenizerSettings`; None, or a field that is missing, takes the default.
+
+    Raises:
+        InputError: the images, a setting or the folder cannot be used, or a loss is not finite.
+        ValueError: a setting is out of its range.
+    """
+    saved = saved_run(run, "tokenizer")
+    settings = resolve(TokenizerSettings, overrides, saved.training if saved else None)
+    _refuse_idle_options(settings.bottleneck, overrides)
+    _config(settings, in_channels=1, data_variance=1.0)  # what no network can be is refused before images are prepared
+    device = choose_device(run.device)
+    check_run_folder(run, saved)
+    images = _open_images(settings)
+    config = config_for(settings, images) if saved is None else TokenizerConfig(**saved.config)
+    manual_seed(settings.seed)
+    model = build_model(config).to(device)
+    if settings.compile:
+        compile_networks(model.encoder, model.decoder)
+    stage = stage_for(model, images.train)
+    print(explanation(stage, images, config))
+    prepare_run_folder(run, saved)
+    loop = LoopSettings.from_settings(settings, device)
+    return run_training(stage, _info(settings, config, images), loop, run.out, resume=saved is not None)
+
+
+def _refuse_idle_options(bottleneck: str, overrides: Mapping[str, Any]) -> None:
+    """Raise InputError for an option that this bottleneck has no use for."""
+    for name, user in OPTIONS_OF_ONE_BOTTLENECK.items():
+        if overrides.get(name) is not None and user != bottleneck:
+            option = f"--{name.replace('_', '-')}"
+            raise InputError(
+                expected=f"{option} with --bottleneck {user} only",
+                got=f"--bottleneck {bottleneck}",
+                do=f"omit {option}",
+            )
+
+
+def _open_images(settings: TokenizerSettings) -> ImageSet:
+    return open_images(
+        settings.data,
+        image_size=(settings.image_size[0], settings.image_size[1]) if settings.image_size else None,
+        channels=settings.channels,
+        data_root=settings.data_root,
+        multiple_of=settings.downsample,
+    )
+
+
+def _info(settings: TokenizerSettings, config: TokenizerConfig, images: ImageSet) -> CheckpointInfo:
+    """Return what config.json says before the first step."""
+    return CheckpointInfo(
+        kind="tokenizer",
+        config=asdict(config),
+        step=0,
+        class_names=list(images.class_names),
+        preprocessing=asdict(images.preprocessing),
+        training={**recorded(settings), "data": images.source, "data_root": images.data_root},
+    )
+
+
+def explanation(stage: TokenizerStage | BaselineStage, images: ImageSet, config: TokenizerConfig) -> str:
+    """Return what is about to happen, in words."""
+    size = images.preprocessing
+    height, width = stage.model.grid(size.height, size.width)
+    labels = f", {len(images.class_names)} classes" if images.class_names else ""
+    checked = f"{len(stage.held_out_rows):,} of them held out to check on"
+    each = {
+        "vq": f"codes, each one of {config.num_codes}",
+        "vae": f"Gaussians of {config.code_dim} dimensions (a baseline: no codes, no prior)",
+        "ae": f"vectors of {config.code_dim} dimensions (a baseline: no codes, no prior)",
+    }[config.bottleneck]
+    return (
+        f"{len(images.train):,} images to learn from, {checked}{labels}\n"
+        f"each image of {size.height}x{size.width}x{size.channels} becomes {height}x{width} {each}; "
+        "nmse is the error of the way back (1 is a grey blur, 0 perfect)"
+    )
+
+
+def config_for(settings: TokenizerSettings, images: ImageSet) -> TokenizerConfig:
+    """Return the configuration of the model: what was chosen, and what the training images say."""
+    return _config(settings, in_channels=images.preprocessing.channels, data_variance=pixel_variance(images.train))
+
+
+def _config(settings: TokenizerSettings, *, in_channels: int, data_variance: float) -> TokenizerConfig:
+    return TokenizerConfig(
+        in_channels=in_channels,
+        hidden_channels=settings.hidden_channels,
+        num_residual_layers=settings.num_residual_layers,
+        residual_channels=settings.residual_channels,
+        downsample=settings.downsample,
+        num_codes=settings.num_codes,
+        code_dim=settings.code_dim,
+        codebook_update=settings.codebook_update,  # type: ignore[arg-type]
+        commitment_weight=settings.commitment_weight,
+        bottleneck=settings.bottleneck,  # type: ignore[arg-type]
+        kl_weight=settings.kl_weight,
+        data_variance=data_variance,
+    )
+
+
+def pixel_variance(images: ImageSplit, at_once: int = 1024) -> float:
+    """Return the variance of all values of all images, on [0,1], from their exact histogram."""
+    histogram = np.zeros(256, dtype=np.int64)
+    for start in range(0, len(images), at_once):
+        rows = np.arange(start, min(start + at_once, len(images)))
+        histogram += np.bincount(to_uint8(images.batch(rows)).numpy().ravel(), minlength=256)
+    values = np.arange(256) / 255
+    shares = histogram / histogram.sum()
+    mean = float(shares @ values)
+    return max(float(shares @ (values - mean) ** 2), 1e-6)  # images of one colour have no variance

@@ -1,0 +1,273 @@
+"""decode-codes: the images that the tokenizer makes of its own codes, to the bit, in any of three forms."""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from pipeline.codes.dataset import CodeDataset
+from pipeline.codes.decode import PICTURED, decode_codes
+from pipeline.codes.manifest import read_manifest, write_manifest
+from pipeline.errors import InputError
+from pipeline.images.image_set import open_images
+from pipeline.images.png import save_grid
+from pipeline.models.inference import BLOCK, reconstruct_images
+from pipeline.models.loading import load_tokenizer
+
+from ..conftest import Codegrid, Trained
+from ..support import CELL, STEP, brightness_tokenizer, digest_of, save_tokenizer
+from ..training.training_runs import Killed
+from .code_folders import finished, random_rows, request
+
+KINDS = ("out.npy", "out.png", "out")
+
+
+def decode(trained: Trained, out: Path, *more: object) -> list[object]:
+    given = ["decode-codes", trained.codes, "--tokenizer", trained.tokenizer, "--out", out]
+    return [*given, "--device", "cpu", *more]
+
+
+@pytest.fixture(scope="module")
+def again(trained: Trained) -> np.ndarray:
+    """The oracle: the same images through the tokenizer and back, uint8 [N,C,H',W']."""
+    part = open_images(str(trained.images)).train
+    found = reconstruct_images(load_tokenizer(trained.tokenizer), part.batch(np.arange(len(part)))).numpy()
+    assert len(np.unique(found.reshape(len(found), -1), axis=0)) > 1
+    return found
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """More grids than a picture shows and a block holds, and the tokenizer that shows each code as its brightness."""
+    folder = tmp_path_factory.mktemp("many")
+    rows = random_rows(2 * BLOCK + 3)
+    info = save_tokenizer(folder / "tokenizer", brightness_tokenizer())
+    asked = replace(request(rows, shard_size=50), tokenizer_fingerprint=info.fingerprint)
+    finished(folder / "codes", rows, asked)
+    return folder
+
+
+def by_eye(folder: Path) -> np.ndarray:
+    """What `many` looks like: uint8 [N,1,H',W']."""
+    codes = np.stack([codes.numpy() for codes, _ in CodeDataset(folder / "codes")])
+    return (np.kron(codes, np.ones((1, CELL, CELL), dtype=np.int64)) * STEP).astype(np.uint8)[:, None]
+
+
+def pixels(path: Path) -> np.ndarray:
+    """[C,H',W'] of a PNG."""
+    found = np.asarray(Image.open(path))
+    return found[None] if found.ndim == 2 else found.transpose(2, 0, 1)
+
+
+def same_picture(path: Path, images: np.ndarray) -> None:
+    beside = path.with_name("expected.png")
+    save_grid(torch.from_numpy(images), beside)
+    np.testing.assert_array_equal(pixels(path), pixels(beside))
+
+
+# The images
+
+
+@pytest.mark.parametrize("start", [0, 3, 10])
+@pytest.mark.parametrize("n", [None, 1, 2, 1000])
+def test_each_form_holds_what_reconstruct_makes(
+    tmp_path: Path, trained: Trained, codegrid: Codegrid, again: np.ndarray, start: int, n: int | None
+) -> None:
+    expected = again[start:][:n]
+    more = ["--start", start, *([] if n is None else ["--n", n])]
+    for name in KINDS:
+        outcome = codegrid(*decode(trained, tmp_path / name, *more))
+        assert (outcome.status, outcome.out) == (0, f"{len(expected)} images: {tmp_path / name}\n")
+    found = np.load(tmp_path / "out.npy", allow_pickle=False)
+    np.testing.assert_array_equal(found, expected)
+    assert found.dtype == np.uint8
+    files = sorted((tmp_path / "out").glob("*.png"))
+    assert [path.name for path in files] == [f"{start + i:05d}.png" for i in range(len(expected))]
+    np.testing.assert_array_equal(np.stack([pixels(path) for path in files]), expected)
+    same_picture(tmp_path / "out.png", expected)
+    assert {path.name for path in tmp_path.iterdir()} == {*KINDS, "expected.png"}
+
+
+def test_many_by_eye(tmp_path: Path, many: Path) -> None:
+    """Through several blocks and shards; a picture shows the first of them."""
+    expected = by_eye(many)
+    for start in (0, BLOCK - 1):
+        out = tmp_path / f"{start}.npy"
+        assert decode_codes(many / "codes", many / "tokenizer", out, start=start) == len(expected) - start
+        np.testing.assert_array_equal(np.load(out, allow_pickle=False), expected[start:])
+    assert decode_codes(many / "codes", many / "tokenizer", tmp_path / "a.PNG") == PICTURED < len(expected)
+    same_picture(tmp_path / "a.PNG", expected[:PICTURED])
+    assert decode_codes(many / "codes", many / "tokenizer", tmp_path / "b.png", n=PICTURED + 1) == PICTURED + 1
+    same_picture(tmp_path / "b.png", expected[: PICTURED + 1])
+
+
+def test_the_array_is_the_file_that_numpy_writes(tmp_path: Path, trained: Trained, again: np.ndarray) -> None:
+    decode_codes(trained.codes, trained.tokenizer, tmp_path / "ours.npy")
+    np.save(tmp_path / "numpys.npy", again, allow_pickle=False)
+    assert (tmp_path / "ours.npy").read_bytes() == (tmp_path / "numpys.npy").read_bytes()
+
+
+# What is refused
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_another_tokenizer(tmp_path: Path, trained: Trained, codegrid: Codegrid, name: str) -> None:
+    """With both fingerprints, before anything is written."""
+    other = save_tokenizer(tmp_path / "other", brightness_tokenizer())
+    outcome = codegrid(*decode(trained, tmp_path / name, "--tokenizer", tmp_path / "other"))
+    assert outcome.status == 1
+    assert read_manifest(trained.codes).tokenizer_fingerprint in outcome.error_lines[-1]
+    assert other.fingerprint in outcome.error_lines[-1]
+    assert not (tmp_path / name).exists()
+
+
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("beyond", [0, 1, 1000])
+def test_a_start_beyond_the_end(
+    tmp_path: Path, trained: Trained, codegrid: Codegrid, again: np.ndarray, name: str, beyond: int
+) -> None:
+    start = len(again) + beyond
+    outcome = codegrid(*decode(trained, tmp_path / name, "--start", start))
+    line = f"Error: expected a --start from 0 to {len(again) - 1}, got {start}; choose another"
+    assert (outcome.status, outcome.error_lines) == (1, [line])
+    assert not (tmp_path / name).exists()
+
+
+def test_a_start_before_the_first_row(tmp_path: Path, trained: Trained) -> None:
+    """Which the command line does not take at all."""
+    with pytest.raises(InputError, match="got -1"):
+        decode_codes(trained.codes, trained.tokenizer, tmp_path / "out.npy", start=-1)
+
+
+def test_codes_of_which_none_is_written_yet(tmp_path: Path, many: Path) -> None:
+    write_manifest(tmp_path, replace(read_manifest(many / "codes"), count=0, shards=[]))
+    with pytest.raises(InputError, match="got none yet; run the export-codes that began it again"):
+        decode_codes(tmp_path, many / "tokenizer", tmp_path / "out.npy")
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_what_exists_is_replaced_with_force_only(
+    tmp_path: Path, trained: Trained, codegrid: Codegrid, again: np.ndarray, name: str
+) -> None:
+    codegrid(*decode(trained, tmp_path / name, "--n", 2))
+    before = digest_of(tmp_path)
+    outcome = codegrid(*decode(trained, tmp_path / name, "--start", 5))
+    assert outcome.status == 1
+    assert "--force" in outcome.error_lines[-1]
+    assert digest_of(tmp_path) == before
+    assert codegrid(*decode(trained, tmp_path / name, "--start", 5, "--force")).status == 0
+    if name == "out":
+        rows = range(5, len(again))
+        names = [*(f"{row:05d}.png" for row in rows), "decode.json"]
+        assert sorted(path.name for path in (tmp_path / name).iterdir()) == names
+    else:
+        assert digest_of(tmp_path).keys() == before.keys()
+        assert digest_of(tmp_path) != before
+
+
+@pytest.fixture
+def damaged(tmp_path: Path, many: Path) -> Path:
+    """`many` with a code that is none, in the row before the last."""
+    rows = random_rows(2 * BLOCK + 3)
+    rows.all_codes[-2, 1, 1] = 200
+    asked = replace(request(rows, num_codes=256, shard_size=50))
+    finished(tmp_path / "damaged", rows, asked)
+    manifest = read_manifest(tmp_path / "damaged")
+    fingerprint = read_manifest(many / "codes").tokenizer_fingerprint
+    write_manifest(tmp_path / "damaged", replace(manifest, num_codes=16, tokenizer_fingerprint=fingerprint))
+    return tmp_path / "damaged"
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_code_that_is_none(tmp_path: Path, many: Path, damaged: Path, codegrid: Codegrid, name: str) -> None:
+    given = ["decode-codes", damaged, "--tokenizer", many / "tokenizer", "--out", tmp_path / name, "--device", "cpu"]
+    outcome = codegrid(*given, "--n", 10_000)
+    assert outcome.status == 1
+    line = f"Error: expected codes from 0 to 15 in {damaged}, got 200; find the damaged shard with verify-codes"
+    assert outcome.error_lines == [line]
+    assert not list(tmp_path.glob("out.*"))
+    assert codegrid(*given, "--n", 2 * BLOCK, "--force").status == 0, "the rows before it can be decoded"
+
+
+def failing(after: int, error: BaseException) -> Callable[..., Iterator[Tensor]]:
+    """In place of `decode`: images, and then the error."""
+
+    def images(tokenizer: object, codes: Callable[[int, int], Tensor], count: int) -> Iterator[Tensor]:
+        for _ in range(after):
+            yield torch.zeros(1, 1, 6, 10, dtype=torch.uint8)
+        raise error
+
+    return images
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError("No space left on device"), Killed()])
+@pytest.mark.parametrize("after", [0, 1, 3])
+def test_a_failure_midway_leaves_the_old_array(
+    tmp_path: Path, many: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, after: int
+) -> None:
+    """Or none; and nothing beside it."""
+    monkeypatch.setattr("pipeline.codes.decode.decode", failing(after, error))
+    for old in (None, b"old"):
+        if old is not None:
+            (tmp_path / "out.npy").write_bytes(old)
+        with pytest.raises(type(error)):
+            decode_codes(many / "codes", many / "tokenizer", tmp_path / "out.npy", n=4, force=True)
+        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == ({"out.npy": old} if old else {})
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError("No space left on device")])
+@pytest.mark.parametrize("after", [1, 3])
+def test_a_failure_midway_keeps_the_images_that_are_finished(
+    tmp_path: Path, many: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, after: int
+) -> None:
+    """And the record counts them, so that they and no others are replaced."""
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr("pipeline.codes.decode.decode", failing(after, error))
+        with pytest.raises(type(error)):
+            decode_codes(many / "codes", many / "tokenizer", out, start=2, n=4)
+    names = [f"{row:05d}.png" for row in range(2, 2 + after)]
+    assert sorted(path.name for path in out.iterdir()) == [*names, "decode.json"]
+    record = json.loads((out / "decode.json").read_text("utf-8"))
+    fingerprint = read_manifest(many / "codes").tokenizer_fingerprint
+    assert record == {"start": 2, "n": 4, "finished": after, "tokenizer_fingerprint": fingerprint}
+    (out / "00005.png").write_bytes(b"mine")
+    decode_codes(many / "codes", many / "tokenizer", out, start=0, n=1, force=True)
+    assert sorted(path.name for path in out.iterdir()) == ["00000.png", "00005.png", "decode.json"]
+
+
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError("No space left on device")])
+def test_a_failure_before_the_first_image_leaves_all_as_it_was(
+    tmp_path: Path, many: Path, monkeypatch: pytest.MonkeyPatch, name: str, error: BaseException
+) -> None:
+    decode_codes(many / "codes", many / "tokenizer", tmp_path / "old" / name, n=3)
+    before = digest_of(tmp_path)
+    monkeypatch.setattr("pipeline.codes.decode.decode", failing(0, error))
+    for folder in ("old", "deep/in/new"):
+        with pytest.raises(type(error)):
+            decode_codes(many / "codes", many / "tokenizer", tmp_path / folder / name, n=2, force=True)
+    assert digest_of(tmp_path) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["old"]
+
+
+def test_no_images_are_refused(tmp_path: Path, many: Path) -> None:
+    """Which the command line does not take at all."""
+    for name in KINDS:
+        with pytest.raises(ValueError, match="n: expected at least 1 image, got 0"):
+            decode_codes(many / "codes", many / "tokenizer", tmp_path / name, n=0)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_ctrl_c_ends_with_130(
+    tmp_path: Path, trained: Trained, codegrid: Codegrid, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.codes.decode.decode", failing(1, KeyboardInterrupt()))
+    outcome = codegrid(*decode(trained, tmp_path / "out.npy"))
+    assert (outcome.status, list(tmp_path.iterdir())) == (130, [])

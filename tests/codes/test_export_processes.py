@@ -1,0 +1,374 @@
+"""Several processes: each image exactly once, the bytes of one process, one line when it fails, at any kill.
+
+Most run as threads that meet as processes do; a few as torchrun starts them.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+import torch
+from torch import Tensor
+
+from pipeline.codes import encoded_images, export
+from pipeline.codes import writer as code_writer
+from pipeline.codes.dataset import CodeDataset
+from pipeline.codes.export import export_codes
+from pipeline.codes.manifest import CodeManifest
+from pipeline.errors import InputError
+from pipeline.images.image_set import open_images
+from pipeline.models import inference
+from pipeline.runtime.folder_lock import only_writer
+from pipeline.runtime.process_group import OtherProcessError, ProcessGroup, process_group
+from tokenizer import VQVAE
+
+from ..support import brightness_tokenizer, digest_of, fill_with_cells, save_tokenizer
+from ..training.training_runs import Killed
+from .test_export import Deadline, whole_shards
+
+ROOT = Path(__file__).parents[2]
+T = TypeVar("T")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory, grey_folder: Path) -> Path:
+    folder = tmp_path_factory.mktemp("by_hand") / "tokenizer"
+    save_tokenizer(folder, brightness_tokenizer(), grey_folder)
+    return folder
+
+
+# Threads in the place of processes
+
+
+class Meeting:
+    """Where the threads of a team exchange what they gather; who is lost breaks it."""
+
+    def __init__(self, count: int) -> None:
+        self.values: list[Any] = [None] * count
+        self.barrier = threading.Barrier(count, timeout=30)
+
+    def exchange(self, rank: int, value: Any) -> list[Any]:
+        try:
+            self.values[rank] = value
+            self.barrier.wait()
+            values = list(self.values)
+            self.barrier.wait()
+        except threading.BrokenBarrierError:
+            raise InputError(expected="all to go on", got="one lost", do="run the same command again") from None
+        return values
+
+
+@dataclass(frozen=True)
+class ThreadAsProcess(ProcessGroup):
+    meeting: Meeting = field(default_factory=lambda: Meeting(1))
+
+    def gather(self, value: T) -> list[T]:
+        return self.meeting.exchange(self.rank, value)
+
+
+def in_team(count: int, work: Callable[[ProcessGroup], Any], machines: int = 1) -> list[Any]:
+    """What `work` returned or raised in each of `count` processes, by rank."""
+    meeting, outcomes = Meeting(count), [None] * count
+    here = count // machines
+
+    def run(rank: int) -> None:
+        try:
+            outcomes[rank] = work(ThreadAsProcess(rank, count, rank % here, meeting))
+        except BaseException as error:  # a kill too
+            outcomes[rank] = error  # type: ignore[call-overload]
+            if not isinstance(error, (InputError, OtherProcessError)):
+                meeting.barrier.abort()
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return outcomes
+
+
+class Team:
+    """`export_codes` by several processes."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self._own = threading.local()
+        patch.setattr(export, "process_group", self._here)
+
+    @contextmanager
+    def _here(self) -> Iterator[ProcessGroup]:
+        yield getattr(self._own, "team", ProcessGroup())
+
+    def export(self, count: int, *given: Any, **options: Any) -> list[Any]:
+        def work(team: ProcessGroup) -> CodeManifest:
+            self._own.team = team
+            return export_codes(*given, device="cpu", **options)
+
+        return in_team(count, work)
+
+
+@pytest.fixture
+def team(monkeypatch: pytest.MonkeyPatch) -> Team:
+    """With blocks of 4 images, and without waiting for the disk."""
+    monkeypatch.setattr(inference, "BLOCK", 4)
+    monkeypatch.setattr(encoded_images, "BLOCK", 4)
+    monkeypatch.setattr(os, "fsync", lambda file: None)
+    return Team(monkeypatch)
+
+
+# What they do together
+
+
+def test_each_item_is_in_exactly_one_share_and_neighbours_stay_together() -> None:
+    for count in range(1, 7):
+        for n in range(20):
+            shares = [ProcessGroup(rank, count).share(list(range(n))) for rank in range(count)]
+            assert [item for share in shares for item in share] == list(range(n))
+            assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_one_process_needs_nobody() -> None:
+    alone = ProcessGroup()
+    assert (alone.is_main, alone.gather(3), alone.share([1, 2])) == (True, [3], [1, 2])
+    assert alone.run_on_all(lambda: 1) == alone.run_on_main(lambda: 1) == alone.main_first(lambda: 1) == 1
+    with pytest.raises(InputError, match="expected x, got y; z"):
+        alone.run_on_all(lambda: _wrong("x"))
+
+
+def _wrong(expected: str) -> int:
+    raise InputError(expected=expected, got="y", do="z")
+
+
+@pytest.mark.parametrize("wrong", [{0}, {1}, {1, 2}, {0, 1, 2}])
+def test_what_fails_in_some_is_said_by_the_leader_alone(wrong: set[int]) -> None:
+    outcomes = in_team(3, lambda us: us.run_on_all(lambda: _wrong(f"x{us.rank}") if us.rank in wrong else us.rank))
+    assert str(outcomes[0]) == f"expected x{min(wrong)}, got y; z"
+    for outcome in outcomes[1:]:
+        assert isinstance(outcome, OtherProcessError)
+        assert outcome.code == 1
+
+
+def test_together_gives_each_its_own_and_the_leader_gives_all_the_same() -> None:
+    assert in_team(3, lambda us: us.run_on_all(lambda: us.rank * 10)) == [0, 10, 20]
+    done: list[int] = []
+    assert in_team(3, lambda us: us.run_on_main(lambda: done.append(us.rank) or "led")) == ["led"] * 3
+    assert done == [0]
+    outcomes = in_team(2, lambda us: us.run_on_main(lambda: _wrong("x")))
+    assert [type(outcome) for outcome in outcomes] == [InputError, OtherProcessError]
+
+
+def test_in_turns_the_first_of_each_machine_is_done_before_its_others_begin() -> None:
+    done: list[int] = []
+
+    def work(us: ProcessGroup) -> int:
+        def action() -> int:
+            if us.local_rank:
+                assert {0, 3} <= set(done)
+            done.append(us.rank)
+            return us.rank
+
+        return us.main_first(action)
+
+    assert in_team(6, work, machines=2) == list(range(6))
+    assert sorted(done) == list(range(6))
+
+
+def test_each_process_takes_a_gpu_of_its_own_unless_one_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert [ProcessGroup(rank, 3, rank).device("auto") for rank in range(3)] == ["cuda:0", "cuda:1", "cuda:0"]
+    assert ProcessGroup(5, 6, 1).device("cuda") == "cuda:1"
+    assert ProcessGroup(1, 2, 1).device("cpu") == "cpu"
+    assert ProcessGroup(1, 2, 1).device("cuda:0") == "cuda:0"
+    assert ProcessGroup().device("auto") == "auto"
+
+
+def test_without_torchrun_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with process_group() as team:
+        assert team == ProcessGroup()
+    monkeypatch.setenv("WORLD_SIZE", "4")  # as some schedulers leave it for a program that they start once
+    monkeypatch.delenv("RANK", raising=False)
+    with process_group() as team:
+        assert team == ProcessGroup()
+
+
+# An export by several
+
+
+@pytest.mark.parametrize("flips", [False, True])
+@pytest.mark.parametrize(("count", "shard_size"), [(2, 1), (2, 4), (3, 5), (3, 1000), (8, 6)])
+def test_several_write_the_bytes_of_one(
+    tmp_path: Path, tokenizer: Path, team: Team, count: int, shard_size: int, flips: bool
+) -> None:
+    """Also more processes than shards."""
+    given: dict[str, Any] = {"shard_size": shard_size, "flips": flips, "to": "npz"}
+    alone = export_codes(tokenizer, tmp_path / "alone", device="cpu", **given)
+    manifests = team.export(count, tokenizer, tmp_path / "codes", **given)
+    assert manifests == [alone] * count
+    assert digest_of(tmp_path / "codes") == digest_of(tmp_path / "alone")
+
+
+def test_no_shard_is_encoded_by_two(
+    tmp_path: Path, tokenizer: Path, team: Team, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock, images, encode = threading.Lock(), [], VQVAE.encode
+
+    def spy(model: VQVAE, block: Tensor) -> Tensor:
+        with lock:
+            images.extend(image.numpy().tobytes() for image in block)
+        return encode(model, block)
+
+    monkeypatch.setattr(VQVAE, "encode", spy)
+    count = team.export(2, tokenizer, tmp_path, shard_size=4)[0].count
+    assert len(set(images) - {bytes(len(images[0]))}) == count
+    assert len(images) == count + -count % 4
+
+
+def test_any_of_two_killed_at_any_moment(
+    tmp_path: Path, tokenizer: Path, team: Team, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other one tells that it is alone; then one process, or three, go on."""
+    export_codes(tokenizer, tmp_path / "undisturbed", shard_size=3, device="cpu")
+    monkeypatch.setattr(code_writer, "QUIET", 0)
+    monkeypatch.setattr(code_writer, "SEEN_WITHIN", 0)
+    deadline = Deadline(monkeypatch)
+    for moment in range(1000):
+        deadline.left, out = moment, tmp_path / f"killed-{moment}"
+        outcomes = team.export(2, tokenizer, out, shard_size=3)
+        deadline.left = sys.maxsize
+        if all(isinstance(outcome, CodeManifest) for outcome in outcomes):
+            break
+        assert {type(outcome) for outcome in outcomes} <= {Killed, InputError}
+        assert Killed in map(type, outcomes)
+        whole_shards(out)
+        again = team.export(1 + moment % 3, tokenizer, out, shard_size=3)
+        assert {type(outcome) for outcome in again} == {CodeManifest}
+        assert digest_of(out) == digest_of(tmp_path / "undisturbed")
+    assert moment > 40
+
+
+@pytest.mark.parametrize("what", ["tokenizer fingerprint", "rows sha256", "made with"])
+def test_processes_that_would_write_different_things_are_refused(
+    tmp_path: Path, tokenizer: Path, team: Team, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a machine with another copy of the tokenizer or of the images, or another version of torch."""
+    request, lock, calls = export._request, threading.Lock(), []
+
+    def other(*given: Any, **options: Any) -> CodeManifest:
+        asked = request(*given, **options)
+        with lock:
+            calls.append(1)
+            different: Any = {"torch": "1.13"} if what == "made with" else "other"
+            return replace(asked, **{what.replace(" ", "_"): different}) if len(calls) == 2 else asked
+
+    monkeypatch.setattr(export, "_request", other)
+    outcomes = team.export(3, tokenizer, tmp_path / "codes")
+    assert [type(outcome) for outcome in outcomes] == [InputError, OtherProcessError, OtherProcessError]
+    assert f"expected the same {what} in every process" in str(outcomes[0])
+    assert not (tmp_path / "codes").exists()
+
+
+def test_a_shard_of_another_machine_that_never_shows(
+    tmp_path: Path, tokenizer: Path, team: Team, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with --out folders that only look like one."""
+    monkeypatch.setattr(code_writer, "SEEN_WITHIN", 0)
+    write = code_writer.write_atomic
+
+    def elsewhere(path: Path, data: bytes) -> None:
+        write(path if path.name != "shard-00001.json" else tmp_path / "elsewhere" / path.name, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(code_writer, "write_atomic", elsewhere)
+        outcomes = team.export(2, tokenizer, tmp_path / "codes", shard_size=4)
+    assert [type(outcome) for outcome in outcomes] == [InputError, OtherProcessError]
+    assert "give them one --out folder that all machines share" in str(outcomes[0])
+
+
+def test_a_wrong_option_is_said_once(tmp_path: Path, tokenizer: Path, team: Team) -> None:
+    outcomes = team.export(2, tokenizer, tmp_path / "codes", to="csv")
+    assert [type(outcome) for outcome in outcomes] == [InputError, OtherProcessError]
+    assert "expected npz or parquet as --to, got csv" in str(outcomes[0])
+    assert not (tmp_path / "codes").exists()
+
+
+def test_a_folder_that_another_export_has_is_said_once(tmp_path: Path, tokenizer: Path, team: Team) -> None:
+    """The processes of one export are one writer."""
+    with only_writer(tmp_path / "codes"):
+        outcomes = team.export(3, tokenizer, tmp_path / "codes")
+    assert [type(outcome) for outcome in outcomes] == [InputError, OtherProcessError, OtherProcessError]
+    assert "another export that writes into it" in str(outcomes[0])
+    assert not (tmp_path / "codes").exists()
+
+
+# As torchrun starts them
+
+
+def torchrun(count: int, *command: object, **options: Any) -> "subprocess.Popen[str]":
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+    return subprocess.Popen(
+        [*start, "cli.py", "export-codes", *map(str, command), "--device", "cpu"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )
+
+
+def test_torchrun_one_killed_then_two_go_on(tmp_path: Path, tokenizer: Path) -> None:
+    images = fill_with_cells(tmp_path / "images", [f"{i}.png" for i in range(500)])
+    out, whole = tmp_path / "codes", tmp_path / "whole"
+    command = ["--tokenizer", tokenizer, "--data", images, "--shard-size", 2, "--out"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda file: None)
+        count = export_codes(tokenizer, whole, data=str(images), shard_size=2, device="cpu").count
+    with torchrun(2, *command, out) as both:
+        while both.poll() is None and not (out / f"codes-{count // 4 + 3:05d}.npy").exists():
+            time.sleep(0.002)  # until the second process is at work
+        os.kill(_worker(both.pid, 1), signal.SIGKILL)
+        both.communicate(timeout=60)
+    assert both.returncode == 1
+    done = whole_shards(out)
+    assert 1 <= len(done) < -(-count // 2)
+    with torchrun(2, *command, out) as again:
+        printed, errors = again.communicate(timeout=60)
+    assert (again.returncode, printed.count(f"{count:,} grids of 4x6 codes")) == (0, 1), errors
+    assert digest_of(out) == digest_of(whole)
+    names = list(CodeDataset(out).names())
+    assert len(set(names)) == len(names) == count == len(open_images(str(images)).train)
+
+
+def _worker(torchrun_pid: int, rank: int) -> int:
+    """The process of this rank. Skips where the system does not tell."""
+    if not Path("/proc/self/environ").exists():
+        pytest.skip("needs /proc")
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+            if parent == torchrun_pid and f"RANK={rank}".encode() in (entry / "environ").read_bytes().split(b"\0"):
+                return int(entry.name)
+        except OSError:  # ended meanwhile, or another user's
+            continue
+    raise AssertionError(f"no process of rank {rank}")
+
+
+def test_torchrun_says_an_error_once(tmp_path: Path) -> None:
+    with torchrun(2, "--tokenizer", tmp_path / "nosuch", "--out", tmp_path / "codes") as failing:
+        _, errors = failing.communicate(timeout=60)
+    assert failing.returncode == 1
+    said = [line for line in errors.splitlines() if "Error: expected" in line]
+    assert said == [
+        f"Error: expected a tokenizer checkpoint in {tmp_path / 'nosuch'}, got no such folder; "
+        "run train-tokenizer or name another"
+    ]
+    assert not (tmp_path / "codes").exists()

@@ -1,0 +1,490 @@
+"""verify-codes: a whole folder passes, every kind of damage is named by its file, and nothing is changed."""
+
+import hashlib
+import io
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipeline.codes import verify as verify_codes
+from pipeline.codes.export import export_codes
+from pipeline.codes.manifest import read_manifest
+from pipeline.codes.tables import add_table
+from pipeline.codes.writer import write_codes
+from pipeline.images.image_set import open_images
+from pipeline.runtime.folder_lock import LOCK
+from pipeline.runtime.process_group import ProcessGroup
+
+from ..conftest import Codegrid, Trained
+from ..support import Outcome, brightness_tokenizer, digest_of, save_tokenizer
+from ..training.training_runs import Killed
+from .code_folders import CLASS_NAMES, FINGERPRINT, GRID, Rows, finished, random_rows, request
+
+Damage = Callable[[Path], object]
+
+
+@pytest.fixture
+def whole(tmp_path: Path) -> Path:
+    """10 grids in 3 shards, with both kinds of tables."""
+    finished(tmp_path / "codes", random_rows(10))
+    add_table(tmp_path / "codes", "npz")
+    add_table(tmp_path / "codes", "parquet")
+    return tmp_path / "codes"
+
+
+def checked(codegrid: Codegrid, folder: Path, *more: object) -> Outcome:
+    """verify-codes, which changes no byte and, if it fails, says so in one line."""
+    before = digest_of(folder)
+    outcome = codegrid("verify-codes", folder, *more)
+    assert digest_of(folder) == before
+    assert outcome.status == (0 if outcome.out.startswith("as its manifest says: ") else 1)
+    assert sum(line.startswith("Error: ") for line in outcome.error_lines) == outcome.status
+    return outcome
+
+
+# What is whole
+
+
+@pytest.mark.parametrize("num_codes", [2, 256, 257, 65_536, 65_537])
+@pytest.mark.parametrize("labelled", [True, False])
+def test_a_whole_folder_passes(tmp_path: Path, codegrid: Codegrid, num_codes: int, labelled: bool) -> None:
+    rows = random_rows(10, num_codes, labelled=labelled)
+    finished(tmp_path, rows, request(rows, num_codes, flips=True))
+    for to in (None, "npz", "parquet"):
+        if to is not None:
+            add_table(tmp_path, to)
+        outcome = checked(codegrid, tmp_path)
+        assert outcome.status == 0
+        assert outcome.out == f"as its manifest says: 10 grids by the tokenizer {FINGERPRINT}\n"
+
+
+def test_a_real_export_passes_with_its_tokenizer(trained: Trained, codegrid: Codegrid) -> None:
+    assert checked(codegrid, trained.codes, "--tokenizer", trained.tokenizer).status == 0
+
+
+# What is damaged
+
+
+def flip_a_bit(where: float) -> Callable[[Path], None]:
+    """Of the byte this far into a file."""
+
+    def flip(path: Path) -> None:
+        data = bytearray(path.read_bytes())
+        data[round(where * (len(data) - 1))] ^= 1
+        path.write_bytes(data)
+
+    return flip
+
+
+def shorten(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def lengthen(path: Path) -> None:
+    path.write_bytes(path.read_bytes() + b"\0")
+
+
+def make_a_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+@pytest.mark.parametrize(
+    ("harm", "said"),
+    [
+        (flip_a_bit(0), "has other bytes than when it was written"),
+        (flip_a_bit(0.5), "has other bytes than when it was written"),
+        (flip_a_bit(1), "has other bytes than when it was written"),
+        (shorten, "has other bytes than when it was written"),
+        (lengthen, "has other bytes than when it was written"),
+        (Path.unlink, "is missing"),
+        (make_a_folder, "cannot be read"),
+    ],
+)
+@pytest.mark.parametrize(
+    "name", ["codes-00001.npy", "labels-00002.npy", "names-00000.json", "codes.npz", "codes-00001.parquet"]
+)
+def test_a_file_of_other_bytes(whole: Path, codegrid: Codegrid, name: str, harm: Damage, said: str) -> None:
+    harm(whole / name)
+    outcome = checked(codegrid, whole)
+    assert outcome.status == 1
+    assert outcome.out.startswith(f"{name} {said}")
+    assert outcome.out.count("\n") == 1, "each file is named once"
+    assert f"got {outcome.out.strip()}; " in outcome.error_lines[-1]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("notes.txt", ".hidden", "codes-00003.npy", "codes-00003.parquet", "codes-00000.npy.new", "manifest.json.new"),
+        *("README.md.new", "codes.npz.new", "shard-00000.json", "commit.json", "été 線"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_a_file_that_is_not_of_the_data_set(whole: Path, codegrid: Codegrid, name: str, kind: str) -> None:
+    (whole / name).touch() if kind == "file" else (whole / name).mkdir()
+    outcome = checked(codegrid, whole)
+    assert (outcome.status, outcome.out) == (1, f"{name} is not of this data set\n")
+    assert outcome.out.strip() in outcome.error_lines[-1]
+
+
+def test_a_table_that_the_manifest_does_not_name(whole: Path, codegrid: Codegrid) -> None:
+    change_manifest(whole, tables={})
+    assert checked(codegrid, whole).out.splitlines() == [
+        f"{name} is not of this data set"
+        for name in ("codes-00000.parquet", "codes-00001.parquet", "codes-00002.parquet", "codes.npz")
+    ]
+
+
+def test_no_card(whole: Path, codegrid: Codegrid) -> None:
+    (whole / "README.md").unlink()
+    assert checked(codegrid, whole).out == "README.md is missing\n"
+
+
+# What has the right hash and is wrong nevertheless
+
+
+def put(folder: Path, name: str, content: object) -> None:
+    """Write an array, JSON or bytes as a shard's file, with its hash into the manifest."""
+    if isinstance(content, np.ndarray):
+        buffer = io.BytesIO()
+        np.save(buffer, content, allow_pickle=content.dtype == object)
+        data = buffer.getvalue()
+    else:
+        data = content if isinstance(content, bytes) else json.dumps(content).encode()
+    (folder / name).write_bytes(data)
+    manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
+    for shard in manifest["shards"]:
+        if name in shard["files"]:
+            shard["files"][name] = hashlib.sha256(data).hexdigest()
+    (folder / "manifest.json").write_text(json.dumps(manifest), "utf-8")
+
+
+def change_manifest(folder: Path, **fields: Any) -> None:
+    content = json.loads((folder / "manifest.json").read_text("utf-8"))
+    assert fields.keys() <= content.keys()
+    (folder / "manifest.json").write_text(json.dumps({**content, **fields}), "utf-8")
+
+
+def shards_of(folder: Path) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = json.loads((folder / "manifest.json").read_text("utf-8"))["shards"]
+    return found
+
+
+def with_one(value: int, dtype: type = np.uint8) -> np.ndarray:
+    """The 4 grids of a shard, where one code of row 2 is this."""
+    codes = np.zeros((4, *GRID), dtype)
+    codes[2, 1, 3] = value
+    return codes
+
+
+ZEROS = np.zeros((4, *GRID), np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        (
+            "codes-00001.npy",
+            with_one(16),
+            "holds codes from 0 to 16, where 0 to 15 is possible; first in row 2 of the file",
+        ),
+        ("codes-00001.npy", with_one(255), "holds codes from 0 to 255"),
+        ("codes-00001.npy", ZEROS.astype(np.uint16), "is uint16 [4, 3, 5], in place of uint8 of the shape [4, 3, 5]"),
+        ("codes-00001.npy", ZEROS.astype(np.int8), "is int8 [4, 3, 5]"),
+        ("codes-00001.npy", ZEROS.transpose(0, 2, 1).copy(), "is uint8 [4, 5, 3]"),
+        ("codes-00001.npy", np.asfortranarray(ZEROS), "is uint8 [4, 3, 5]"),
+        ("codes-00001.npy", ZEROS[:3], "is uint8 [3, 3, 5]"),
+        ("codes-00001.npy", ZEROS.reshape(4, -1), "is uint8 [4, 15]"),
+        ("codes-00001.npy", b"no array", "is "),
+        ("codes-00001.npy", b"", "is "),
+        ("labels-00001.npy", np.array([0, 1, 3, 2]), "holds labels from 0 to 3, where -1 to 2 is possible"),
+        ("labels-00001.npy", np.array([0, 1, -2, 2]), "holds labels from -2 to 2, where -1 to 2 is possible"),
+        ("labels-00001.npy", np.zeros(4, np.int32), "is int32 [4], in place of int64 of the shape [4]"),
+        ("labels-00001.npy", np.zeros(5, np.int64), "is int64 [5]"),
+        ("labels-00001.npy", np.array([None] * 4), "is object [4]"),
+        ("names-00001.json", ["a", "b", "c"], "holds 3 names for 4 grids"),
+        ("names-00001.json", ["a", "b", "c", "d", "e"], "holds 5 names for 4 grids"),
+        ("names-00001.json", {"a": 1, "b": 2, "c": 3, "d": 4}, "is something else than a list of names"),
+        ("names-00001.json", [1, 2, 3, 4], "is something else than a list of names"),
+        ("names-00001.json", b'["a", "b"', "is "),
+    ],
+)
+def test_wrong_content_whose_hash_is_right(
+    whole: Path, codegrid: Codegrid, name: str, content: object, said: str
+) -> None:
+    put(whole, name, content)
+    outcome = checked(codegrid, whole)
+    assert outcome.status == 1
+    assert outcome.out.startswith(f"{name} {said}")
+    assert outcome.out.count("\n") == 1
+    assert name in outcome.error_lines[-1]
+
+
+def test_a_negative_code(tmp_path: Path, codegrid: Codegrid) -> None:
+    """Where the type could hold one."""
+    rows = random_rows(4, 65_537)
+    finished(tmp_path, rows, request(rows, 65_537))
+    put(tmp_path, "codes-00000.npy", with_one(-1, np.int32))
+    outcome = checked(codegrid, tmp_path)
+    assert outcome.out.startswith("codes-00000.npy holds codes from -1 to 0, where 0 to 65536 is possible")
+    put(tmp_path, "codes-00000.npy", with_one(65_536, np.int32))
+    said = checked(codegrid, tmp_path).out.splitlines()
+    assert [line[:14] for line in said] == ["the statistics"] * 3, "K - 1 is a code"
+
+
+def test_a_label_where_there_are_no_classes(tmp_path: Path, codegrid: Codegrid) -> None:
+    finished(tmp_path, random_rows(4, labelled=False))
+    put(tmp_path, "labels-00000.npy", np.array([-1, -1, 0, -1]))
+    outcome = checked(codegrid, tmp_path)
+    assert outcome.out.startswith("labels-00000.npy holds labels from -1 to 0")
+
+
+# A manifest that is not true
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"count": 9}, "a count of 9 over shards of 10 grids"),
+        ({"total": 9}, "10 grids of 9"),
+        ({"total": 11}, "unfinished: 10 of 11 grids"),
+        ({"num_codes": 8}, "codes-00000.npy holds codes from 0 to 15, where 0 to 7 is possible"),
+        ({"num_codes": 300}, "codes of uint8 for K = 300"),
+        ({"dtype": "uint16"}, "codes of uint16 for K = 16"),
+        ({"grid": [5, 3]}, "codes-00000.npy is uint8 [4, 3, 5]"),
+        ({"grid": [3]}, "the grid [3]"),
+        ({"class_names": list(CLASS_NAMES[:2])}, "labels-00000.npy holds labels from -1 to 2"),
+        ({"shard_size": 5}, "shard 0 holds rows 0 to 3, which is no shard of 5"),
+        ({"format_version": 2}, "expected format version 1"),
+        ({"shards": []}, "a count of 10 over shards of 0 grids"),
+        ({"shard_size": 0}, "shards of 0 grids"),
+        ({"shard_size": -4}, "shards of -4 grids"),
+        ({"rows_sha256": "0" * 63}, "rows_sha256"),
+        ({"rows_sha256": "G" * 64}, "rows_sha256"),
+        ({"tables": {"../codes.npz": "0" * 64}}, "a table in the file '../codes.npz'"),
+    ],
+)
+def test_a_manifest_that_says_something_else(
+    whole: Path, codegrid: Codegrid, fields: dict[str, Any], said: str
+) -> None:
+    change_manifest(whole, **fields)
+    outcome = checked(codegrid, whole)
+    assert outcome.status == 1
+    assert said in outcome.error_lines[-1]
+    assert "manifest" in outcome.error_lines[-1]
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"[]", b"\xff\xfe", b'{"format_version": 1'])
+def test_no_manifest_at_all(whole: Path, codegrid: Codegrid, content: bytes) -> None:
+    (whole / "manifest.json").write_bytes(content)
+    outcome = checked(codegrid, whole)
+    assert outcome.status == 1
+    assert "manifest.json" in outcome.error_lines[-1]
+    (whole / "manifest.json").unlink()
+    assert "got no manifest.json" in checked(codegrid, whole).error_lines[-1]
+
+
+@pytest.mark.parametrize("name", ["start", "count", "files"])
+@pytest.mark.parametrize("value", ["missing", "4", 4.0, True, None, [4], {"codes-00001.npy": 4}])
+def test_a_shard_whose_entry_is_not_one(whole: Path, codegrid: Codegrid, name: str, value: Any) -> None:
+    shards = shards_of(whole)
+    if value == "missing":
+        del shards[1][name]
+    else:
+        shards[1][name] = value
+    change_manifest(whole, shards=shards)
+    outcome = checked(codegrid, whole)
+    assert outcome.status == 1
+    assert name in outcome.error_lines[-1]
+    assert "shard 1" in outcome.error_lines[-1]
+    assert "Traceback" not in outcome.err
+    assert "--debug" not in outcome.error_lines[-1], "not an error that nobody thought of"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *[("codes_used", 15), ("perplexity", 3.5), ("entropy_bits_per_code", float("nan")), ("perplexity", 1e999)],
+        ("perplexity", None),
+    ],
+)
+def test_statistics_that_the_codes_do_not_have(whole: Path, codegrid: Codegrid, name: str, value: float | None) -> None:
+    statistics = json.loads((whole / "manifest.json").read_text("utf-8"))["statistics"]
+    true = statistics.pop(name)
+    if value is not None:
+        statistics[name] = value
+    change_manifest(whole, statistics=statistics)
+    outcome = checked(codegrid, whole)
+    assert outcome.out == f"the statistics say {name} {value}, the codes have {true}\n"
+
+
+def test_statistics_that_another_machine_rounded_otherwise(whole: Path, codegrid: Codegrid) -> None:
+    statistics = json.loads((whole / "manifest.json").read_text("utf-8"))["statistics"]
+    change_manifest(whole, statistics={**statistics, "perplexity": statistics["perplexity"] * (1 + 1e-14)})
+    assert checked(codegrid, whole).status == 0
+
+
+def test_a_finished_export_without_statistics(whole: Path, codegrid: Codegrid) -> None:
+    """As a kill just before they are counted leaves it."""
+    change_manifest(whole, statistics={})
+    assert checked(codegrid, whole).out == "the statistics are missing; the same export-codes adds them\n"
+
+
+def test_statistics_are_not_asked_of_damaged_codes(whole: Path, codegrid: Codegrid) -> None:
+    put(whole, "codes-00001.npy", with_one(16))
+    assert checked(codegrid, whole).out.count("\n") == 1
+
+
+# The images that the codes were made of
+
+
+@pytest.mark.parametrize("change", [None, "pixel", "name", "label", "one more"])
+def test_the_images_are_compared_if_they_are_named(
+    tmp_path: Path, grey_folder: Path, codegrid: Codegrid, change: str | None
+) -> None:
+    images, codes = tmp_path / "images", tmp_path / "codes"
+    shutil.copytree(grey_folder, images)
+    save_tokenizer(tmp_path / "tokenizer", brightness_tokenizer(), images)
+    export_codes(tmp_path / "tokenizer", codes, device="cpu", shard_size=8, flips=True)
+    manifest = read_manifest(codes)
+    first = images / open_images(str(images)).train.names[0]
+    {
+        None: lambda: None,
+        "pixel": lambda: Image.fromarray(np.asarray(Image.open(first)) ^ 1).save(first),
+        "name": lambda: first.rename(first.with_name("0000.png")),
+        "label": lambda: (images / "disc").rename(images / "zzz"),
+        "one more": lambda: [shutil.copy(first, first.with_name(f"copy-{i}.png")) for i in range(4)],
+    }[change]()
+    outcome = checked(codegrid, codes, "--data", images)
+    if change is None:
+        assert (outcome.status, manifest.count) == (0, 2 * len(open_images(str(images)).train))
+    elif change == "one more":
+        assert re.fullmatch(rf"the codes are of {manifest.count // 2} images, .* has \d+\n", outcome.out)
+    else:
+        assert outcome.out.startswith(f"rows_sha256 is {manifest.rows_sha256}, the names, labels and pixels of")
+    assert checked(codegrid, codes).status == 0, "unless they are named"
+
+
+def test_images_cannot_be_compared_with_codes_that_do_not_say_of_which(whole: Path, codegrid: Codegrid) -> None:
+    outcome = checked(codegrid, whole, "--data", "glyphs")
+    assert "expected a manifest that names the rows_sha256" in outcome.error_lines[-1]
+    assert outcome.out == ""
+
+
+def test_a_data_root_needs_data(whole: Path, codegrid: Codegrid) -> None:
+    assert "--data-root" in checked(codegrid, whole, "--data-root", whole).error_lines[-1]
+
+
+# The lock of an export that is running
+
+
+def test_the_lock_of_an_export_is_not_foreign(whole: Path, codegrid: Codegrid) -> None:
+    """Whether its process still runs or was killed."""
+    (whole / LOCK).write_text("{}")
+    assert checked(codegrid, whole).status == 0
+
+
+def test_shards_in_another_order(whole: Path, codegrid: Codegrid) -> None:
+    first, second, last = shards_of(whole)
+    change_manifest(whole, shards=[second, first, last])
+    assert checked(codegrid, whole).out.splitlines() == [
+        "shard 0 starts at row 4 in place of 0",
+        "shard 1 starts at row 0 in place of 4",
+    ]
+
+
+def test_a_shard_that_is_there_twice(whole: Path, codegrid: Codegrid) -> None:
+    """In the place of another, so that all counts are right."""
+    first, _, last = shards_of(whole)
+    change_manifest(whole, shards=[first, first, last])
+    said = checked(codegrid, whole).out.splitlines()
+    assert "shard 1 starts at row 0 in place of 4" in said
+    assert "codes-00001.npy is not of this data set" in said
+
+
+def test_rows_that_overlap(whole: Path, codegrid: Codegrid) -> None:
+    first, second, last = shards_of(whole)
+    change_manifest(whole, shards=[first, {**second, "start": 3}, last])
+    assert "shard 1 holds rows 3 to 6, which is no shard of 4" in checked(codegrid, whole).out
+
+
+# What is not finished, or another's
+
+
+@pytest.mark.parametrize("stopped_at", [0, 4, 8])
+def test_an_export_that_was_stopped(tmp_path: Path, codegrid: Codegrid, stopped_at: int) -> None:
+    """It is unfinished and nothing else, whatever was being written."""
+    rows = random_rows(10)
+
+    class Stopped(Rows):
+        def codes(self, start: int, stop: int) -> np.ndarray:
+            if start == stopped_at:
+                raise Killed
+            return super().codes(start, stop)
+
+    with pytest.raises(Killed):
+        write_codes(tmp_path, request(rows), Stopped(rows.all_codes, rows.all_labels, rows.all_names), ProcessGroup())
+    (tmp_path / "codes-00002.npy.new").touch()
+    outcome = checked(codegrid, tmp_path)
+    count = read_manifest(tmp_path).count
+    assert count <= stopped_at
+    assert outcome.status == 1
+    assert outcome.out == f"unfinished: {count} of 10 grids; the same export-codes goes on\n"
+    (tmp_path / "notes.txt").touch()
+    assert checked(codegrid, tmp_path).out.splitlines()[1:] == ["notes.txt is not of this data set"]
+    (tmp_path / "notes.txt").unlink()
+    finished(tmp_path, rows)
+    assert checked(codegrid, tmp_path).status == 0
+
+
+def test_codes_of_another_tokenizer(tmp_path: Path, whole: Path, codegrid: Codegrid) -> None:
+    other = save_tokenizer(tmp_path / "other", brightness_tokenizer())
+    outcome = checked(codegrid, whole, "--tokenizer", tmp_path / "other")
+    assert outcome.status == 1
+    assert FINGERPRINT in outcome.error_lines[-1]
+    assert other.fingerprint in outcome.error_lines[-1]
+    change_manifest(whole, tokenizer_fingerprint=other.fingerprint)
+    assert checked(codegrid, whole, "--tokenizer", tmp_path / "other").status == 0
+
+
+# How it is said
+
+
+def test_all_problems_are_printed_and_the_first_are_named_in_the_error(whole: Path, codegrid: Codegrid) -> None:
+    for i in range(4):
+        (whole / f"foreign-{i}").touch()
+    for i in range(3):
+        shorten(whole / f"codes-0000{i}.npy")
+    outcome = checked(codegrid, whole)
+    names = [line.split()[0] for line in outcome.out.splitlines()]
+    assert names == [*(f"codes-0000{i}.npy" for i in range(3)), *(f"foreign-{i}" for i in range(4))]
+    error = outcome.error_lines[-1]
+    assert [name in error for name in names] == [True] * 5 + [False] * 2
+    assert "; and 2 more; export the codes again" in error
+
+
+def test_a_file_is_hashed_part_by_part(whole: Path, codegrid: Codegrid, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verify_codes, "READ_AT_ONCE", 7)
+    assert checked(codegrid, whole).status == 0
+    size = (whole / "codes-00001.npy").stat().st_size
+    flip_a_bit(1)(whole / "codes-00001.npy")
+    assert f"({size:,} bytes, another SHA-256)" in checked(codegrid, whole).out
+
+
+def test_codes_of_the_time_before_cards(tmp_path: Path, codegrid: Codegrid) -> None:
+    """Their manifest says less, and their shards may be of any size."""
+    finished(tmp_path, random_rows(7))
+    shards = [{"count": shard["count"], "files": shard["files"]} for shard in shards_of(tmp_path)]
+    change_manifest(tmp_path, shard_size=None, total=None, statistics={}, shards=shards)
+    (tmp_path / "README.md").unlink()
+    assert checked(codegrid, tmp_path).status == 0
+    shorten(tmp_path / "codes-00001.npy")
+    assert checked(codegrid, tmp_path).out.startswith("codes-00001.npy has other bytes")

@@ -1,0 +1,386 @@
+"""The numbers, against slow oracles that read the pictures themselves."""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pipeline.codes.dataset import CodeDataset
+from pipeline.codes.export import export_codes
+from pipeline.codes.statistics import perplexity
+from pipeline.compression import rate
+from pipeline.errors import InputError
+from pipeline.evaluation import evaluate as module
+from pipeline.evaluation import likelihood
+from pipeline.evaluation.codebook_health import CodebookHealth
+from pipeline.evaluation.likelihood import measure_prior
+from pipeline.evaluation.reconstruction import measure_reconstruction
+from pipeline.images.image_set import ImageSplit, open_images
+from pipeline.models import inference
+from pipeline.models.checkpoint import read_info, save_checkpoint
+from pipeline.models.inference import BLOCK
+from pipeline.training.recipes import TokenizerSettings
+from pipeline.training.train_tokenizer import config_for, pixel_variance
+from prior import GatedPixelCNN
+from prior.objective import bits_per_dim
+from tokenizer import VQVAE
+from tokenizer.config import Bottleneck
+
+from ..conftest import CLASS_NAMES, Trained
+from ..support import (
+    CELL,
+    GRID,
+    HEIGHT,
+    LEVELS,
+    STEP,
+    WIDTH,
+    bits_of,
+    brightness_baseline,
+    brightness_tokenizer,
+    cells_of,
+    save_prior,
+    save_tokenizer,
+    tiny_prior,
+)
+
+
+def evaluate(*given: Any, **chosen: Any) -> dict[str, Any]:
+    """What the command writes as JSON."""
+    return module.evaluate(*given, **chosen).to_json()
+
+
+@pytest.fixture
+def noise(tmp_path: Path) -> Path:
+    """15 grey pictures of random pixels, far from what can be reconstructed; no mean lies between two levels."""
+    random = np.random.default_rng(0)
+    for i in range(15):
+        path = tmp_path / "noise" / f"{i:02d}.png"
+        path.parent.mkdir(exist_ok=True)
+        pixels = random.integers(0, 256, (HEIGHT, WIDTH), dtype=np.uint8)
+        sums = np.rint(means_of_cells(pixels[None])[0] * CELL**2).astype(int)
+        pixels[::CELL, ::CELL] ^= (sums % (4 * STEP) == 2 * STEP).astype(np.uint8)
+        Image.fromarray(pixels).save(path)
+    return tmp_path / "noise"
+
+
+def pixels_of(folder: Path, split: ImageSplit) -> np.ndarray:
+    """[n,H',W'] on [0,1] in float64, read by Pillow alone."""
+    return np.stack([np.asarray(Image.open(folder / name)) for name in split.names]) / 255
+
+
+def means_of_cells(pixels: np.ndarray) -> np.ndarray:
+    """[n,H',W'] -> [n,H,W]"""
+    return pixels.reshape(len(pixels), GRID[0], CELL, GRID[1], CELL).mean(axis=(2, 4))
+
+
+# The tokenizer's
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_all_numbers_of_a_tokenizer_against_numpy(tmp_path: Path, noise: Path, split: str) -> None:
+    """E12: the histogram is of the whole split; nmse is in units of the variance of all training pixels."""
+    images = open_images(str(noise))
+    part = images.train if split == "train" else images.test
+    pixels = pixels_of(noise, part)
+    variance = pixels_of(noise, images.train).var()
+    model = brightness_tokenizer(data_variance=pixel_variance(images.train))
+    save_tokenizer(tmp_path / "tokenizer", model, noise)
+
+    scaled = means_of_cells(pixels) * (LEVELS - 1)
+    assert abs(scaled % 1 - 0.5).min() > 1e-4  # no mean lies between two levels
+    codes = np.rint(scaled).astype(int)
+    decoded = np.kron(codes / (LEVELS - 1), np.ones((1, CELL, CELL)))
+    mse = ((decoded - pixels) ** 2).mean()
+    shares = np.bincount(codes.ravel()) / codes.size
+    entropy = -sum(share * math.log(share) for share in shares if share)
+
+    numbers = evaluate(tmp_path / "tokenizer", split=split, device="cpu")
+    assert numbers["mse"] == pytest.approx(mse, rel=1e-5)
+    assert numbers["psnr"] == pytest.approx(10 * math.log10(1 / mse), rel=1e-5)
+    assert numbers["nmse"] == pytest.approx(mse / variance, rel=1e-5)
+    assert numbers["codes_used"] == len(np.unique(codes))
+    assert numbers["perplexity"] == pytest.approx(math.exp(entropy), rel=1e-9)
+    assert numbers["images"] == len(pixels)
+    assert numbers["split"] == split
+
+
+@pytest.mark.parametrize("at_once", [1, 4, 1024])
+def test_the_variance_is_that_of_all_training_pixels(noise: Path, at_once: int) -> None:
+    images = open_images(str(noise))
+    expected = pixels_of(noise, images.train).var()
+    assert pixel_variance(images.train, at_once) == pytest.approx(expected, rel=1e-9)
+    config = config_for(TokenizerSettings(num_codes=8, downsample=2), images)
+    assert config.data_variance == pytest.approx(expected, rel=1e-9)
+    assert (config.in_channels, config.num_codes, config.downsample) == (1, 8, 2)
+
+
+def test_predicting_the_mean_scores_one(noise: Path) -> None:
+    """Q9: error and variance are on the same scale."""
+    images = open_images(str(noise))
+    model = brightness_tokenizer(data_variance=pixel_variance(images.train))
+    mean = float(pixels_of(noise, images.train).mean())
+    model.quantizer.set_codebook(torch.full((LEVELS, 1), mean))
+    numbers, health = measure_reconstruction(model, images.train)
+    assert numbers.nmse == pytest.approx(1, rel=1e-5)
+    assert health is not None
+    assert (health.codes_used, health.perplexity) == (1, 1)
+
+
+def test_a_perfect_reconstruction_has_no_error(grey_folder: Path) -> None:
+    images = open_images(str(grey_folder))
+    numbers, _ = measure_reconstruction(brightness_tokenizer(), images.train)
+    assert numbers.mse < 1e-12
+    assert 110 < numbers.psnr < math.inf
+
+
+def test_a_picture_of_one_colour_has_a_variance_to_divide_by() -> None:
+    split = ImageSplit(np.full((2, 1, 4, 6), 77, dtype=np.uint8), np.array([-1, -1]), ("a", "b"))
+    assert pixel_variance(split) > 0
+
+
+def test_the_batch_size_changes_nothing(trained: Trained, noise: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """E12 and P18, with a last batch that is smaller."""
+    images, tokenizer = open_images(str(noise)), brightness_tokenizer()
+    found = []
+    for size in (1, 4, 5, 256):
+        monkeypatch.setattr(inference, "BLOCK", size)
+        monkeypatch.setattr(likelihood, "BATCH", size)
+        numbers, health = measure_reconstruction(tokenizer, images.train)
+        assert isinstance(health, CodebookHealth)
+        both = evaluate(trained.tokenizer, trained.prior, split="train", device="cpu")
+        floats = [value for value in both.values() if isinstance(value, float)]
+        found.append([*vars(numbers).values(), health.codes_used, health.perplexity, *floats])
+    assert len(found[0]) == 5 + 6
+    for others in found[1:]:
+        assert others == pytest.approx(found[0], rel=1e-6)
+
+
+def test_some_rows_alone(noise: Path) -> None:
+    images, model = open_images(str(noise)), brightness_tokenizer()
+    rows = np.array([5, 2, 7])
+    split = ImageSplit(images.train.images[rows], images.train.labels[rows], ("a", "b", "c"))
+    some, alone = measure_reconstruction(model, images.train, rows), measure_reconstruction(model, split)
+    assert some == alone != measure_reconstruction(model, images.train)
+    assert some[1] is not None
+    assert alone[1] is not None
+    assert torch.equal(some[1].histogram, alone[1].histogram)
+    assert int(some[1].histogram.sum()) == 3 * math.prod(GRID)
+
+
+@pytest.mark.parametrize("bottleneck", ["vae", "ae"])
+def test_a_baseline_loses_what_the_mean_of_a_cell_loses(tmp_path: Path, noise: Path, bottleneck: Bottleneck) -> None:
+    """It has no codes to count, and of a Gaussian the mean is decoded: its deviation here is e."""
+    pixels = pixels_of(noise, open_images(str(noise)).train)
+    mse = ((np.kron(means_of_cells(pixels), np.ones((1, CELL, CELL))) - pixels) ** 2).mean()
+    save_tokenizer(tmp_path / "baseline", brightness_baseline(bottleneck, data_variance=0.05), noise)
+    numbers = evaluate(tmp_path / "baseline", split="train", device="cpu")
+    assert set(numbers) == {"data", "split", "images", "mse", "psnr", "nmse"}
+    assert numbers["mse"] == pytest.approx(mse, rel=1e-5)
+    assert numbers["psnr"] == pytest.approx(10 * math.log10(1 / mse), rel=1e-5)
+    assert numbers["nmse"] == pytest.approx(mse / 0.05, rel=1e-5)
+
+
+@pytest.mark.parametrize("histogram", [[4, 0, 0, 0], [3, 3, 3, 3], [1, 2, 3, 4], [1, 0, 999, 0]])
+def test_perplexity_against_a_sum(histogram: list[int]) -> None:
+    total = sum(histogram)
+    expected = math.prod((count / total) ** -(count / total) for count in histogram if count)
+    assert perplexity(torch.tensor(histogram)) == pytest.approx(expected, rel=1e-12)
+
+
+def test_measuring_changes_neither_the_model_nor_its_mode(noise: Path) -> None:
+    model, split = brightness_tokenizer().train(), open_images(str(noise)).train
+    before, state = bits_of(model), torch.get_rng_state()
+    measure_reconstruction(model, split)
+    assert bits_of(model) == before
+    assert model.training
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+# The prior's
+
+
+@torch.no_grad()
+def bits_one_by_one(model: GatedPixelCNN, codes: torch.Tensor, labels: torch.Tensor | None) -> float:
+    """-log2 of each code's probability, looked up one at a time, divided by their number."""
+    bits = []
+    for i, grid in enumerate(codes):
+        shares = model(grid[None], None if labels is None else labels[i : i + 1])[0].double().softmax(dim=0)
+        for row in range(grid.shape[0]):
+            for column in range(grid.shape[1]):
+                bits.append(-math.log2(float(shares[grid[row, column], row, column])))
+    return sum(bits) / len(bits)
+
+
+def test_bits_per_code_against_one_probability_at_a_time() -> None:
+    """P18: exact for any batches, the last one smaller."""
+    model = tiny_prior(num_classes=3)
+    codes, labels = torch.randint(LEVELS, (5, *GRID)), torch.tensor([0, 1, 2, 0, 1])
+    expected = bits_one_by_one(model, codes, labels)
+    assert abs(expected - math.log2(LEVELS)) > 0.01  # not the uniform model
+    for size in (1, 2, 5):
+        batches = zip(codes.split(size), labels.split(size), strict=True)
+        assert measure_prior(model, batches) == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_uniform_prior_needs_log2_of_the_number_of_codes() -> None:
+    model = tiny_prior()
+    with torch.no_grad():
+        for parameter in model.to_logits.parameters():
+            parameter.zero_()
+    batches = [(torch.randint(LEVELS, (2, *GRID)), torch.tensor([-1, -1]))]
+    assert measure_prior(model, batches) == pytest.approx(math.log2(LEVELS), rel=1e-6)
+
+
+def test_bits_of_a_checkpoint_by_hand(tmp_path: Path, grey_folder: Path) -> None:
+    """P19 and P12: labels matched by class name, though the prior has them in another order; bits_per_dim from it."""
+    tokenizer, prior = tmp_path / "tokenizer", tmp_path / "prior"
+    fingerprint = save_tokenizer(tokenizer, brightness_tokenizer(), grey_folder, CLASS_NAMES).fingerprint
+    order = [CLASS_NAMES[2], CLASS_NAMES[0], CLASS_NAMES[1]]
+    model = tiny_prior(num_classes=3)
+    save_prior(prior, model, fingerprint, order)
+
+    part = open_images(str(grey_folder)).train
+    codes = torch.from_numpy(np.stack([cells_of(grey_folder / name) for name in part.names])).long()
+    labels = torch.tensor([order.index(name.partition("/")[0]) for name in part.names])
+    expected = bits_one_by_one(model, codes, labels)
+    assert bits_one_by_one(model, codes, torch.from_numpy(part.labels)) != pytest.approx(expected, rel=1e-4)
+
+    numbers = evaluate(tokenizer, prior, split="train", device="cpu")
+    assert numbers["bits_per_code"] == pytest.approx(expected, rel=1e-5)
+    assert numbers["bits_per_dim"] == pytest.approx(expected * (4 * 6) / (1 * 8 * 12), rel=1e-5)
+
+
+def test_bits_per_dim_of_a_colour_image_that_is_not_square() -> None:
+    assert bits_per_dim(6.0, (4, 6), (3, 16, 24)) == pytest.approx(6 * 24 / 1152)
+
+
+def test_the_keys_are_those_of_the_contract(trained: Trained) -> None:
+    keys = {"mse", "psnr", "nmse", "codes_used", "perplexity"}
+    alone, both = evaluate(trained.tokenizer, device="cpu"), evaluate(trained.tokenizer, trained.prior, device="cpu")
+    assert set(alone) == keys | {"data", "split", "images", "codebook"}
+    assert set(both) == set(alone) | {"bits_per_code", "bits_per_dim"}
+    assert {name: both[name] for name in alone} == alone
+    assert json.loads(json.dumps(both, allow_nan=False)) == both
+
+
+# Each image is encoded once, and by the same code everywhere
+
+
+@pytest.fixture
+def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The number of items in each call of `VQVAE.encode`."""
+    calls: list[int] = []
+    real = VQVAE.encode
+
+    def encode(self: VQVAE, images: torch.Tensor) -> torch.Tensor:
+        calls.append(len(images))
+        return real(self, images)
+
+    monkeypatch.setattr(VQVAE, "encode", encode)
+    return calls
+
+
+def test_a_prior_is_measured_on_the_codes_that_were_reconstructed(
+    tmp_path: Path, trained: Trained, noise: Path, encoded: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where export-codes and measure-rate have them from, to the last code; of noise, near ties included."""
+    many = tmp_path / "many"
+    for i in range(2 * BLOCK + 9):
+        pixels = np.random.default_rng(i).integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
+        path = many / CLASS_NAMES[i % 3] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(path)
+    seen: dict[str, list[torch.Tensor]] = {"evaluate": [], "rate": []}
+    for name, where in (("evaluate", module), ("rate", rate)):
+
+        def measured(prior: GatedPixelCNN, batches: Any, name: str = name) -> float:
+            kept = list(batches)
+            seen[name] += [codes for codes, _ in kept]
+            return measure_prior(prior, kept)
+
+        monkeypatch.setattr(where, "measure_prior", measured)
+    evaluate(trained.tokenizer, trained.prior, data=str(many), split="train", device="cpu")
+    blocks = -(-len(open_images(str(many)).train) // BLOCK)
+    assert encoded == [BLOCK] * blocks
+    rate.measure_rate(trained.tokenizer, trained.prior, data=str(many), splits=["train"], device="cpu")
+    manifest = export_codes(trained.tokenizer, tmp_path / "codes", data=str(many), device="cpu")
+    exported = CodeDataset(tmp_path / "codes").batch(np.arange(manifest.count))[0]
+    assert len(exported) > BLOCK
+    assert torch.equal(torch.cat(seen["evaluate"]), exported)
+    assert torch.equal(torch.cat(seen["rate"]), exported)
+
+
+def test_the_codes_are_given_in_the_order_of_the_rows(noise: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inference, "BLOCK", 2)
+    split, rows, found = open_images(str(noise)).train, np.array([5, 2, 7, 0, 1]), list[torch.Tensor]()
+    _, health = measure_reconstruction(brightness_tokenizer(), split, rows, on_codes=found.append)
+    means = means_of_cells(pixels_of(noise, split))[rows]
+    assert torch.equal(torch.cat(found), torch.from_numpy(np.rint(means * (LEVELS - 1))).long())
+    assert health is not None
+    assert torch.equal(health.histogram, torch.bincount(torch.cat(found).flatten(), minlength=LEVELS))
+    measure_reconstruction(brightness_baseline("ae"), split, on_codes=lambda codes: pytest.fail("it has none"))
+
+
+def test_labels_that_do_not_fit_are_refused_before_anything_is_encoded(
+    tmp_path: Path, grey_folder: Path, encoded: list[int]
+) -> None:
+    own = save_tokenizer(tmp_path / "tokenizer", brightness_tokenizer(), grey_folder).fingerprint
+    save_prior(tmp_path / "prior", tiny_prior(num_classes=2), own, ["disc", "line"])
+    for run in (evaluate, rate.measure_rate):
+        with pytest.raises(InputError, match="got the class été"):
+            run(tmp_path / "tokenizer", tmp_path / "prior", device="cpu")
+    assert encoded == []
+
+
+# What is refused
+
+
+def test_a_prior_of_another_tokenizer(tmp_path: Path, grey_folder: Path) -> None:
+    own = save_tokenizer(tmp_path / "tokenizer", brightness_tokenizer(), grey_folder).fingerprint
+    save_prior(tmp_path / "prior", tiny_prior(), "e" * 64)
+    with pytest.raises(InputError) as error:
+        evaluate(tmp_path / "tokenizer", tmp_path / "prior", device="cpu")
+    assert own in str(error.value)
+    assert "e" * 64 in str(error.value)
+
+
+def test_classes_that_the_prior_does_not_know(tmp_path: Path, grey_folder: Path, noise: Path) -> None:
+    own = save_tokenizer(tmp_path / "tokenizer", brightness_tokenizer(), grey_folder).fingerprint
+    save_prior(tmp_path / "prior", tiny_prior(num_classes=2), own, ["disc", "line"])
+    with pytest.raises(InputError, match="got the class été; use images with those classes, or omit --prior"):
+        evaluate(tmp_path / "tokenizer", tmp_path / "prior", device="cpu")
+    with pytest.raises(InputError, match="got images without labels"):
+        evaluate(tmp_path / "tokenizer", tmp_path / "prior", data=str(noise), device="cpu")
+
+
+def test_an_empty_test_part(tmp_path: Path) -> None:
+    (tmp_path / "one").mkdir()
+    Image.new("L", (WIDTH, HEIGHT)).save(tmp_path / "one" / "1.png")
+    save_tokenizer(tmp_path / "tokenizer", brightness_tokenizer(), tmp_path / "one")
+    with pytest.raises(InputError, match=r"expected images in the test part of .*, got none; use the other --split"):
+        evaluate(tmp_path / "tokenizer", device="cpu")
+    assert evaluate(tmp_path / "tokenizer", split="train", device="cpu")["images"] == 1
+
+
+def test_other_images_than_the_tokenizers_own(tmp_path: Path, grey_folder: Path, noise: Path) -> None:
+    model = brightness_tokenizer()
+    save_tokenizer(tmp_path / "tokenizer", model, grey_folder)
+    numbers = evaluate(tmp_path / "tokenizer", data=str(noise), split="train", device="cpu")
+    assert numbers["data"] == str(noise)
+    assert numbers["mse"] == pytest.approx(measure_reconstruction(model, open_images(str(noise)).train)[0].mse)
+    assert numbers["mse"] > 0.01  # its own are reconstructed perfectly
+
+
+def test_the_recorded_images_have_moved(tmp_path: Path, grey_folder: Path) -> None:
+    save_tokenizer(tmp_path / "tokenizer", brightness_tokenizer(), grey_folder)
+    info = read_info(tmp_path / "tokenizer", "tokenizer")
+    gone = str(tmp_path / "gone")
+    save_checkpoint(tmp_path / "tokenizer", replace(info, training={"data": gone}), brightness_tokenizer().state_dict())
+    with pytest.raises(InputError, match=f"got '{gone}', which is neither"):
+        evaluate(tmp_path / "tokenizer", device="cpu")

@@ -1,0 +1,283 @@
+"""Stage one without codes: trained, resumed, measured and looked at as any other; refused wherever codes are needed."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pipeline.errors import InputError
+from pipeline.generation.image_pipeline import ImagePipeline
+from pipeline.models.checkpoint import load_training, load_weights, read_info
+from pipeline.models.loading import load_tokenizer, load_trained_autoencoder
+from pipeline.training.run_folder import RunFolder
+from pipeline.training.train_tokenizer import train_tokenizer
+from tokenizer import Baseline
+
+from ..conftest import Codegrid, Trained
+from ..support import HEIGHT, WIDTH, digest_of
+
+KINDS = ["vae", "ae"]
+SMALL = ["--code-dim", 4, "--batch-size", 4, "--precision", "fp32", "--device", "cpu"]
+
+parametrize_kinds = pytest.mark.parametrize("kind", KINDS)
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def baseline(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, image_folder: Path) -> Path:
+    """A run of two steps, in a folder called as its bottleneck."""
+    out = tmp_path_factory.mktemp("baselines") / str(request.param)
+    given: dict[str, Any] = {"data": str(image_folder), "bottleneck": request.param, "steps": 2}
+    given |= {"kl_weight": 0.25} if request.param == "vae" else {}
+    given |= {"hidden_channels": 8, "residual_channels": 4, "num_residual_layers": 1, "code_dim": 4}
+    train_tokenizer(RunFolder(out=out, device="cpu"), {**given, "precision": "fp32"})
+    return out
+
+
+def lines_of(folder: Path, part: str) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
+    return [line for line in lines if line["part"] == part]
+
+
+def without_logs(folder: Path) -> dict[str, str]:
+    return {name: digest for name, digest in digest_of(folder).items() if not name.endswith(".jsonl")}
+
+
+# Trained, and gone on with
+
+
+@pytest.mark.parametrize(("kind", "latents"), [("vae", "Gaussians of 4 dimensions"), ("ae", "vectors of 4 dimensions")])
+def test_training_says_what_there_is_and_promises_no_prior(
+    tmp_path: Path, image_folder: Path, kind: str, latents: str, codegrid: Codegrid
+) -> None:
+    out = tmp_path / "run"
+    command = ["train-tokenizer", "--data", image_folder, "--out", out, "--bottleneck", kind, *SMALL]
+    outcome = codegrid(*command, "--steps", 2)
+    assert outcome.status == 0
+    assert f"becomes 2x3 {latents} (a baseline: no codes, no prior)" in outcome.out
+    assert re.search(r"done: 2 steps; mse \d\S*, psnr \d\S*, nmse \d\S*$", outcome.out.rstrip())
+    assert "train-prior" not in outcome.out + outcome.err
+    assert {frozenset(line) & {"mse", "psnr", "nmse"} for line in lines_of(out, "held_out")} == {
+        frozenset({"mse", "psnr", "nmse"})
+    }
+    assert [line["kl"] > 0 for line in lines_of(out, "train")] == [kind == "vae"] * 2
+    assert {path.name for path in (out / "pictures").iterdir()} == {"step-0000001.png", "step-0000002.png"}
+
+
+def test_the_kl_weight_is_recorded_and_acts(tmp_path: Path, image_folder: Path, codegrid: Codegrid) -> None:
+    command = ["train-tokenizer", "--data", image_folder, "--bottleneck", "vae", *SMALL, "--steps", 1]
+    for name, option, expected in (("given", ["--kl-weight", 7.5], 7.5), ("default", [], 0.1)):
+        assert codegrid(*command, *option, "--out", tmp_path / name).status == 0
+        content = json.loads((tmp_path / name / "config.json").read_text("utf-8"))
+        assert content["config"]["kl_weight"] == content["training"]["kl_weight"] == expected
+        assert content["config"]["bottleneck"] == content["training"]["bottleneck"] == "vae"
+        (line,) = lines_of(tmp_path / name, "train")
+        price = expected * line["kl"] / (3 * HEIGHT * WIDTH)
+        assert line["loss"] - line["reconstruction"] == pytest.approx(price, rel=1e-3)
+
+
+@parametrize_kinds
+def test_four_steps_of_a_baseline_are_two_and_two_more(
+    tmp_path: Path, image_folder: Path, kind: str, codegrid: Codegrid
+) -> None:
+    """Every file but the log, which holds times; a seed of the process in between changes nothing."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    command = ["train-tokenizer", "--data", image_folder, "--bottleneck", kind, *SMALL]
+    assert codegrid(*command, "--out", whole, "--steps", 4).status == 0
+    assert codegrid(*command, "--out", parts, "--steps", 2).status == 0
+    same = without_logs(parts) == without_logs(whole)
+    assert not same
+    torch.manual_seed(99)
+    assert codegrid("train-tokenizer", "--out", parts, "--steps", 4, "--resume").status == 0
+    assert without_logs(parts) == without_logs(whole)
+    for part in ("train", "held_out"):
+        one, other = ([{**line, "seconds": 0} for line in lines_of(folder, part)] for folder in (whole, parts))
+        assert one == other
+
+
+@pytest.mark.parametrize("other", ["vq", "vae", "ae"])
+def test_a_baseline_goes_on_with_its_own_bottleneck_or_not_at_all(
+    tmp_path: Path, baseline: Path, other: str, codegrid: Codegrid
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(baseline, run)
+    before = digest_of(run)
+    outcome = codegrid("train-tokenizer", "--out", run, "--resume", "--steps", 3, "--bottleneck", other)
+    if other == baseline.name:
+        assert outcome.status == 0
+        assert load_training(run).values["step"] == 3
+        return
+    assert outcome.status == 1
+    assert len(outcome.error_lines) == 1
+    told = f"Error: expected --resume with bottleneck {baseline.name}, as the run was started, got {other}; omit "
+    assert outcome.error_lines[0].startswith(told)
+    assert digest_of(run) == before
+
+
+def test_another_kl_weight_is_no_way_to_go_on(baseline: Path, codegrid: Codegrid) -> None:
+    before, weight = digest_of(baseline), {"vae": 0.25, "ae": 0.1}[baseline.name]
+    outcome = codegrid("train-tokenizer", "--out", baseline, "--resume", "--steps", 3, "--kl-weight", 0.5)
+    assert outcome.status == 1
+    assert f"expected --resume with kl-weight {weight}, as the run was started, got 0.5" in outcome.error_lines[0]
+    assert digest_of(baseline) == before
+
+
+# An option that could do nothing is refused
+
+
+@pytest.mark.parametrize(
+    ("kind", "option", "value", "user"),
+    [
+        ("vq", "--kl-weight", 0.5, "vae"),
+        ("vq", "--kl-weight", 0.1, "vae"),  # the default, which does nothing either
+        ("ae", "--kl-weight", 0.5, "vae"),
+        *((kind, "--num-codes", 16, "vq") for kind in KINDS),
+        *((kind, "--codebook-update", update, "vq") for kind in KINDS for update in ("ema", "gradient")),
+    ],
+)
+@pytest.mark.parametrize("there", [False, True])
+def test_an_option_of_another_bottleneck_is_refused_and_nothing_written(
+    tmp_path: Path,
+    image_folder: Path,
+    kind: str,
+    option: str,
+    value: object,
+    user: str,
+    there: bool,
+    codegrid: Codegrid,
+) -> None:
+    """Into a new folder, and with --force over what another run logged."""
+    out = tmp_path / "run"
+    command = ["train-tokenizer", "--data", image_folder, "--out", out, "--steps", 1, option, value]
+    if there:
+        out.mkdir()
+        (out / "metrics.jsonl").write_text("mine")
+        command.append("--force")
+    outcome = codegrid(*command, *(["--bottleneck", kind] if kind != "vq" else []))
+    assert outcome.status == 1
+    assert outcome.error_lines == [
+        f"Error: expected {option} with --bottleneck {user} only, got --bottleneck {kind}; omit {option}"
+    ]
+    assert digest_of(tmp_path).keys() == ({"run/metrics.jsonl"} if there else set())
+    assert out.exists() == there
+    assert not there or (out / "metrics.jsonl").read_text() == "mine"
+
+
+@pytest.mark.parametrize(("weight", "status"), [("inf", 1), ("-inf", 2), ("nan", 1)])
+def test_a_kl_weight_that_is_no_number_is_refused_and_nothing_written(
+    tmp_path: Path, image_folder: Path, weight: str, status: int, codegrid: Codegrid
+) -> None:
+    command = ["train-tokenizer", "--data", image_folder, "--bottleneck", "vae", "--steps", 1]
+    outcome = codegrid(*command, "--kl-weight", weight, "--out", tmp_path / "run")
+    assert outcome.status == status
+    (line,) = outcome.error_lines
+    assert re.match(rf"Error: .*kl.weight.*\b{weight.removeprefix('-')}\b", line)
+    assert list(tmp_path.iterdir()) == []
+
+
+# Loaded, measured, looked at
+
+
+def test_what_was_trained_is_loaded(baseline: Path) -> None:
+    model = load_trained_autoencoder(baseline, "cpu").model
+    assert isinstance(model, Baseline)
+    assert model.config.bottleneck == baseline.name
+    assert not model.training
+    weights = load_weights(baseline)
+    assert weights.keys() == model.state_dict().keys()
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
+
+
+def test_evaluate_prints_and_writes_the_error_and_nothing_about_codes(
+    tmp_path: Path, baseline: Path, codegrid: Codegrid
+) -> None:
+    outcome = codegrid("evaluate", "--tokenizer", baseline, "--json", tmp_path / "numbers.json")
+    assert (outcome.status, outcome.error_lines) == (0, [])
+    numbers = json.loads((tmp_path / "numbers.json").read_text("utf-8"))
+    assert set(numbers) == {"data", "split", "images", "mse", "psnr", "nmse"}
+    assert {line.split()[0] for line in outcome.out.splitlines()} == set(numbers)
+    assert numbers["nmse"] == pytest.approx(numbers["mse"] / read_info(baseline, "tokenizer").config["data_variance"])
+
+
+def test_the_recorded_score_is_that_of_the_weights(baseline: Path) -> None:
+    """The last evaluation in training and one of the checkpoint see the same numbers, though a VAE draws in between."""
+    last = lines_of(baseline, "held_out")[-1]
+    metrics = read_info(baseline, "tokenizer").metrics
+    assert {name: last[name] for name in ("mse", "psnr", "nmse")} == {
+        name: value for name, value in metrics.items() if name != "step"
+    }
+
+
+def test_reconstruct_draws_a_picture(tmp_path: Path, baseline: Path, codegrid: Codegrid) -> None:
+    for name in ("once", "again"):
+        picture = tmp_path / "new" / f"{name}.png"
+        command = ["reconstruct", "--tokenizer", baseline, "--split", "train", "--out", picture]
+        assert codegrid(*command).status == 0
+        with Image.open(picture) as image:
+            assert image.mode == "RGB"
+            assert image.size[1] > 2 * HEIGHT
+            assert len(np.unique(np.asarray(image))) > 20
+    assert (tmp_path / "new" / "once.png").read_bytes() == picture.read_bytes()  # the mean, not a draw
+
+
+# Refused where codes are needed
+
+NEED_CODES = {
+    "export-codes": "export-codes --tokenizer {baseline} --out {new}",
+    "train-prior": "train-prior --tokenizer {baseline} --out {new}",
+    "train-prior with codes": "train-prior --codes {codes} --tokenizer {baseline} --out {new}",
+    "train-prior again": "train-prior --tokenizer {baseline} --out {mine} --resume",
+    "train-prior over another": "train-prior --tokenizer {baseline} --out {mine} --force",
+    "export-codes over another": "export-codes --tokenizer {baseline} --out {mine}/codes --force",
+    "sample": "sample --tokenizer {baseline} --prior {prior} --out {new}",
+    "sample without a prior": "sample --tokenizer {baseline} --prior {nosuch} --out {new}",
+    "evaluate": "evaluate --tokenizer {baseline} --prior {prior}",
+    "evaluate into a file": "evaluate --tokenizer {baseline} --prior {prior} --json {new}",
+}
+
+
+@pytest.mark.parametrize("case", NEED_CODES)
+def test_what_needs_codes_is_refused_in_one_line_and_writes_nothing(
+    tmp_path: Path, baseline: Path, trained: Trained, case: str, codegrid: Codegrid
+) -> None:
+    new, mine = tmp_path / "new", tmp_path / "mine"
+    shutil.copytree(trained.prior, mine)
+    shutil.copytree(trained.codes, mine / "codes")
+    names = {**vars(trained), "baseline": baseline, "new": new, "mine": mine, "nosuch": tmp_path / "nosuch"}
+    before = digest_of(baseline), digest_of(mine)
+    outcome = codegrid(*(word.format(**names) for word in NEED_CODES[case].split()))
+    assert outcome.status == 1
+    assert outcome.error_lines == [
+        f"Error: expected a tokenizer with codes in {baseline}, got one with --bottleneck {baseline.name}, "
+        "which has none; name one that was trained with --bottleneck vq"
+    ]
+    assert "Traceback" not in outcome.err
+    assert not new.exists()
+    assert (digest_of(baseline), digest_of(mine)) == before
+
+
+def test_a_baseline_in_the_default_place_makes_no_codes_and_hinders_none(
+    tmp_path: Path, baseline: Path, trained: Trained, codegrid: Codegrid, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(baseline, tmp_path / "checkpoints" / "tokenizer")
+    command = ["train-prior", "--codes", trained.codes, "--channels", 4, "--num-layers", 1, "--steps", 1]
+    outcome = codegrid(*command)
+    assert (outcome.status, outcome.error_lines) == (0, [])
+    assert "which has none" in outcome.out
+    assert "training goes on without pictures" in outcome.out
+    outcome = codegrid("train-prior", "--out", "another")
+    assert outcome.status == 1
+    assert f"got one with --bottleneck {baseline.name}" in outcome.error_lines[0]
+    assert not Path("another").exists()
+
+
+def test_python_is_told_the_same(baseline: Path, trained: Trained) -> None:
+    for load in (load_tokenizer, lambda folder: ImagePipeline.from_pretrained(folder, trained.prior, device="cpu")):
+        with pytest.raises(InputError, match=f"expected a tokenizer with codes .* --bottleneck {baseline.name}"):
+            load(baseline)

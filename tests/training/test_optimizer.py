@@ -1,0 +1,116 @@
+"""The optimizers: Muon against a slow oracle, which parameters it takes, and that its state comes back."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pipeline.training.optimizer import MOMENTUM, Muon, Optimizers, hidden_matrices, orthogonalized
+
+SHAPES = [(16, 40), (40, 16), (20, 20)]
+
+
+def newton_schulz(matrix: Tensor) -> Tensor:
+    """The quintic iteration on one matrix, written out: each singular value s becomes a s + b s^3 + c s^5, 5 times."""
+    u, s, v = torch.linalg.svd(matrix, full_matrices=False)
+    s = s / s.square().sum().sqrt()
+    for _ in range(5):
+        s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
+    return u @ s.diag() @ v
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_orthogonalized_is_the_iteration_on_the_singular_values(shape: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    matrices = torch.randn(3, *shape, dtype=torch.float64) * torch.tensor([1e-3, 1.0, 1e3])[:, None, None]
+    expected = torch.stack([newton_schulz(matrix) for matrix in matrices])
+    torch.testing.assert_close(orthogonalized(matrices), expected)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_singular_values_become_nearly_equal(shape: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    values = torch.linalg.svdvals(orthogonalized(torch.randn(2, *shape)))
+    assert float(values.min()) > 0.4
+    assert float(values.max()) < 1.3
+
+
+def test_of_zero_it_is_zero() -> None:
+    assert torch.equal(orthogonalized(torch.zeros(2, 16, 17)), torch.zeros(2, 16, 17))
+
+
+def test_steps_against_one_weight_at_a_time() -> None:
+    """Three steps of weights of several shapes, a convolution among them, with momentum by hand."""
+    torch.manual_seed(0)
+    weights = [torch.randn(16, 20), torch.randn(24, 16, 3, 1), torch.randn(16, 20)]
+    weights = [weight.double().requires_grad_() for weight in weights]
+    expected = [weight.detach().clone() for weight in weights]
+    averages = [torch.zeros_like(weight) for weight in expected]
+    muon = Muon(weights, lr=0.1)
+    for _ in range(3):
+        for i, weight in enumerate(weights):
+            weight.grad = torch.randn_like(weight)
+            averages[i] = MOMENTUM * averages[i] + (1 - MOMENTUM) * weight.grad
+            direction = (1 - MOMENTUM) * weight.grad + MOMENTUM * averages[i]
+            matrix = newton_schulz(direction.reshape(len(direction), -1))
+            expected[i] -= 0.1 * 0.2 * max(matrix.shape) ** 0.5 * matrix.reshape(weight.shape)
+        muon.step()
+    for weight, target in zip(weights, expected, strict=True):
+        torch.testing.assert_close(weight.detach(), target)
+
+
+def test_a_weight_without_a_gradient_stays() -> None:
+    weight, other = torch.ones(16, 16, requires_grad=True), torch.ones(16, 16, requires_grad=True)
+    other.grad = torch.eye(16)
+    Muon([weight, other], lr=0.1).step()
+    assert torch.equal(weight, torch.ones(16, 16))
+    assert not torch.equal(other, torch.ones(16, 16))
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(2, 16, 3), nn.Conv2d(16, 17, 1), nn.Conv2d(17, 3, 1), nn.Embedding(20, 20))
+
+
+def test_which_weights_are_matrices() -> None:
+    """Of the convolutions those with 16 rows and columns: 16 x 18 and 17 x 16, not 3 x 17; embeddings never."""
+    model = network()
+    assert [tuple(weight.shape) for weight in hidden_matrices(model)] == [(16, 2, 3, 3), (17, 16, 1, 1)]
+
+
+@pytest.mark.parametrize("kind", ["muon", "adam"])
+def test_every_parameter_is_stepped_once(kind: str) -> None:
+    model = network()
+    optimizers = Optimizers(model, kind, 0.1)
+    owned = [p for member in optimizers.members.values() for group in member.param_groups for p in group["params"]]
+    assert sorted(map(id, owned)) == sorted(map(id, model.parameters()))
+    assert ("muon" in optimizers.members) == (kind == "muon")
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    give_gradients(model, 1)
+    optimizers.step(0.0)
+    assert all(torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))  # the rate is heard
+    optimizers.step(0.1)
+    assert not any(torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
+    optimizers.zero_grad()
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("kind", ["muon", "adam"])
+def test_a_step_after_loading_is_the_step_without_saving(kind: str) -> None:
+    model, copy = network(), network()
+    optimizers = Optimizers(model, kind, 0.1)
+    give_gradients(model, 1)
+    optimizers.step(0.1)
+    again = Optimizers(copy, kind, 0.1)
+    copy.load_state_dict(model.state_dict())
+    again.load_tensors({name: tensor.clone() for name, tensor in optimizers.tensors().items()})
+    for each, member in ((model, optimizers), (copy, again)):
+        give_gradients(each, 2)
+        member.step(0.1)
+    for one, other in zip(model.parameters(), copy.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def give_gradients(model: nn.Module, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=generator)

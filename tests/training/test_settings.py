@@ -1,0 +1,116 @@
+"""Settings of a run: override, else what the resumed run has, else the default; and where the help takes them from."""
+
+import re
+from dataclasses import fields
+from typing import Any
+
+import pytest
+
+import cli
+from pipeline.errors import InputError
+from pipeline.training.recipes import LARGE_TOKENIZER, PriorSettings, TokenizerSettings
+from pipeline.training.settings import recorded, resolve
+
+STAGES = {"train-tokenizer": TokenizerSettings, "train-prior": PriorSettings}
+CHANGEABLE = {"steps", "precision", "compile", "data_root", "tokenizer"}
+
+
+def another(value: Any) -> Any:
+    """A value of the same type that is another one."""
+    return {bool: lambda: not value, int: lambda: value + 1, float: lambda: value + 0.5}.get(
+        type(value), lambda: "another"
+    )()
+
+
+@pytest.mark.parametrize("kind", STAGES.values())
+def test_an_override_wins_and_none_is_none(kind: type) -> None:
+    default = kind()
+    for name, value in vars(default).items():
+        override = another(value)
+        assert vars(resolve(kind, {name: override}, None)) == {**vars(default), name: override}
+        assert resolve(kind, {name: None}, None) == default
+
+
+@pytest.mark.parametrize("kind", STAGES.values())
+def test_a_resumed_run_keeps_its_settings_and_changes_those_that_may(kind: type) -> None:
+    """Of every setting of both stages."""
+    started = kind(**{name: another(value) for name, value in vars(kind()).items()})
+    assert resolve(kind, {}, recorded(started)) == started
+    assert resolve(kind, vars(started), recorded(started)) == started
+    for name, default in vars(kind()).items():
+        override = default if default is not None else "elsewhere"
+        if name in CHANGEABLE:
+            resolved = resolve(kind, {name: override}, recorded(started))
+            assert vars(resolved) == {**vars(started), name: override}
+        else:
+            with pytest.raises(InputError, match=rf"--resume with {name.replace('_', '-')} .*got {override}; omit"):
+                resolve(kind, {name: override}, recorded(started))
+
+
+def test_a_setting_that_older_versions_recorded_and_this_one_lacks_is_passed_over() -> None:
+    assert resolve(PriorSettings, {}, {"steps": 3, "no_such_setting": 1}) == PriorSettings(steps=3)
+
+
+def test_a_size_is_the_same_before_and_after_json() -> None:
+    recorded_size = recorded(TokenizerSettings(image_size=(8, 12)))["image_size"]
+    assert recorded_size == [8, 12]
+    resolve(TokenizerSettings, {"image_size": (8, 12)}, {"image_size": recorded_size})
+    with pytest.raises(InputError, match="--resume with image-size"):
+        resolve(TokenizerSettings, {"image_size": (12, 8)}, {"image_size": recorded_size})
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "before", "now", "same"),
+    [
+        (TokenizerSettings, "data", "{cwd}/mnist", "./mnist", True),
+        (TokenizerSettings, "data", "{cwd}/mnist", "mnist", False),  # the source of that name, and a folder
+        (TokenizerSettings, "data", "mnist", "mnist", True),
+        (PriorSettings, "codes", "{cwd}/codes", ["codes/"], True),
+        (PriorSettings, "codes", ["{cwd}/a", "{cwd}/b"], ["a", "b"], True),
+        (PriorSettings, "codes", ["{cwd}/a", "{cwd}/b"], ["b", "a"], False),
+        (PriorSettings, "codes", None, ["a"], False),
+    ],
+)
+def test_paths_are_compared_by_where_they_lead(
+    tmp_path: Any, kind: type, name: str, before: Any, now: Any, same: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    fill = lambda path: path.format(cwd=tmp_path)  # noqa: E731
+    before = [fill(path) for path in before] if isinstance(before, list) else before and fill(before)
+    if same:
+        assert getattr(resolve(kind, {name: now}, {name: before}), name) == before
+    else:
+        with pytest.raises(InputError, match=f"--resume with {name} "):
+            resolve(kind, {name: now}, {name: before})
+
+
+# The help of the command line
+
+
+@pytest.mark.parametrize("command", STAGES)
+def test_the_help_shows_the_default_of_every_setting(command: str) -> None:
+    """A default of None, as of the size of images, is told in words."""
+    shown = {option.name: option.help or "" for option in cli.cli.commands[command].params}  # type: ignore[attr-defined]
+    settings = [field.name for field in fields(STAGES[command]) if field.name in shown and field.name != "compile"]
+    assert len(settings) >= 10
+    for name in settings:
+        (told,) = re.findall(r"\[default: (.+)\]", shown[name]) or [""]
+        mine = {"train-tokenizer": 0, "train-prior": -1}[command]
+        value = re.sub(r" in (stage one|two)$", "", told.split(", ")[mine])
+        default = getattr(STAGES[command](), name)
+        if isinstance(default, (int, float)):
+            assert float(value) == default, name
+        elif default is not None:
+            assert value == default, name
+        else:
+            assert name in ("data_root", "image_size", "channels", "codes", "tokenizer")
+
+
+# Recipes
+
+
+def test_the_large_recipe_departs_in_its_residual_blocks_alone() -> None:
+    """benchmarks/README.md: six residual blocks of 64 inner channels on either side, else the same."""
+    default = vars(TokenizerSettings())
+    changed = {name: value for name, value in vars(LARGE_TOKENIZER).items() if value != default[name]}
+    assert changed == {"num_residual_layers": 6, "residual_channels": 64}

@@ -1,0 +1,196 @@
+"""What the two stages tell the loop, what the loop logs of it, against slow counts; and that every setting acts."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pipeline.codes.dataset import CodeDataset
+from pipeline.evaluation.codebook_picture import codebook_picture
+from pipeline.images.holdout import MOST_HELD_OUT, split_rows
+from pipeline.images.image_set import ImageSplit, open_images
+from pipeline.images.png import save_grid
+from pipeline.images.preprocessing import to_uint8
+from pipeline.models.checkpoint import read_info
+from pipeline.models.loading import load_prior, load_tokenizer
+from pipeline.training.loop import run_training
+from pipeline.training.prior_stage import PICTURES, PriorStage
+from pipeline.training.recipes import PriorSettings, TokenizerSettings
+from pipeline.training.stage import Evaluation
+from pipeline.training.tokenizer_stage import TokenizerStage
+from pipeline.training.train_prior import config_for as prior_config_for
+from pipeline.training.train_tokenizer import config_for as tokenizer_config_for
+from prior import sample_codes
+
+from ..conftest import CLASS_NAMES, Codegrid, Trained
+from ..support import LEVELS, brightness_tokenizer, cells_of, tiny_prior
+from .training_runs import Toy, lines_of, settings_of, toy_info
+
+
+@pytest.fixture
+def images(grey_folder: Path) -> ImageSplit:
+    return open_images(str(grey_folder)).train
+
+
+@pytest.fixture
+def stage(images: ImageSplit) -> TokenizerStage:
+    """Of a tokenizer whose codes are those of `cells_of`, and that stays as it is."""
+    return TokenizerStage(brightness_tokenizer().eval(), images)
+
+
+def codes_of(images: ImageSplit, rows: np.ndarray, folder: Path) -> np.ndarray:
+    """The codes [n,H,W] of images, read off the pictures."""
+    return np.stack([cells_of(folder / images.names[row]) for row in rows])
+
+
+# The tokenizer's
+
+
+def test_the_codes_in_use_are_those_since_the_last_time(
+    stage: TokenizerStage, images: ImageSplit, grey_folder: Path
+) -> None:
+    found = []
+    for indices in ([0], [1], [0, 1, 2], []):
+        for index in indices:
+            stage.losses(np.array([index]))
+        codes = codes_of(images, stage.train_rows[indices], grey_folder) if indices else np.empty(0)
+        found.append((stage.status()["codes_in_use"], len(np.unique(codes))))
+    assert [told for told, _ in found] == [counted for _, counted in found]
+    assert found[-1] == (0, 0)
+    assert found[2] > found[0]
+
+
+def test_revivals_are_those_since_the_last_time(stage: TokenizerStage) -> None:
+    found = []
+    for revived in (5, 2, 0):
+        stage.model.quantizer.revived += revived
+        found.append(stage.status()["revived"])
+    assert found == [5, 2, 0]
+
+
+def test_the_share_of_codes_that_changed_since_the_last_evaluation(
+    stage: TokenizerStage, images: ImageSplit, grey_folder: Path
+) -> None:
+    """All at first, none when nothing was learned; then code 3 has moved away, and its cells take another."""
+    assert [stage.evaluate().numbers["codes_changed"] for _ in range(2)] == [1, 0]
+    codebook = stage.model.quantizer.codebook.clone()
+    codebook[3] = 100
+    stage.model.quantizer.set_codebook(codebook)
+    share = (codes_of(images, stage.held_out_rows, grey_folder) == 3).mean()
+    assert 0 < share < 0.5
+    assert stage.evaluate().numbers["codes_changed"] == pytest.approx(share)
+
+
+def test_the_picture_of_the_codebook_is_of_the_codes_of_the_held_out_images(
+    tmp_path: Path, stage: TokenizerStage, images: ImageSplit, grey_folder: Path
+) -> None:
+    codes = codes_of(images, stage.held_out_rows, grey_folder)
+    histogram = torch.from_numpy(np.bincount(codes.ravel(), minlength=LEVELS))
+    assert len(histogram.unique()) > 2
+    stage.preview(tmp_path / "step.png", stage.evaluate())
+    picture = np.asarray(Image.open(tmp_path / "step-codebook.png"))
+    np.testing.assert_array_equal(picture, codebook_picture(stage.model, histogram)[0])
+
+
+# The prior's
+
+
+def test_the_loss_of_a_prior_is_that_of_the_labels_of_its_rows() -> None:
+    model, codes, labels = tiny_prior(num_classes=3), torch.randint(LEVELS, (6, 3, 5)), torch.tensor([2, 0, 1, 1, 0, 2])
+
+    class Grids:
+        def batch(self, indices: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+            return codes[indices], labels[indices]
+
+    aside = np.array([True, False, False, True, False, False])
+    rows = torch.tensor([1, 2, 4, 5])
+    found = PriorStage(model, Grids(), aside).losses(np.array([3, 0]))["loss"]
+    chosen = rows[[3, 0]]
+    expected = torch.nn.functional.cross_entropy(model(codes[chosen], labels[chosen]), codes[chosen])
+    torch.testing.assert_close(found, expected)
+    other = torch.nn.functional.cross_entropy(model(codes[chosen], labels[chosen].flip(0)), codes[chosen])
+    assert abs(float((found - other).detach())) > 1e-3
+
+
+def test_the_picture_of_a_prior_shows_its_samples_with_the_classes_in_turn(tmp_path: Path, trained: Trained) -> None:
+    prior, step = load_prior(trained.prior), read_info(trained.prior, "prior").step  # whose weights are kept
+    labels = torch.arange(PICTURES) % len(CLASS_NAMES)
+    source, grid = torch.Generator().manual_seed(0), CodeDataset(trained.codes).manifest.grid
+    codes = sample_codes(prior, PICTURES, grid, labels=labels, generator=source)
+    save_grid(to_uint8(load_tokenizer(trained.tokenizer).decode(codes)), tmp_path / "expected.png", columns=8)
+    drawn = trained.prior / "pictures" / f"step-{step:07d}.png"
+    assert drawn.read_bytes() == (tmp_path / "expected.png").read_bytes()
+
+
+# The settings
+
+
+def in_both(settings: Any, config: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The fields that settings and config share, in each."""
+    shared = sorted(vars(settings).keys() & vars(config).keys())
+    return {name: getattr(settings, name) for name in shared}, {name: getattr(config, name) for name in shared}
+
+
+def test_every_setting_of_a_prior_reaches_the_model(trained: Trained) -> None:
+    settings = PriorSettings(channels=10, num_layers=3, kernel_size=5, dropout=0.5)
+    chosen, found = in_both(settings, prior_config_for(settings, CodeDataset(trained.codes)))
+    assert found == chosen == {"channels": 10, "num_layers": 3, "kernel_size": 5, "dropout": 0.5}
+    assert all(chosen[name] != getattr(PriorSettings(), name) for name in chosen)
+
+
+@pytest.mark.parametrize(("bottleneck", "update"), [("vq", "gradient"), ("vae", "ema")])
+def test_every_setting_of_a_tokenizer_reaches_the_model(grey_folder: Path, bottleneck: str, update: str) -> None:
+    numbers = {"num_codes": 33, "code_dim": 5, "downsample": 2, "hidden_channels": 6, "num_residual_layers": 1}
+    more = {"residual_channels": 3, "commitment_weight": 0.5, "kl_weight": 0.25}
+    names = {"bottleneck": bottleneck, "codebook_update": update}
+    settings = TokenizerSettings(**numbers, **more, **names)  # type: ignore[arg-type]
+    chosen, found = in_both(settings, tokenizer_config_for(settings, open_images(str(grey_folder))))
+    assert found == chosen == {**numbers, **more, **names}
+
+
+# What the loop makes of it
+
+
+def test_a_line_of_the_log_is_the_mean_of_the_losses_since_the_line_before(tmp_path: Path) -> None:
+    """20 lines in 60 steps, of 3 each; the loss of a step is the weight before it, turned around."""
+    toy = Toy()
+    run_training(toy, toy_info(), settings_of(steps=60, evaluations=1), tmp_path, resume=False)
+    lines = [line for line in lines_of(tmp_path) if line["part"] == "train"]
+    assert [line["step"] for line in lines] == list(range(3, 61, 3))
+    means = -np.reshape(toy.weights, (20, 3)).mean(axis=1)
+    np.testing.assert_allclose([line["loss"] for line in lines], means, rtol=1e-5)
+
+
+def test_no_more_are_evaluated_than_are_needed_and_none_of_the_rest_is_trained_on() -> None:
+    aside = np.arange(3 * MOST_HELD_OUT) % 2 == 0
+    train, held = split_rows(aside)
+    np.testing.assert_array_equal(held, np.arange(0, 2 * MOST_HELD_OUT, 2))
+    np.testing.assert_array_equal(train, np.arange(1, 3 * MOST_HELD_OUT, 2))
+
+
+def test_a_prior_keeps_its_best_weights_and_a_tokenizer_its_last(
+    tmp_path: Path, trained: Trained, codegrid: Codegrid, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of three evaluations the second is the best: a prior may overfit, the codebook of a tokenizer is at its end."""
+    scores = iter(2 * [2.0, 1.0, 3.0])
+    evaluate = TokenizerStage.evaluate
+
+    def of_prior(stage: PriorStage) -> Evaluation:
+        return Evaluation(numbers={"bits_per_code": next(scores)}, score_name="bits_per_code")
+
+    def of_tokenizer(stage: TokenizerStage) -> Evaluation:
+        return replace(evaluate(stage), numbers={"nmse": next(scores)})
+
+    monkeypatch.setattr(PriorStage, "evaluate", of_prior)
+    monkeypatch.setattr(TokenizerStage, "evaluate", of_tokenizer)
+    prior = ["train-prior", "--codes", trained.codes, "--channels", 2, "--num-layers", 1]
+    tokenizer = ["train-tokenizer", "--data", trained.images, "--hidden-channels", 4]
+    assert codegrid(*prior, "--steps", 3, "--out", tmp_path / "prior").status == 0
+    assert codegrid(*tokenizer, "--steps", 3, "--out", tmp_path / "tokenizer").status == 0
+    assert read_info(tmp_path / "prior", "prior").step == 2
+    assert read_info(tmp_path / "tokenizer", "tokenizer").step == 3
+    assert list(scores) == []

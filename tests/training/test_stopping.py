@@ -1,0 +1,386 @@
+"""A run that is stopped, however it is, and goes on is the run that never stopped.
+
+Runs go through the command line where a user's would.
+"""
+
+import gc
+import json
+import math
+import os
+import re
+import signal
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+import cli
+from pipeline.errors import InputError
+from pipeline.images.image_set import open_images
+from pipeline.models.checkpoint import load_training, load_weights, read_info
+from pipeline.models.loading import load_tokenizer
+from pipeline.training import loop
+from pipeline.training.loop import run_training
+from pipeline.training.optimizer import Optimizers
+from pipeline.training.tokenizer_stage import TokenizerStage
+
+from ..conftest import Codegrid, Trained
+from ..support import digest_of
+from .training_runs import Killed, Toy, during, kill, no_step_twice, same_run, settings_of, stop_at, toy_info
+
+
+@pytest.fixture(params=["tokenizer", "gradient tokenizer in bf16", "prior"])
+def command(request: pytest.FixtureRequest, trained: Trained) -> list[object]:
+    """A run whose 4 steps are more than one epoch, and whose random numbers matter (revival, dropout)."""
+    if request.param == "prior":
+        small = ["--channels", 4, "--num-layers", 2, "--dropout", 0.5]
+        return ["train-prior", "--codes", trained.codes, "--tokenizer", trained.tokenizer, "--batch-size", 4, *small]
+    other = [] if request.param == "tokenizer" else ["--codebook-update", "gradient", "--precision", "bf16"]
+    return ["train-tokenizer", "--data", trained.images, "--num-codes", 16, "--batch-size", 4, *other]
+
+
+def test_four_steps_are_two_and_two_more(tmp_path: Path, command: list[object], codegrid: Codegrid) -> None:
+    """G9, bit for bit; that a longer run differs shows that the comparison can fail."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert codegrid(*command, "--out", whole, "--steps", 4).status == 0
+    assert codegrid(*command, "--out", parts, "--steps", 2).status == 0
+    with pytest.raises(AssertionError):
+        same_run(whole, parts)
+    assert codegrid(*command, "--out", parts, "--steps", 4, "--resume").status == 0
+    same_run(whole, parts)
+    no_step_twice(parts, 4)
+    assert {tensor.dtype for tensor in load_weights(parts).values()} <= {
+        torch.float32,
+        torch.bool,
+        torch.int64,
+    }  # never bf16
+    assert codegrid(*command, "--out", parts, "--steps", 5, "--resume").status == 0
+    assert load_training(parts).values["step"] == 5
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adam"])
+@pytest.mark.parametrize("stage", ["tokenizer", "prior"])
+def test_four_steps_with_either_optimizer_are_two_and_two_more(
+    tmp_path: Path, trained: Trained, stage: str, optimizer: str, codegrid: Codegrid
+) -> None:
+    """Wide enough for Muon to have weights; it is the default, and a resumed run needs no reminder of either."""
+    commands: dict[str, list[object]] = {
+        "tokenizer": ["train-tokenizer", "--data", trained.images, "--num-codes", 16],
+        "prior": ["train-prior", "--codes", trained.codes, "--tokenizer", trained.tokenizer, "--channels", 16],
+    }
+    command = [*commands[stage], "--batch-size", 4, *([] if optimizer == "muon" else ["--optimizer", optimizer])]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert codegrid(*command, "--out", whole, "--steps", 4).status == 0
+    assert codegrid(*command, "--out", parts, "--steps", 2).status == 0
+    assert codegrid(command[0], "--out", parts, "--steps", 4, "--resume").status == 0
+    same_run(whole, parts)
+    no_step_twice(parts, 4)
+    owners = {name.split("/")[1] for name in load_training(parts).tensors if name.startswith("optimizer/")}
+    assert owners == ({"muon", "adam"} if optimizer == "muon" else {"adam"})
+    assert read_info(parts, stage).training["optimizer"] == optimizer
+
+
+@pytest.mark.parametrize("stopped", [1, 3])
+def test_a_run_stopped_by_ctrl_c_goes_on_as_if_it_had_not(
+    tmp_path: Path, command: list[object], stopped: int, codegrid: Codegrid, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The signal comes in the middle of a step; --resume then needs no other option."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert codegrid(*command, "--out", whole, "--steps", 4).status == 0
+    with monkeypatch.context() as patch:
+        during(patch, stopped, lambda: os.kill(os.getpid(), signal.SIGINT))
+        outcome = codegrid(*command, "--out", parts, "--steps", 4)
+    assert outcome.status == 130
+    assert f"stopped at step {stopped} and saved; --resume continues" in outcome.err
+    assert load_training(parts).values["step"] == stopped
+    assert codegrid(command[0], "--out", parts, "--resume").status == 0
+    same_run(whole, parts)
+    no_step_twice(parts, 4)
+
+
+def test_a_run_killed_after_its_last_save_does_the_lost_steps_again(
+    tmp_path: Path, command: list[object], codegrid: Codegrid, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was logged and drawn after that save is forgotten, a line cut short too."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert codegrid(*command, "--out", whole, "--steps", 4).status == 0
+    with monkeypatch.context() as patch:
+        during(patch, 1, lambda: os.kill(os.getpid(), signal.SIGINT))
+        assert codegrid(*command, "--out", parts, "--steps", 4).status == 130
+    with monkeypatch.context() as patch:
+        during(patch, 3, kill)  # steps 2 and 3 are done, and not saved
+        with pytest.raises(Killed):
+            cli.main([*map(str, command), "--out", str(parts), "--resume"])
+    with open(parts / "metrics.jsonl", "a") as file:
+        file.write('{"step": 4, "part": "tr')
+    assert load_training(parts).values["step"] == 1
+    assert codegrid(command[0], "--out", parts, "--resume").status == 0
+    same_run(whole, parts)
+    no_step_twice(parts, 4)
+
+
+def test_a_run_is_saved_now_and_then(
+    tmp_path: Path, command: list[object], codegrid: Codegrid, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "SAVE_EVERY_SECONDS", -1.0)
+    out = tmp_path / "run"
+    during(monkeypatch, 4, kill)
+    with pytest.raises(Killed):
+        cli.main([*map(str, command), "--out", str(out), "--steps", "4"])
+    assert load_training(out).values["step"] == 3
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_others(
+    tmp_path: Path, command: list[object], codegrid: Codegrid
+) -> None:
+    digests = []
+    for name, seed in (("a", 7), ("b", 7), ("c", 8)):
+        torch.manual_seed(len(digests))
+        assert codegrid(*command, "--out", tmp_path / name, "--steps", 2, "--seed", seed).status == 0
+        digests.append((tmp_path / name / "model.safetensors").read_bytes())
+    assert digests[0] == digests[1] != digests[2]
+    assert read_info(tmp_path / "c", str(command[0]).removeprefix("train-")).training["seed"] == 8
+
+
+# Signals
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_signals_save_and_exit_with_their_status(
+    tmp_path: Path,
+    trained: Trained,
+    number: signal.Signals,
+    status: int,
+    codegrid: Codegrid,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    before = signal.getsignal(number)
+    during(monkeypatch, 2, lambda: os.kill(os.getpid(), number))
+    command = ["train-prior", "--codes", trained.codes, "--channels", 4, "--num-layers", 1]
+    assert codegrid(*command, "--out", tmp_path / "run", "--steps", 4).status == status
+    assert load_training(tmp_path / "run").values["step"] == 2
+    assert signal.getsignal(number) is before
+
+
+def test_a_second_ctrl_c_ends_it_at_once(
+    tmp_path: Path, trained: Trained, codegrid: Codegrid, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def twice() -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        raise AssertionError("still going")
+
+    command = ["train-prior", "--codes", trained.codes, "--channels", 4, "--num-layers", 1, "--out", tmp_path / "run"]
+    assert codegrid(*command, "--steps", 2).status == 0
+    before = (tmp_path / "run" / "model.safetensors").read_bytes()
+    during(monkeypatch, 1, twice)
+    assert codegrid(*command, "--steps", 4, "--resume").status == 130
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() == before
+    assert load_training(tmp_path / "run").values["step"] == 2
+
+
+def test_a_run_in_a_thread_has_no_signals_and_needs_none(tmp_path: Path) -> None:
+    before, toy = signal.getsignal(signal.SIGINT), Toy()
+    found: list[object] = []
+    toy.at_step = lambda step: found.append(signal.getsignal(signal.SIGINT))
+    arguments = (toy, toy_info(), settings_of(steps=2), tmp_path)
+    thread = threading.Thread(target=run_training, args=arguments, kwargs={"resume": False})
+    thread.start()
+    thread.join()
+    assert found == [before, before]
+    assert load_training(tmp_path).values["step"] == 2
+
+
+# Losses and scores that are not finite
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(
+    tmp_path: Path, command: list[object], value: float, codegrid: Codegrid, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+    assert codegrid(*command, "--out", out, "--steps", 2).status == 0
+    before = {name: digest for name, digest in digest_of(out).items() if name.endswith(("safetensors", "config.json"))}
+    bad = torch.tensor(value, requires_grad=True)
+    with monkeypatch.context() as patch:
+        during(patch, 2, lambda: {"loss": bad * 1})
+        outcome = codegrid(*command, "--out", out, "--steps", 4, "--resume")
+    assert outcome.status == 1
+    errors = [line for line in outcome.error_lines if line.startswith("Error: ")]
+    assert len(errors) == len(outcome.error_lines) == 1
+    rate = json.loads((out / "config.json").read_text("utf-8"))["training"]["lr"]
+    assert f"expected finite losses, got loss = {value} at step 3; lower --lr (now {rate:g})" in errors[0]
+    after = digest_of(out)
+    assert {name: after[name] for name in before} == before
+    assert codegrid(*command, "--out", out, "--steps", 4, "--resume").status == 0
+    no_step_twice(out, 4)
+
+
+@pytest.mark.parametrize("stage", ["tokenizer", "prior"])
+def test_a_learning_rate_that_destroys_the_model_is_told_in_one_line(
+    tmp_path: Path, trained: Trained, stage: str, codegrid: Codegrid
+) -> None:
+    """Nothing simulated: the weights overflow after the first step."""
+    commands = {
+        "tokenizer": ["train-tokenizer", "--data", trained.images, "--num-codes", 16],
+        "prior": ["train-prior", "--codes", trained.codes, "--channels", 4, "--num-layers", 2],
+    }
+    out = tmp_path / "run"
+    outcome = codegrid(*commands[stage], "--out", out, "--steps", 4, "--lr", 1e30, "--precision", "fp32")
+    assert outcome.status == 1
+    # A bar that is still open would have "Error: " behind it on its own line.
+    assert [line[:7] for line in outcome.error_lines] == ["Error: "]
+    assert re.search(r"finite .*; lower (--lr|the learning rate)", outcome.error_lines[0])
+    assert not (out / "config.json").exists()
+    assert "the last good state is kept" not in outcome.error_lines[0]
+
+
+def test_one_step_that_destroys_the_model_is_told_as_clearly(
+    tmp_path: Path, trained: Trained, codegrid: Codegrid
+) -> None:
+    """The loss of the only step is finite; its evaluation is not."""
+    command = ["train-prior", "--codes", trained.codes, "--channels", 4, "--num-layers", 2, "--precision", "fp32"]
+    outcome = codegrid(*command, "--out", tmp_path / "run", "--steps", 1, "--lr", 1e36)
+    assert outcome.status == 1
+    assert len(outcome.error_lines) == 1
+    assert re.search(r"Error: expected .*finite.* got .*--lr", outcome.error_lines[0])
+
+
+def test_losses_that_are_not_finite_name_themselves(tmp_path: Path) -> None:
+    toy = Toy()
+    toy.losses = lambda indices: {  # type: ignore[method-assign]
+        "loss": toy.model.weight.sum(),
+        "commitment": toy.model.weight.sum() / 0,
+    }
+    with pytest.raises(InputError, match="got commitment = nan at step 0; lower --lr"):
+        run_training(toy, toy_info(), settings_of(), tmp_path, resume=False)
+    assert toy.weight == 0  # the step was not taken
+
+
+@pytest.mark.parametrize("keep_best", [False, True])
+@pytest.mark.parametrize("wrong", [math.nan, math.inf])
+def test_a_score_that_is_not_finite_ends_the_run(
+    tmp_path: Path, wrong: float, keep_best: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It comes from weights that are not finite, which no later step mends; what was saved before stays."""
+    monkeypatch.setattr(loop, "SAVE_EVERY_SECONDS", -1.0)
+    scores = iter([3.0, 2.0, wrong, 1.0])
+    settings = settings_of(steps=4, keep_best=keep_best)
+    with pytest.raises(InputError, match=rf"expected finite .*, got score = {wrong} at step 3; lower --lr"):
+        run_training(Toy(lambda weight: next(scores)), toy_info(), settings, tmp_path, resume=False)
+    assert (read_info(tmp_path, "prior").step, read_info(tmp_path, "prior").metrics["score"]) == (2, 2.0)
+    assert load_training(tmp_path).values["step"] == 2
+
+
+# A state that is not finite is never saved
+
+
+def poison_the_gradient(toy: Toy, patch: pytest.MonkeyPatch) -> None:
+    """The loss is finite, and what the optimizer then makes of the weight is not."""
+    toy.model.weight.register_hook(lambda gradient: gradient * math.nan)
+
+
+def poison_a_buffer(toy: Toy, patch: pytest.MonkeyPatch) -> None:
+    toy.model.average.fill_(-math.inf)  # type: ignore[operator, union-attr]
+
+
+def poison_the_optimizer(toy: Toy, patch: pytest.MonkeyPatch) -> None:
+    """Its moments alone."""
+    real = Optimizers.tensors
+    patch.setattr(Optimizers, "tensors", lambda self: {name: t * math.nan for name, t in real(self).items()})
+
+
+def poison_the_best_weights(toy: Toy, patch: pytest.MonkeyPatch) -> None:
+    """The weights that model.safetensors is to hold, while those in training are finite."""
+    trainers = [found for found in gc.get_objects() if isinstance(found, loop._Trainer) and found.stage is toy]
+    assert len(trainers) == 1
+    assert trainers[0].best_weights is not None
+    trainers[0].best_weights["weight"] *= math.nan
+
+
+POISONS = {
+    "weight": poison_the_gradient,
+    "average": poison_a_buffer,
+    "optimizer": poison_the_optimizer,
+    "best weights": poison_the_best_weights,
+}
+
+
+def toy_with_a_buffer() -> Toy:
+    toy = Toy()
+    toy.model.register_buffer("average", torch.zeros(2))
+    return toy
+
+
+@pytest.mark.parametrize("poison", POISONS)
+@pytest.mark.parametrize("there", [False, True])
+def test_a_stop_never_saves_a_state_that_is_not_finite(
+    tmp_path: Path, poison: str, there: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C in step 34 of 200, where no evaluation is due; the losses are finite to the end."""
+    settings = settings_of(steps=200, evaluations=20, keep_best=True)
+    if there:
+        toy = toy_with_a_buffer()
+        toy.at_step = stop_at(25)
+        with pytest.raises(KeyboardInterrupt):
+            run_training(toy, toy_info(), settings, tmp_path, resume=False)
+    before = digest_of(tmp_path)
+    toy = toy_with_a_buffer()
+
+    def at_step(step: int) -> None:
+        if step == (9 if there else 34):
+            os.kill(os.getpid(), signal.SIGINT)
+            POISONS[poison](toy, monkeypatch)
+
+    toy.at_step = at_step
+    with pytest.raises((InputError, KeyboardInterrupt)) as raised:
+        run_training(toy, toy_info(), settings, tmp_path, resume=there)
+    assert re.match(r"expected a finite state .* at step 34; lower --lr \(now 0.1\)", str(raised.value))
+    kept = f"the last good state is kept in {tmp_path}" if there else "nothing was saved yet"
+    assert kept in str(raised.value)
+    assert poison.split()[-1] in str(raised.value)
+    after = digest_of(tmp_path)
+    for name in ("model.safetensors", "training.safetensors", "config.json"):
+        assert after.get(name) == before.get(name)
+        assert (name in after) == there
+
+
+def test_a_state_that_is_saved_by_the_clock_is_looked_at_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "SAVE_EVERY_SECONDS", -1.0)
+    toy = toy_with_a_buffer()
+    toy.at_step = lambda step: poison_a_buffer(toy, monkeypatch) if step == 3 else None
+    with pytest.raises(InputError, match=r"got model/average .* at step 3"):
+        run_training(toy, toy_info(), settings_of(), tmp_path, resume=False)
+    assert load_training(tmp_path).values["step"] == 2
+
+
+@pytest.mark.parametrize("stage", ["tokenizer", "prior"])
+def test_ctrl_c_after_a_step_that_destroys_the_weights_is_told_in_one_line(
+    tmp_path: Path, trained: Trained, stage: str, codegrid: Codegrid, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The step is taken with a learning rate that overflows; nothing looks at the model before the stop."""
+    commands = {
+        "tokenizer": ["train-tokenizer", "--data", trained.images, "--num-codes", 16, "--num-residual-layers", 0],
+        "prior": ["train-prior", "--codes", trained.codes, "--channels", 4, "--num-layers", 1],
+    }
+    out = tmp_path / "run"
+    command = [*commands[stage], "--out", out, "--precision", "fp32", "--lr", 1e36, "--steps", 1000]
+    during(monkeypatch, 1, lambda: os.kill(os.getpid(), signal.SIGINT))
+    monkeypatch.setattr(loop, "learning_rate_at", lambda *arguments, **options: math.inf)
+    outcome = codegrid(*command)
+    assert outcome.status == 1
+    errors = [line for line in outcome.error_lines if "Error: " in line]
+    assert len(errors) == 1
+    assert re.search(r"expected a finite state to save, got \S+ with .*; lower --lr \(now 1e\+36\)", errors[0])
+    assert not (out / "config.json").exists()
+
+
+def test_a_codebook_that_was_set_by_hand_is_a_finite_state(tmp_path: Path, trained: Trained) -> None:
+    """Its count of updates is infinite, on purpose."""
+    model = load_tokenizer(trained.tokenizer)
+    model.quantizer.set_codebook(model.quantizer.codebook.clone())
+    assert any(bool(tensor.isinf().any()) for tensor in model.state_dict().values())
+    stage = TokenizerStage(model, open_images(str(trained.images)).train)
+    run_training(stage, toy_info(), settings_of(learning_rate=1e-3), tmp_path, resume=False)
+    assert load_training(tmp_path).values["step"] == 6

@@ -1,0 +1,138 @@
+"""What the tests of training share: a toy stage, ways to stop a run, and how two runs are compared."""
+
+import json
+import os
+import re
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pipeline.models.checkpoint import CheckpointInfo, load_training
+from pipeline.training.loop import LoopSettings
+from pipeline.training.prior_stage import PriorStage
+from pipeline.training.stage import Evaluation
+from pipeline.training.tokenizer_stage import TokenizerStage
+
+from ..support import digest_of
+
+
+def settings_of(**changes: Any) -> LoopSettings:
+    defaults: dict[str, Any] = {"steps": 6, "batch_size": 2, "learning_rate": 0.1, "seed": 0, "precision": "fp32"}
+    return LoopSettings(**{**defaults, **changes}, device=torch.device("cpu"))
+
+
+class Toy:
+    """One weight that the loss pushes up by Adam's step, and scores that are told beforehand or follow from it."""
+
+    def __init__(self, score_of: Callable[[float], float] = lambda weight: weight, num_items: int = 5) -> None:
+        self.model = nn.Linear(1, 1, bias=False)
+        nn.init.zeros_(self.model.weight)
+        self.num_items, self.score_of = num_items, score_of
+        self.seen: list[list[int]] = []
+        self.weights: list[float] = []  # before each step
+        self.at_step: Callable[[int], None] = lambda step: None
+
+    @property
+    def weight(self) -> float:
+        return self.model.weight.item()
+
+    def losses(self, indices: np.ndarray) -> dict[str, Tensor]:
+        assert self.model.training
+        self.seen.append(indices.tolist())
+        self.weights.append(self.weight)
+        self.at_step(len(self.seen))
+        return {"loss": -self.model.weight.sum()}
+
+    def status(self) -> dict[str, float]:
+        return {}
+
+    def evaluate(self) -> Evaluation:
+        assert not self.model.training
+        assert not torch.is_grad_enabled()
+        self.evaluation = Evaluation(numbers={"score": self.score_of(self.weight)}, score_name="score")
+        return self.evaluation
+
+    def preview(self, path: Path, evaluation: Evaluation) -> None:
+        assert re.fullmatch(r"step-\d{7}\.png", path.name)
+        assert evaluation is self.evaluation
+
+    def state(self) -> dict[str, Tensor]:
+        return {}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        assert state == {}
+
+
+def toy_info() -> CheckpointInfo:
+    return CheckpointInfo(kind="prior", config={}, step=0, class_names=[], preprocessing={}, training={})
+
+
+def stop_at(step: int) -> Callable[[int], None]:
+    return lambda now: os.kill(os.getpid(), signal.SIGINT) if now == step else None
+
+
+def lines_of(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
+
+
+def evaluations_of(folder: Path) -> list[dict[str, Any]]:
+    return [{**line, "seconds": 0} for line in lines_of(folder) if line["part"] == "held_out"]
+
+
+def same_run(one: Path, other: Path) -> None:
+    """Assert that two run folders hold the same weights, training state and evaluations.
+
+    On a bool: where CI is set, pytest would diff megabytes to explain a difference.
+    """
+    same = (one / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
+    assert same
+    states = load_training(one), load_training(other)
+    same = states[0].values == states[1].values
+    assert same
+    same = states[0].tensors.keys() == states[1].tensors.keys()
+    assert same
+    for name, tensor in states[0].tensors.items():
+        same = tensor.numpy().tobytes() == states[1].tensors[name].numpy().tobytes()
+        assert same
+    infos = [json.loads((folder / "config.json").read_text("utf-8")) for folder in (one, other)]
+    same = infos[0] == infos[1]
+    assert same
+    same = evaluations_of(one) == evaluations_of(other)
+    assert same
+    same = digest_of(one / "pictures") == digest_of(other / "pictures")
+    assert same
+    same = len(list((one / "pictures").glob("step-*[0-9].png"))) == len(evaluations_of(one))
+    assert same
+
+
+def no_step_twice(folder: Path, steps: int) -> None:
+    for part in ("train", "held_out"):
+        assert [line["step"] for line in lines_of(folder) if line["part"] == part] == list(range(1, steps + 1))
+
+
+def during(patch: pytest.MonkeyPatch, step: int, act: Callable[[], object]) -> None:
+    """Let `act` happen within a step, counted from 1, of either stage."""
+    calls = []
+    for stage in (TokenizerStage, PriorStage):
+
+        def losses(self: Any, indices: np.ndarray, real: Any = stage.losses) -> dict[str, Tensor]:
+            calls.append(indices)
+            found: dict[str, Tensor] = real(self, indices)
+            changed = act() if len(calls) == step else None
+            return changed if isinstance(changed, dict) else found
+
+        patch.setattr(stage, "losses", losses)
+
+
+class Killed(BaseException):
+    """What `kill -9` looks like from inside."""
+
+
+def kill() -> None:
+    raise Killed
