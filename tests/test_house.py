@@ -16,7 +16,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 STAGES = ("tokenizer", "prior")
 PACKAGES = (*STAGES, "pipeline")
-MODULES = ("cli",)
+MODULES = ("cli", "codegrid")
 SOURCES = [
     *sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py")),
     *(ROOT / f"{module}.py" for module in MODULES),
@@ -173,7 +173,7 @@ def test_the_top_level_holds_what_people_expect() -> None:
 
 def test_help_never_imports_torch() -> None:
     code = (
-        "import contextlib, io, sys, cli\n"
+        "import contextlib, io, sys, cli, codegrid\n"
         "for command in ['', *cli.cli.commands]:\n"
         "    with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()) as shown:\n"
         "        cli.main([*command.split(), '--help'])\n"
@@ -198,6 +198,10 @@ def test_help_of_the_file_as_a_program_never_imports_torch() -> None:
         ("tokenizer", "TokenizerConfig VQVAE VectorQuantizer"),
         ("prior", "PriorConfig GatedPixelCNN sample_codes"),
         ("pipeline", "CodeDataset ImagePipeline load_tokenizer load_prior"),
+        (
+            "codegrid",
+            "TokenizerConfig VQVAE PriorConfig GatedPixelCNN sample_codes CodeDataset ImagePipeline load_prior",
+        ),
     ],
 )
 def test_the_public_names_are_there(module: str, names: str) -> None:
@@ -207,3 +211,14 @@ def test_the_public_names_are_there(module: str, names: str) -> None:
         assert getattr(package, name).__name__ == name
     with pytest.raises(AttributeError, match="nosuch"):
         _ = package.nosuch
+
+
+def test_codegrid_offers_the_names_of_the_three_packages() -> None:
+    """The same objects, under the name of the distribution."""
+    import codegrid
+
+    packages = [importlib.import_module(package) for package in PACKAGES]
+    assert sorted(codegrid.__all__) == sorted(name for package in packages for name in package.__all__)
+    assert all(getattr(codegrid, name) is getattr(package, name) for package in packages for name in package.__all__)
+    assert {*codegrid.__all__, "__version__"} <= set(dir(codegrid))
+    assert codegrid.__version__ == importlib.import_module("cli").__version__
