@@ -41,7 +41,7 @@ The number of such pairs is {shards:,}. `names-00000.json` holds the names of th
 With torch, all shards as one data set:
 
 ```python
-from pipeline import CodeDataset
+from codegrid import CodeDataset
 codes, label = CodeDataset(".")[0]  # [H,W] int64, int
 ```
 """
