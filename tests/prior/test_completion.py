@@ -48,7 +48,7 @@ def distance(drawn: Tensor, share: Tensor) -> float:
 
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize(("grid", "marks"), zip(LATER_IN, LATER, strict=True))
-def test_candidates_bring_the_draws_to_the_exact_conditional(
+def test_particles_bring_the_samples_to_the_exact_conditional(
     grid: Grid, marks: dict[tuple[int, int], int], seed: int
 ) -> None:
     """A known code after unknown ones. As near as 3000 draws come: of the exact one they are up to 0.05 away."""
@@ -58,7 +58,7 @@ def test_candidates_bring_the_draws_to_the_exact_conditional(
     drawn = {
         m: complete_codes(prior, known.expand(3000, *grid), candidates=m, generator=generator(seed)) for m in (1, 32)
     }
-    assert distance(drawn[1], share) > 0.3  # what comes later is not listened to
+    assert distance(drawn[1], share) > 0.3  # nothing is conditioned on what comes later
     assert distance(drawn[32], share) < 0.08
     for codes in drawn.values():
         assert ((codes == known) | (known == -1)).all()
@@ -161,7 +161,7 @@ def two_sample_tail(one: list[int], other: list[int]) -> float:
 
 @pytest.mark.parametrize("grid", [(2, 3), (3, 2)])
 def test_what_is_known_first_is_kept_and_the_rest_drawn_as_sampling_draws_it(grid: Grid) -> None:
-    """The same codes, at the cost of one candidate, also where nothing or all is known."""
+    """The same codes, at the cost of one particle, also where nothing or all is known."""
     prior = tiny_prior(num_codes=3, seed=7, num_classes=2)
     labels = torch.arange(6) % 2
     codes = torch.randint(3, (6, *grid), generator=generator(1))
@@ -172,7 +172,7 @@ def test_what_is_known_first_is_kept_and_the_rest_drawn_as_sampling_draws_it(gri
         assert torch.equal(found, sample_codes(prior, 6, grid, known=known, generator=generator(2), **choice))
 
 
-def test_one_candidate_is_used_where_all_known_codes_come_first(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_particle_is_used_where_all_known_codes_come_first(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = []
     network = raster.IncrementalPrior
 
@@ -222,8 +222,8 @@ def test_what_is_known_chooses_among_labels(marks: dict[tuple[int, int], int]) -
     assert ((drawn == known) | (known == -1)).all()
 
 
-def test_labels_of_candidates_belong_to_their_grid() -> None:
-    """Each grid has one label for all its candidates: the same as giving the label itself."""
+def test_labels_of_particles_belong_to_their_grid() -> None:
+    """Each grid has one label for all its particles: the same as giving the label itself."""
     prior = tiny_prior(num_codes=3, seed=4, num_classes=3)
     labels = torch.tensor([2, 0, 1, 1])
     known = marked((2, 3), {(1, 1): 2}).expand(4, 2, 3)
@@ -271,9 +271,9 @@ def test_a_grid_knows_nothing_of_the_others() -> None:
     known = marked((2, 3), {(1, 1): 2}).repeat(40, 1, 1)
     other = known.clone()
     other[1:, 0, 2] = 1
-    found, beside = (complete_codes(prior, k, candidates=4, generator=generator(0)) for k in (known, other))
-    assert torch.equal(found[0], beside[0])
-    assert not torch.equal(found[1:, 0, :2], beside[1:, 0, :2])
+    found, others = (complete_codes(prior, k, candidates=4, generator=generator(0)) for k in (known, other))
+    assert torch.equal(found[0], others[0])
+    assert not torch.equal(found[1:, 0, :2], others[1:, 0, :2])
 
 
 def test_the_known_codes_given_and_the_mode_of_the_prior_stay() -> None:

@@ -1,4 +1,4 @@
-"""Drawing: against a sampler that runs the whole network at every position, and against distributions known exactly."""
+"""Sampling: against a sampler that runs the network on the whole grid at every position, and known distributions."""
 
 import math
 from collections.abc import Callable
@@ -195,7 +195,7 @@ def test_drawing_in_parts_draws_the_same_codes(parts: int, monkeypatch: pytest.M
     prior, labels = tiny_prior(num_classes=3), torch.arange(8) % 3
     known = torch.randint(-1, 5, (8, 3, 5), generator=generator(1))
     choice: dict[str, Any] = {"labels": labels, "known": known, "first": 5}
-    whole = sample_codes(prior, 8, (3, 5), generator=generator(0), **choice)
+    expected = sample_codes(prior, 8, (3, 5), generator=generator(0), **choice)
     sizes = []
     network = raster.IncrementalPrior
 
@@ -206,14 +206,14 @@ def test_drawing_in_parts_draws_the_same_codes(parts: int, monkeypatch: pytest.M
     monkeypatch.setattr(raster, "IncrementalPrior", spy)
     one = sampling.MOST_ACTIVATIONS // most_at_once(prior, 5)
     monkeypatch.setattr(sampling, "MOST_ACTIVATIONS", one * parts + one // 2)
-    assert torch.equal(sample_codes(prior, 8, (3, 5), generator=generator(0), **choice), whole)
+    assert torch.equal(sample_codes(prior, 8, (3, 5), generator=generator(0), **choice), expected)
     assert sizes == [min(parts, 8 - start) for start in range(0, 8, parts)]
 
 
 def test_at_least_one_is_drawn_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = sample_codes(tiny_prior(), 3, (2, 3), generator=generator(0))
+    expected = sample_codes(tiny_prior(), 3, (2, 3), generator=generator(0))
     monkeypatch.setattr(sampling, "MOST_ACTIVATIONS", 1)
-    assert torch.equal(sample_codes(tiny_prior(), 3, (2, 3), generator=generator(0)), whole)
+    assert torch.equal(sample_codes(tiny_prior(), 3, (2, 3), generator=generator(0)), expected)
 
 
 @pytest.mark.parametrize(
