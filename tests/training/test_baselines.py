@@ -270,7 +270,7 @@ def test_a_baseline_in_the_default_place_makes_no_codes_and_hinders_none(
     outcome = codegrid(*command)
     assert (outcome.status, outcome.error_lines) == (0, [])
     assert "which has none" in outcome.out
-    assert "training goes on without pictures" in outcome.out
+    assert "training continues without pictures" in outcome.out
     outcome = codegrid("train-prior", "--out", "another")
     assert outcome.status == 1
     assert f"got one with --bottleneck {baseline.name}" in outcome.error_lines[0]

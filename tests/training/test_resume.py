@@ -146,7 +146,7 @@ def test_a_tokenizer_that_has_moved_is_named_anew(tmp_path: Path, trained: Train
 
 
 def test_a_prior_without_pictures_can_be_gone_on_with(tmp_path: Path, trained: Trained) -> None:
-    """The default tokenizer is there, but made other codes: training goes on without pictures, also when resumed."""
+    """The default tokenizer is there, but made other codes: training continues without pictures, also when resumed."""
     other = tmp_path / "checkpoints" / "tokenizer"
     save_tokenizer(other, brightness_tokenizer())
     given = {"codes": str(trained.codes), "channels": 2, "num_layers": 1, "precision": "fp32"}

@@ -18,7 +18,7 @@ from pipeline.images.preprocessing import to_uint8
 from pipeline.models.checkpoint import read_info
 from pipeline.models.loading import load_prior, load_tokenizer
 from pipeline.training.loop import run_training
-from pipeline.training.prior_stage import PICTURES, PriorStage
+from pipeline.training.prior_stage import PREVIEW_SAMPLES, PriorStage
 from pipeline.training.recipes import PriorSettings, TokenizerSettings
 from pipeline.training.stage import Evaluation
 from pipeline.training.tokenizer_stage import TokenizerStage
@@ -118,9 +118,9 @@ def test_the_loss_of_a_prior_is_that_of_the_labels_of_its_rows() -> None:
 
 def test_the_picture_of_a_prior_shows_its_samples_with_the_classes_in_turn(tmp_path: Path, trained: Trained) -> None:
     prior, step = load_prior(trained.prior), read_info(trained.prior, "prior").step  # whose weights are kept
-    labels = torch.arange(PICTURES) % len(CLASS_NAMES)
+    labels = torch.arange(PREVIEW_SAMPLES) % len(CLASS_NAMES)
     source, grid = torch.Generator().manual_seed(0), CodeDataset(trained.codes).manifest.grid
-    codes = sample_codes(prior, PICTURES, grid, labels=labels, generator=source)
+    codes = sample_codes(prior, PREVIEW_SAMPLES, grid, labels=labels, generator=source)
     save_grid(to_uint8(load_tokenizer(trained.tokenizer).decode(codes)), tmp_path / "expected.png", columns=8)
     drawn = trained.prior / "pictures" / f"step-{step:07d}.png"
     assert drawn.read_bytes() == (tmp_path / "expected.png").read_bytes()

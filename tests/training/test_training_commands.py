@@ -73,7 +73,7 @@ def test_codes_need_no_default_tokenizer(
     notes = [line for line in outcome.out.splitlines() if line.startswith("note: ")]
     assert len(notes) == 1
     assert f"{default_tokenizer}" in notes[0]
-    assert notes[0].endswith("; training goes on without pictures")
+    assert notes[0].endswith("; training continues without pictures")
     assert not Path("checkpoints/prior/pictures").exists()
     assert codegrid("train-prior", "--codes", trained.codes, *PRIOR, "--steps", 2, "--resume").status == 0
 
