@@ -19,7 +19,7 @@ DATA_HELP = "glyphs, a torchvision name (mnist, cifar10, ...), or a folder of im
 
 
 class ImageSize(click.ParamType):
-    """N or HxW, in pixels."""
+    """The type of an image size: N or HxW, in pixels."""
 
     name = "N|HxW"
 
@@ -33,7 +33,7 @@ class ImageSize(click.ParamType):
 
 
 class PathType(click.Path):
-    """A pathlib.Path; whether it exists is checked where it is used."""
+    """The type of a path: a pathlib.Path; whether it exists is checked where it is used."""
 
     def __init__(self) -> None:
         super().__init__(path_type=Path)
@@ -47,15 +47,15 @@ def default_of(name: str, *recipes: TokenizerSettings | PriorSettings) -> str:
 
 
 def setting(
-    name: str, kind: click.ParamType, text: str, *recipes: TokenizerSettings | PriorSettings
+    name: str, value_type: click.ParamType, text: str, *recipes: TokenizerSettings | PriorSettings
 ) -> Callable[[Command], Command]:
-    """Make the option of a training setting: None if it is not given, its default shown from the recipes."""
+    """Return the option of a training setting: None if it is not given, its default shown from the recipes."""
     text = f"{text}  [default: {default_of(name, *recipes)}]".lstrip()
-    return click.option(f"--{name.replace('_', '-')}", type=kind, help=text)
+    return click.option(f"--{name.replace('_', '-')}", type=value_type, help=text)
 
 
 def options(*decorators: Callable[[Command], Command]) -> Callable[[Command], Command]:
-    """Several options as one decorator, shown in the order given."""
+    """Return several options as one decorator, shown in the order given."""
 
     def apply(command: Command) -> Command:
         for decorator in reversed(decorators):
@@ -69,9 +69,10 @@ device_option = click.option(
     "--device", default="auto", show_default=True, metavar="auto|cpu|cuda|mps", help="Where to compute."
 )
 force_option = click.option("--force", is_flag=True, help="Replace the file --out, or what an earlier run wrote there.")
+data_root_option = click.option("--data-root", metavar="DIR", help="Where a torchvision set is, or is downloaded to.")
 data_options = options(
     click.option("--data", metavar="SOURCE", help=f"{DATA_HELP}  [default: what the tokenizer was trained on]"),
-    click.option("--data-root", metavar="DIR", help="Where a torchvision set lies, or is downloaded to."),
+    data_root_option,
 )
 split_option = click.option(
     "--split", type=click.Choice(["train", "test"]), default="test", show_default=True, help="Part of the images."
@@ -79,6 +80,9 @@ split_option = click.option(
 tokenizer_option = click.option(
     "--tokenizer", type=PathType(), default=TOKENIZER, show_default=True, help="Folder that train-tokenizer wrote."
 )
+json_option = click.option("--json", "json_file", type=PathType(), help="Also write the numbers to this file.")
+replace_json_option = click.option("--force", is_flag=True, help="Replace the file that --json names.")
+measured_prior_option = click.option("--prior", type=PathType(), help="Also measure this prior.")
 training_options = options(
     setting("steps", click.IntRange(min=1), "In all.", STAGE_ONE, STAGE_TWO),
     setting("batch_size", click.IntRange(min=1), "Items a step.", STAGE_ONE, STAGE_TWO),
@@ -97,10 +101,10 @@ training_options = options(
     click.option("--resume", is_flag=True, help="Continue the run in --out, if there is one."),
     force_option,
 )
-
-
-drawing_options = options(
-    click.option("--label", "labels", multiple=True, metavar="NAME|INDEX", help="Class to draw; repeatable, in turn."),
+sampling_options = options(
+    click.option(
+        "--label", "labels", multiple=True, metavar="NAME|INDEX", help="Class to sample; repeatable, in turn."
+    ),
     click.option("--temperature", type=click.FloatRange(min=0), default=1.0, show_default=True, help="0 is greedy."),
     click.option("--top-k", type=click.IntRange(min=1), help="Keep the k most likely codes."),
     click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), help="Keep codes up to this probability."),
@@ -119,7 +123,7 @@ drawing_options = options(
 @click.version_option(__version__)
 @click.pass_context
 def cli(ctx: click.Context, debug: bool) -> None:
-    """Learn to make new images: a VQ-VAE turns images into grids of codes, a gated PixelCNN draws new grids.
+    """Learn to make new images: a VQ-VAE turns images into grids of codes, a gated PixelCNN samples new grids.
 
     \b
     The whole job on the built-in images:
@@ -133,7 +137,7 @@ def cli(ctx: click.Context, debug: bool) -> None:
 
 @cli.command("train-tokenizer")
 @click.option("--data", metavar="SOURCE", help=f"{DATA_HELP}  [default: {STAGE_ONE.data}]")
-@click.option("--data-root", metavar="DIR", help="Where a torchvision set lies, or is downloaded to.")
+@data_root_option
 @click.option("--out", type=PathType(), default=TOKENIZER, show_default=True, help="Folder to write.")
 @click.option("--image-size", type=ImageSize(), help="Resize and centre-crop.  [default: the images' own]")
 @click.option("--channels", type=click.Choice(["1", "3"]), help="Grey or colour.  [default: the images' own]")
@@ -168,7 +172,7 @@ def train_tokenizer(out: Path, device: str, resume: bool, force: bool, **overrid
 @data_options
 @click.option("--out", type=PathType(), default=Path("checkpoints/codes"), show_default=True, help="Folder to write.")
 @click.option("--split", type=click.Choice(["train", "test"]), default="train", show_default=True)
-@click.option("--flips", is_flag=True, help="Also every image mirrored left to right, as further rows.")
+@click.option("--flips", is_flag=True, help="Also encode every image mirrored left to right, as further rows.")
 @click.option("--shard-size", type=click.IntRange(min=1), default=65_536, show_default=True, help="Grids a file.")
 @click.option(
     "--batch-size",
@@ -177,13 +181,13 @@ def train_tokenizer(out: Path, device: str, resume: bool, force: bool, **overrid
     show_default=True,
     help="Images read at a time; the codes are the same for any.",
 )
-@click.option("--to", type=click.Choice(["npz", "parquet"]), help="Also write the whole in this format.")
+@click.option("--to", type=click.Choice(["npz", "parquet"]), help="Also write all of it in this format.")
 @device_option
 @force_option
 def export_codes(tokenizer: Path, out: Path, **chosen: Any) -> None:
     """Write the code grids of images as a data set.
 
-    What was interrupted goes on when the same command is run again. `torchrun --nproc-per-node N cli.py export-codes
+    An interrupted export resumes when the same command is run again. `torchrun --nproc-per-node N cli.py export-codes
     ...`, on one machine or several that share --out, divides the work.
     """
     from pipeline.codes.export import export_codes as run
@@ -198,11 +202,11 @@ codes_argument = click.argument("codes", metavar="DIR", type=PathType())
 @codes_argument
 @click.option("--tokenizer", type=PathType(), help="The tokenizer that should have made them.")
 @click.option("--data", metavar="SOURCE", help=f"The images that they should be of: {DATA_HELP}")
-@click.option("--data-root", metavar="DIR", help="Where a torchvision set lies, or is downloaded to.")
+@data_root_option
 def verify_codes(codes: Path, tokenizer: Path | None, data: str | None, data_root: str | None) -> None:
     """Check every hash, range, count and statistic of exported codes.
 
-    With --data also that they are of those images: names, labels and pixels.
+    With --data, also check that they are of those images: names, labels and pixels.
     """
     from pipeline.codes.verify import verify_codes as run
 
@@ -221,7 +225,7 @@ def verify_codes(codes: Path, tokenizer: Path | None, data: str | None, data_roo
 def decode_codes(codes: Path, tokenizer: Path, out: Path, **chosen: Any) -> None:
     """Turn exported codes back into images.
 
-    Into a folder of PNGs named by row, and decode.json, which names the rows; or into one picture of them, FILE.png; or
+    Writes a folder of PNGs named by row, with decode.json, which names the rows; or one picture of them, FILE.png; or
     one array, FILE.npy.
     """
     from pipeline.codes.decode import decode_codes as run
@@ -254,9 +258,9 @@ def train_prior(out: Path, device: str, resume: bool, force: bool, **overrides: 
 @cli.command()
 @click.option("--n", type=click.IntRange(min=1), default=64, show_default=True, help="How many images.")
 @click.option("--out", type=PathType(), default=Path("samples"), show_default=True, help="Folder to write.")
-@drawing_options
+@sampling_options
 def sample(out: Path, tokenizer: Path, prior: Path, device: str, force: bool, **chosen: Any) -> None:
-    """Draw new images.
+    """Sample new images.
 
     Writes grid.png, images/, codes.npy and sample.json. Ctrl-C keeps the images that are finished.
     """
@@ -274,9 +278,9 @@ def sample(out: Path, tokenizer: Path, prior: Path, device: str, force: bool, **
 @click.option("--image", type=PathType(), required=True, help="The picture.")
 @click.option("--keep", required=True, metavar="top|bottom|left|right|MASK.png", help="What is kept: white in a mask.")
 @click.option("--n", type=click.IntRange(min=1), default=8, show_default=True, help="How many completions.")
-@click.option("--candidates", type=click.IntRange(min=1), default=32, show_default=True, help="Drawn for each.")
+@click.option("--candidates", type=click.IntRange(min=1), default=32, show_default=True, help="Sampled for each.")
 @click.option("--out", type=PathType(), default=Path("completions"), show_default=True, help="Folder to write.")
-@drawing_options
+@sampling_options
 def complete(
     image: Path,
     keep: str,
@@ -288,10 +292,10 @@ def complete(
     force: bool,
     **chosen: Any,
 ) -> None:
-    """Keep part of a picture and draw the rest.
+    """Keep part of a picture and sample the rest.
 
-    A kept top half is exact. What is kept beside or below what is drawn is listened to by drawing many candidates and
-    preferring those that it fits. Without --label it also chooses the class.
+    The rest is conditioned exactly on what is kept above it. It is conditioned on what is kept beside or below it by
+    sampling many candidates and preferring those that fit. Without --label, what is kept also chooses the class.
 
     Writes grid.png (the picture, what is kept, the completions), images/, codes.npy and complete.json.
     """
@@ -315,7 +319,7 @@ def complete(
 @device_option
 @force_option
 def reconstruct(tokenizer: Path, out: Path, **chosen: Any) -> None:
-    """Draw originals above their reconstructions."""
+    """Show originals above their reconstructions, in one PNG."""
     from pipeline.evaluation.reconstruction_picture import reconstruct_to_file
 
     click.echo(f"originals above reconstructions: {reconstruct_to_file(tokenizer, out, **chosen)}")
@@ -323,12 +327,12 @@ def reconstruct(tokenizer: Path, out: Path, **chosen: Any) -> None:
 
 @cli.command()
 @tokenizer_option
-@click.option("--prior", type=PathType(), help="Also measure this prior.")
+@measured_prior_option
 @data_options
 @split_option
-@click.option("--json", "json_file", type=PathType(), help="Also write the numbers to this file.")
+@json_option
 @device_option
-@click.option("--force", is_flag=True, help="Replace the file that --json names.")
+@replace_json_option
 def evaluate(tokenizer: Path, prior: Path | None, json_file: Path | None, force: bool, **chosen: Any) -> None:
     """Measure reconstruction, codes in use and bits."""
     from pipeline.evaluation.evaluate import evaluate as run
@@ -346,7 +350,7 @@ def evaluate(tokenizer: Path, prior: Path | None, json_file: Path | None, force:
 
 @cli.command("measure-rate")
 @tokenizer_option
-@click.option("--prior", type=PathType(), help="Also measure this prior.")
+@measured_prior_option
 @data_options
 @click.option(
     "--split",
@@ -357,9 +361,9 @@ def evaluate(tokenizer: Path, prior: Path | None, json_file: Path | None, force:
     help="Part of the images; repeatable.  [default: both]",
 )
 @click.option("--n", type=click.IntRange(min=1), help="Measure this many of each, chosen at random.  [default: all]")
-@click.option("--json", "json_file", type=PathType(), help="Also write the numbers to this file.")
+@json_option
 @device_option
-@click.option("--force", is_flag=True, help="Replace the file that --json names.")
+@replace_json_option
 def measure_rate(tokenizer: Path, prior: Path | None, json_file: Path | None, force: bool, **chosen: Any) -> None:
     """Measure the bytes an image costs as codes, next to PNG, and to JPEG of the same PSNR."""
     from pipeline.compression.rate import measure_rate as run
@@ -379,14 +383,14 @@ def measure_rate(tokenizer: Path, prior: Path | None, json_file: Path | None, fo
 
 
 def describe(numbers: dict[str, float]) -> str:
-    """Numbers in one line."""
+    """Return the numbers of an evaluation in one line."""
     return ", ".join(f"{name} {value:.4g}" for name, value in numbers.items() if name != "step")
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
-    """Run a command; exit 0 done, 1 it failed, 2 the command line is wrong, 130 on Ctrl-C."""
+    """Run a command and exit with 0 when it is done, 1 if it failed, 2 if the command line is wrong, 130 on Ctrl-C."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    debug = "--debug" in arguments  # wherever it stands
+    debug = "--debug" in arguments  # at any position
     arguments = [argument for argument in arguments if argument != "--debug"]
     try:
         cli.main(arguments, prog_name="codegrid", standalone_mode=False)
@@ -408,7 +412,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
 
 
 def fail(message: str, status: int) -> NoReturn:
-    """Print one line and exit."""
+    """Print an error in one line and exit with this status."""
     click.echo(f"Error: {' '.join(message.split())}", err=True)
     sys.exit(status)
 

@@ -6,8 +6,8 @@
     codegrid train-tokenizer --data DIR --steps 5000 --bottleneck ae --out checkpoints/ae
     python -m benchmarks.baselines --vae checkpoints/vae --ae checkpoints/ae
 
-Prints one table of the test part, and draws the VAE's samples (latents from N(0,1)) beside the VQ-VAE's (codes from the
-prior).
+Prints one table of the test split, and writes a picture of the VAE's samples (latents from N(0,1)) beside the VQ-VAE's
+(codes from the prior).
 """
 
 import math
@@ -39,7 +39,7 @@ SPACE = 16  # white pixels between the two halves
 @click.option("--out", type=click.Path(path_type=Path), default=Path("baselines.png"), show_default=True)
 @click.option("--seed", default=0, show_default=True)
 def main(tokenizer: Path, prior: Path, vae: Path, ae: Path, out: Path, seed: int) -> None:
-    """One table and one picture."""
+    """Print one table and write one picture."""
     print("| bottleneck | nmse | PSNR | what it keeps of an image |\n|---|---|---|---|")
     for folder in (tokenizer, vae, ae):
         info, numbers = read_info(folder, "tokenizer"), evaluate(folder).reconstruction
@@ -52,9 +52,9 @@ def main(tokenizer: Path, prior: Path, vae: Path, ae: Path, out: Path, seed: int
         }[config["bottleneck"]]
         print(f"| {config['bottleneck']} | {numbers.nmse:.4f} | {numbers.psnr:.1f} dB | {kept} |", flush=True)
     pipeline = ImagePipeline.from_pretrained(tokenizer, prior)
-    theirs = vae_samples(vae, pipeline.grid, seed)
-    ours, _ = pipeline.sample(COLUMNS * ROWS, seed=seed)
-    halves = [enlarge(tile(images, COLUMNS), images.shape[-1]) for images in (theirs, ours)]
+    of_vae = vae_samples(vae, pipeline.grid, seed)
+    of_vqvae, _ = pipeline.sample(COLUMNS * ROWS, seed=seed)
+    halves = [enlarge(tile(images, COLUMNS), images.shape[-1]) for images in (of_vae, of_vqvae)]
     white = halves[0].new_full((halves[0].shape[0], halves[0].shape[1], SPACE), 255)
     save_png(torch.cat([halves[0], white, halves[1]], dim=2), out)
     print(f"left the VAE's samples, right those of the VQ-VAE and its prior: {out}")
@@ -62,20 +62,20 @@ def main(tokenizer: Path, prior: Path, vae: Path, ae: Path, out: Path, seed: int
 
 @torch.no_grad()
 def kl_bits(folder: Path) -> float:
-    """KL(posterior || N(0,1)) of the test images, in bits per image."""
+    """Return KL(posterior || N(0,1)) of the test images, in bits per image; 0 without a posterior."""
     trained = load_trained_autoencoder(folder, "cpu")
     model, info = trained.model, trained.info
     if model.config.bottleneck != "vae":
         return 0.0
     assert isinstance(model, Baseline)
-    part = split_of(images_of(info, data=None, data_root=None), "test")
-    rows = np.array_split(np.arange(len(part)), math.ceil(len(part) / 250))
-    nats = sum(float(model.bottleneck(model.encoder(part.batch(some)))[1]) * len(some) for some in rows)
-    return nats / len(part) / math.log(2)
+    split = split_of(images_of(info, data=None, data_root=None), "test")
+    subsets = np.array_split(np.arange(len(split)), math.ceil(len(split) / 250))
+    nats = sum(float(model.bottleneck(model.encoder(split.batch(subset)))[1]) * len(subset) for subset in subsets)
+    return nats / len(split) / math.log(2)
 
 
 def vae_samples(folder: Path, grid: tuple[int, int], seed: int) -> Tensor:
-    """Images uint8 [n,C,H',W'] of latents drawn from N(0,1)."""
+    """Return images uint8 [n,C,H',W'] of latents drawn from N(0,1)."""
     model = load_trained_autoencoder(folder, "cpu").model
     assert isinstance(model, Baseline)
     generator = torch.Generator().manual_seed(seed)

@@ -1,8 +1,8 @@
-"""Do people get the digit they asked for? Samples of each class, judged by a classifier trained on real MNIST.
+"""Whether samples show the digit that was requested, judged by a classifier trained on real MNIST.
 
     python -m benchmarks.digit_classifier --tokenizer DIR --prior DIR --data-root DIR
 
-Trains a small convolutional network on the 60,000 training digits (2 epochs, about 40 s on two CPU cores), states its
+Trains a small convolutional network on the 60,000 training digits (2 epochs, about 40 s on two CPU cores), prints its
 accuracy on the 10,000 real test digits, then on `--n` samples, equally many of each class.
 """
 
@@ -24,7 +24,7 @@ EPOCHS, BATCH, LEARNING_RATE = 2, 128, 2e-3
 
 
 def classifier() -> nn.Sequential:
-    """Grey images [B,1,28,28] in [0,1] -> logits [B,10]."""
+    """Return a network: grey images [B,1,28,28] in [0,1] -> logits [B,10]."""
     return nn.Sequential(
         *(nn.Conv2d(1, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
         *(nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
@@ -33,7 +33,7 @@ def classifier() -> nn.Sequential:
 
 
 def train(model: nn.Module, digits: ImageSplit) -> None:
-    """Adam with a cosine schedule over EPOCHS."""
+    """Train with Adam and a cosine schedule over EPOCHS."""
     order, steps = DataOrder(len(digits), BATCH, seed=0), EPOCHS * len(digits) // BATCH
     optimizer = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
@@ -49,19 +49,19 @@ def train(model: nn.Module, digits: ImageSplit) -> None:
 
 @torch.no_grad()
 def predictions(model: nn.Module, images: Tensor) -> Tensor:
-    """The digit [n] that each of the images [n,1,28,28] in [0,1] is taken for."""
+    """Return the digit [n] that each of the images [n,1,28,28] in [0,1] is taken for."""
     model.eval()
-    return torch.cat([model(part).argmax(dim=1) for part in images.split(500)])
+    return torch.cat([model(batch).argmax(dim=1) for batch in images.split(500)])
 
 
 @click.command()
 @click.option("--tokenizer", type=click.Path(path_type=Path), required=True)
 @click.option("--prior", type=click.Path(path_type=Path), required=True)
-@click.option("--data-root", required=True, help="Where MNIST lies.")
+@click.option("--data-root", required=True, help="Folder of MNIST.")
 @click.option("--n", default=1000, show_default=True, help="Samples, equally many of each digit.")
 @click.option("--seed", default=0, show_default=True)
 def main(tokenizer: Path, prior: Path, data_root: str, n: int, seed: int) -> None:
-    """State how many of n samples are recognised as the digit that was asked for."""
+    """Print how many of n samples are recognised as the digit that was requested."""
     torch.manual_seed(0)
     digits = open_images("mnist", data_root=data_root, image_size=(28, 28), channels=1)
     model = classifier()
@@ -70,12 +70,12 @@ def main(tokenizer: Path, prior: Path, data_root: str, n: int, seed: int) -> Non
     print(f"real test digits recognised: {real.mean():.2%} of {len(real):,}")
 
     pipeline = ImagePipeline.from_pretrained(tokenizer, prior)
-    asked = pipeline.labels_for(n, [str(name) for name in pipeline.class_names])
-    assert asked is not None
-    images, _ = pipeline.sample(n, labels=asked, seed=seed)
-    right = predictions(model, to_float(images)) == asked
-    each = ", ".join(f"{digit}: {float(right[asked == digit].float().mean()):.0%}" for digit in range(10))
-    print(f"samples recognised as the digit asked for: {float(right.float().mean()):.1%} of {n:,} ({each})")
+    requested = pipeline.labels_for(n, [str(name) for name in pipeline.class_names])
+    assert requested is not None
+    images, _ = pipeline.sample(n, labels=requested, seed=seed)
+    correct = predictions(model, to_float(images)) == requested
+    each = ", ".join(f"{digit}: {float(correct[requested == digit].float().mean()):.0%}" for digit in range(10))
+    print(f"samples recognised as the requested digit: {float(correct.float().mean()):.1%} of {n:,} ({each})")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""What drawing costs against one forward pass, and what a prior is worth for its minutes. See benchmarks/README.md.
+"""The cost of sampling against one forward pass, and the quality of a prior for its minutes of training.
 
     python -m benchmarks.sampling speed
     python -m benchmarks.sampling prior --codes CODES.npz [--recipe NAME ...]
     python -m benchmarks.sampling reach
 
-`speed` and `reach` need no training. `prior` trains each recipe on fixed code grids (arrays train_codes, train_labels,
-test_codes, test_labels) and measures bits per code on the whole test part once, with the weights that were best on
-rows held out of the training part.
+Results: benchmarks/README.md. `speed` and `reach` need no training. `prior` trains each recipe on fixed code grids
+(arrays train_codes, train_labels, test_codes, test_labels) and measures bits per code on the complete test split once,
+with the weights that were best on rows held out of the training split.
 """
 
 import math
@@ -40,7 +40,7 @@ RECIPES = {"default": PriorSettings(), "adam": PriorSettings(optimizer="adam")}
 
 
 class Arrays:
-    """Grids from arrays, as the prior's stage takes them."""
+    """Holds grids from arrays, as the stage of the prior takes them."""
 
     def __init__(self, codes: np.ndarray, labels: np.ndarray) -> None:
         self.codes, self.labels = torch.from_numpy(codes.astype(np.int64)), torch.from_numpy(labels.astype(np.int64))
@@ -58,32 +58,34 @@ def cli() -> None:
 @cli.command()
 @click.option("--device", "device_name", default="auto", show_default=True)
 def speed(device_name: str) -> None:
-    """Drawing against one forward pass of the same batch, in float32, and against a forward pass for every position."""
+    """Compare sampling with one forward pass of the same batch, and with one for every position, in float32."""
     device = choose_device(device_name)
     torch.manual_seed(0)
     model = GatedPixelCNN(PriorConfig(num_codes=512, channels=64, num_layers=LAYERS)).to(device).eval()
-    print("| samples, grid | forward pass | drawing | drawing / forward | full forward at every position / drawing |")
+    print(
+        "| samples, grid | forward pass | sampling | sampling / forward | full forward at every position / sampling |"
+    )
     print("|---|---|---|---|---|")
     for count, side in ((64, 8), (64, 32), (1, 32)):
         codes = torch.randint(512, (count, side, side), device=device)
         steps = {
             "forward": partial(forward, model, codes),
-            "drawing": partial(sample_codes, model, count, (side, side)),
+            "sampling": partial(sample_codes, model, count, (side, side)),
         }
         times = paired(steps, device, burn_in=1, rounds=9 if count * side < 2048 else 5)
         once = statistics.median(times["forward"])
-        slow = ratio([side * side * seconds for seconds in times["forward"]], times["drawing"])
+        slow = ratio([side * side * seconds for seconds in times["forward"]], times["sampling"])
         print(
-            f"| {count}, {side}x{side} | {once:.3f} s | {statistics.median(times['drawing']):.3f} s "
-            f"| {ratio(times['drawing'], times['forward']):.2f} | {slow:.0f} |",
+            f"| {count}, {side}x{side} | {once:.3f} s | {statistics.median(times['sampling']):.3f} s "
+            f"| {ratio(times['sampling'], times['forward']):.2f} | {slow:.0f} |",
             flush=True,
         )
-    print("the last column is computed: one forward pass for each position, as measured, over the time of drawing")
+    print("the last column is computed: one forward pass for each position, as measured, over the time of sampling")
 
 
 @torch.inference_mode()
 def forward(model: GatedPixelCNN, codes: Tensor) -> Tensor:
-    """One teacher-forced pass over the batch."""
+    """Run one teacher-forced pass over the batch."""
     return model(codes)
 
 
@@ -94,13 +96,13 @@ def forward(model: GatedPixelCNN, codes: Tensor) -> Tensor:
 @click.option("--threads", type=int, help="[default: torch's own]")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("checkpoints/benchmark"), show_default=True)
 def prior_command(path: Path, recipes: list[str], steps: int, threads: int | None, out: Path) -> None:
-    """Train recipes on fixed code grids and measure them on the test part."""
+    """Train recipes on fixed code grids and measure them on the test split."""
     if threads:
         torch.set_num_threads(threads)
     arrays, device = np.load(path), choose_device("auto")
     train = Arrays(arrays["train_codes"], arrays["train_labels"])
     test = Arrays(arrays["test_codes"], arrays["test_labels"])
-    print("| recipe | steps | minutes | bits per code, test part | parameters |\n|---|---|---|---|---|")
+    print("| recipe | steps | minutes | bits per code, test split | parameters |\n|---|---|---|---|---|")
     for name in recipes:
         settings = replace(RECIPES[name], steps=steps)
         config = PriorConfig(
@@ -117,14 +119,14 @@ def prior_command(path: Path, recipes: list[str], steps: int, threads: int | Non
         folder, start = out / f"{path.stem}-{name.replace(' ', '-')}", time.perf_counter()
         run(stage, config, settings, folder, device)
         minutes = (time.perf_counter() - start) / 60
-        every = np.array_split(np.arange(len(test.codes)), math.ceil(len(test.codes) / 250))
-        bits = measure_prior(load_prior(folder).to(device), (test.batch(rows) for rows in every))
+        batches = np.array_split(np.arange(len(test.codes)), math.ceil(len(test.codes) / 250))
+        bits = measure_prior(load_prior(folder).to(device), (test.batch(rows) for rows in batches))
         count = sum(parameter.numel() for parameter in model.parameters())
         print(f"| {name} | {steps:,} | {minutes:.1f} | {bits:.3f} | {count:,} |", flush=True)
 
 
 def run(stage: PriorStage, config: PriorConfig, settings: PriorSettings, folder: Path, device: torch.device) -> None:
-    """Train as `train-prior` does; the best weights, on held-out rows, end in `folder`."""
+    """Train as `train-prior` does; the weights that were best on held-out rows are saved in `folder`."""
     info = CheckpointInfo(
         kind="prior", config=asdict(config), step=0, class_names=[], preprocessing={}, training=asdict(settings)
     )
@@ -134,11 +136,11 @@ def run(stage: PriorStage, config: PriorConfig, settings: PriorSettings, folder:
 
 @cli.command()
 def reach() -> None:
-    """How many past positions can influence the output at row 8, column 6 of a 13x13 grid, by the Jacobian."""
+    """Count the past positions that can influence the output at row 8, column 6 of a 13x13 grid, by the Jacobian."""
     torch.manual_seed(0)
     model = GatedPixelCNN(PriorConfig(num_codes=8, channels=8, num_layers=12)).double().eval()
     embedded: list[Tensor] = []
-    model.embedding.register_forward_hook(lambda module, given, output: embedded.append(output.requires_grad_()))
+    model.embedding.register_forward_hook(lambda module, inputs, output: embedded.append(output.requires_grad_()))
     logits = model(torch.zeros(1, 13, 13, dtype=torch.int64))
     (gradient,) = torch.autograd.grad(logits[0, :, 8, 6].square().sum(), embedded[0])
     seen = gradient[0].abs().sum(dim=-1) > 0

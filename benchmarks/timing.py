@@ -1,7 +1,8 @@
-"""Measuring: paired rounds, so that what else the machine does meets every variant alike, and the machine in words."""
+"""Measuring: paired rounds, so that other work affects every variant alike; memory; the machine in words."""
 
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,38 +13,53 @@ import torch
 def paired(
     steps: Mapping[str, Callable[[], object]], device: torch.device, *, burn_in: int = 5, rounds: int = 15
 ) -> dict[str, list[float]]:
-    """Seconds of each step in each round, after `burn_in` rounds; a round takes all steps, one after another."""
+    """Return the seconds of each step in each round, after `burn_in` rounds; a round takes every step once."""
     times: dict[str, list[float]] = {name: [] for name in steps}
-    for turn in range(burn_in + rounds):
+    for number in range(burn_in + rounds):
         for name, step in steps.items():
             synchronize(device)
             start = time.perf_counter()
             step()
             synchronize(device)
-            if turn >= burn_in:
+            if number >= burn_in:
                 times[name].append(time.perf_counter() - start)
     return times
 
 
 def ratio(times: list[float], reference: list[float]) -> float:
-    """The median of the rounds' ratios."""
-    return statistics.median(mine / other for mine, other in zip(times, reference, strict=True))
+    """Return the median of the rounds' ratios."""
+    return statistics.median(seconds / other for seconds, other in zip(times, reference, strict=True))
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done what it was given."""
+    """Wait until the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
+def peak_memory() -> float:
+    """Return the most memory that this process has held so far, in MiB.
+
+    On Linux not by `ru_maxrss`: that of a new process begins at the size of the process that started it.
+    """
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) / 1024
+    except (OSError, StopIteration):
+        import resource  # which Windows lacks
+
+        per_mib = 2**20 if sys.platform == "darwin" else 2**10  # macOS counts bytes, other systems KiB
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / per_mib
+
+
 def hardware() -> str:
-    """The machine, in words."""
+    """Return the machine and the versions, in words."""
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else processor()
     return f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, Python {platform.python_version()}"
 
 
 def processor() -> str:
-    """The processor's name, where the system tells."""
+    """Return the processor's name, empty where the system does not name it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

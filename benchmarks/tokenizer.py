@@ -1,16 +1,15 @@
-"""What the tokenizer's design is worth: quality at equal budget, speed, and memory. See benchmarks/README.md.
+"""The quality of the tokenizer's design at equal budget, its speed, and its memory. See benchmarks/README.md.
 
     python -m benchmarks.tokenizer quality --data DIR [--recipe NAME ...] [--seed 0 --seed 1 --seed 2]
     python -m benchmarks.tokenizer speed
     python -m benchmarks.tokenizer memory
 
-`quality` trains each recipe for 10,000 steps of 32 images and measures it on the whole test part every 1,000 steps;
-nothing is chosen on these numbers. `speed` takes paired rounds, every variant once a round, after a burn-in, and prints
-the median of each round's ratio. `pip install vector-quantize-pytorch` to compare with it.
+`quality` trains each recipe for 10,000 steps of 32 images and measures it on the complete test split every 1,000
+steps; nothing is chosen on these numbers. `speed` takes paired rounds, every variant once a round, after a burn-in, and
+prints the median of each round's ratio. `pip install vector-quantize-pytorch` to compare with it.
 """
 
 import json
-import resource
 import statistics
 import time
 from collections.abc import Callable
@@ -34,7 +33,7 @@ from pipeline.training.train_tokenizer import config_for
 from tokenizer import VQVAE, QuantizerOutput, TokenizerConfig
 from tokenizer.quantizer import nearest_codes
 
-from .timing import hardware, paired, ratio
+from .timing import hardware, paired, peak_memory, ratio
 
 RECIPES = {
     "default": TokenizerSettings(),
@@ -52,17 +51,17 @@ RECIPES = {
 BEYOND_SETTINGS: dict[str, dict[str, Any]] = {"no revival": {"revival_threshold": 0.0}}  # fields of TokenizerConfig
 
 
-class OnTestPart(TokenizerStage):
-    """Training as always, measured on the whole test part."""
+class EvaluatedOnTest(TokenizerStage):
+    """Stage one as train-tokenizer runs it, but evaluated on the complete test split."""
 
     def __init__(self, model: VQVAE, images: ImageSet) -> None:
         super().__init__(model, images.train)
         self.test = images.test
-        self.rows: list[dict[str, float]] = []
+        self.evaluations: list[dict[str, float]] = []
 
     def evaluate(self) -> Evaluation:
         evaluation = evaluate_autoencoder(self.model, self.test)
-        self.rows.append(evaluation.numbers)
+        self.evaluations.append(evaluation.numbers)
         return evaluation
 
 
@@ -73,14 +72,14 @@ def cli() -> None:
 
 
 @cli.command()
-@click.option("--data", required=True, help="Images with a test part, as train-tokenizer takes them.")
+@click.option("--data", required=True, help="Images with a test split, as train-tokenizer takes them.")
 @click.option("--recipe", "recipes", multiple=True, default=["default"], type=click.Choice(list(RECIPES)))
 @click.option("--seed", "seeds", multiple=True, type=int, default=[0], show_default=True)
 @click.option("--steps", default=10_000, show_default=True)
 @click.option("--threads", type=int, help="[default: torch's own]")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("checkpoints/benchmark"), show_default=True)
 def quality(data: str, recipes: list[str], seeds: list[int], steps: int, threads: int | None, out: Path) -> None:
-    """Train recipes and measure them on the test part."""
+    """Train recipes and measure them on the test split."""
     if threads:
         torch.set_num_threads(threads)
     images, device = open_images(data), choose_device("auto")
@@ -92,19 +91,19 @@ def quality(data: str, recipes: list[str], seeds: list[int], steps: int, threads
             settings = replace(RECIPES[name], steps=steps, seed=seed)
             config = replace(config_for(settings, images), **BEYOND_SETTINGS.get(name, {}))
             manual_seed(seed)
-            stage = OnTestPart(VQVAE(config).to(device), images)
+            stage = EvaluatedOnTest(VQVAE(config).to(device), images)
             folder, start = out / f"{name.replace(' ', '-')}-{seed}", time.perf_counter()
             train(stage, config, settings, folder)
             minutes = (time.perf_counter() - start) / 60
-            (folder / "test.json").write_text(json.dumps(stage.rows, indent=1))
-            last = stage.rows[-1]
-            errors = " / ".join(f"{stage.rows[i]['nmse']:.4f}" for i in (1, 4, 9))
-            use = f"{last['perplexity']:.0f} | {last['codes_used']}"
-            print(f"| {name} | {seed} | {errors} | {use} | {minutes:.1f} |", flush=True)
+            (folder / "test.json").write_text(json.dumps(stage.evaluations, indent=1))
+            last = stage.evaluations[-1]
+            errors = " / ".join(f"{stage.evaluations[i]['nmse']:.4f}" for i in (1, 4, 9))
+            usage = f"{last['perplexity']:.0f} | {last['codes_used']}"
+            print(f"| {name} | {seed} | {errors} | {usage} | {minutes:.1f} |", flush=True)
 
 
-def train(stage: OnTestPart, config: TokenizerConfig, settings: TokenizerSettings, folder: Path) -> None:
-    """Ten evaluations over the whole run, the last at its end."""
+def train(stage: EvaluatedOnTest, config: TokenizerConfig, settings: TokenizerSettings, folder: Path) -> None:
+    """Train as `train-tokenizer` does, with ten evaluations over the run, the last at its end."""
     info = CheckpointInfo(
         kind="tokenizer", config=asdict(config), step=0, class_names=[], preprocessing={}, training=asdict(settings)
     )
@@ -116,40 +115,43 @@ def train(stage: OnTestPart, config: TokenizerConfig, settings: TokenizerSetting
 @click.option("--batch-size", default=128, show_default=True)
 @click.option("--device", "device_name", default="auto", show_default=True)
 def speed(batch_size: int, device_name: str) -> None:
-    """A training step with our quantizer, none, and others; and what precision, layout and compilation are worth."""
+    """Time a training step: with codegrid's quantizer, none, and others; by precision, layout and compilation."""
     device = choose_device(device_name)
     for precision in ("fp32", "bf16"):
         variants = {"identity": Identity(), "codegrid": None} | peers(device)
-        steps = {name: stepper(device, precision, batch_size, part) for name, part in variants.items()}
+        steps = {name: stepper(device, precision, batch_size, quantizer) for name, quantizer in variants.items()}
         times = paired(steps, device)
         print(f"\nquantizer, {precision}, batch {batch_size}: seconds a step, ratio to the identity")
         for name, found in times.items():
             print(f"  {name:>28}  {statistics.median(found):.4f}  {ratio(found, times['identity']):.3f}")
-    ways: dict[str, Callable[[], None]] = {"fp32": stepper(device, "fp32", batch_size)}
+    step_variants: dict[str, Callable[[], None]] = {"fp32": stepper(device, "fp32", batch_size)}
     for precision in ("fp32", "bf16"):
-        ways[f"{precision} channels_last"] = stepper(device, precision, batch_size, channels_last=True)
-        ways[f"{precision} compile"] = stepper(device, precision, batch_size, compiled=True)
-    ways |= {"bf16": stepper(device, "bf16", batch_size), "bf16 adam": stepper(device, "bf16", batch_size, kind="adam")}
-    times = paired(ways, device)
-    print(f"\nthe whole step, batch {batch_size}: images/s, ratio to plain fp32")
+        step_variants[f"{precision} channels_last"] = stepper(device, precision, batch_size, channels_last=True)
+        step_variants[f"{precision} compile"] = stepper(device, precision, batch_size, compiled=True)
+    step_variants |= {
+        "bf16": stepper(device, "bf16", batch_size),
+        "bf16 adam": stepper(device, "bf16", batch_size, optimizer="adam"),
+    }
+    times = paired(step_variants, device)
+    print(f"\na complete step, batch {batch_size}: images/s, ratio to plain fp32")
     for name, found in times.items():
         print(f"  {name:>28}  {batch_size / statistics.median(found):6.0f}  {1 / ratio(found, times['fp32']):.2f}")
 
 
 @cli.command()
 def memory() -> None:
-    """Peak memory of quantizing 65,536 vectors of 64 dimensions against 65,536 codes, above inputs and outputs."""
+    """Print the peak memory of quantizing 65,536 vectors of 64 dimensions against 65,536 codes, above that before."""
     vectors, codebook = torch.randn(65_536, 64), torch.randn(65_536, 64)
     nearest_codes(vectors[:64], codebook[:64])
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_memory()
     start = time.perf_counter()
     nearest_codes(vectors, codebook)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    print(f"{peak / 1024:.0f} MiB above what was there, {time.perf_counter() - start:.1f} s")
+    seconds = time.perf_counter() - start
+    print(f"{peak_memory() - before:.0f} MiB above the peak before, {seconds:.1f} s")
 
 
 class Identity(nn.Module):
-    """No quantizer: the vectors as they are."""
+    """No quantizer: returns the vectors as they are."""
 
     def forward(self, z: Tensor) -> QuantizerOutput:
         zero = z.new_zeros(())
@@ -158,7 +160,7 @@ class Identity(nn.Module):
 
 
 class Peer(nn.Module):
-    """vector-quantize-pytorch in the place of our quantizer."""
+    """vector-quantize-pytorch in place of codegrid's quantizer."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
@@ -170,11 +172,11 @@ class Peer(nn.Module):
 
 
 def peers(device: torch.device) -> dict[str, nn.Module]:
-    """Other libraries' quantizers that are installed here, set to do the same work."""
+    """Return the quantizers of other libraries that are installed, set to do the same work."""
     try:
         from vector_quantize_pytorch import VectorQuantize
     except ImportError:
-        print("vector-quantize-pytorch is not installed; left out")
+        print("vector-quantize-pytorch is not installed; omitted")
         return {}
     config = TokenizerConfig()
     options: dict[str, Any] = {"dim": config.code_dim, "codebook_size": config.num_codes, "decay": config.ema_decay}
@@ -190,9 +192,9 @@ def stepper(
     *,
     channels_last: bool = False,
     compiled: bool = False,
-    kind: str = "muon",
+    optimizer: str = "muon",
 ) -> Callable[[], None]:
-    """A function that takes one training step of the default network on noise of 32x32 pixels."""
+    """Return a function that takes one training step of the default network on noise of 32x32 pixels."""
     torch.manual_seed(0)
     model = VQVAE(TokenizerConfig(data_variance=0.06)).to(device)
     if quantizer is not None:
@@ -202,7 +204,7 @@ def stepper(
         model, images = model.to(memory_format=torch.channels_last), images.to(memory_format=torch.channels_last)
     if compiled:
         compile_networks(model.encoder, model.decoder)
-    optimizers = Optimizers(model, kind, 1e-4)
+    optimizers = Optimizers(model, optimizer, 1e-4)
 
     def step() -> None:
         model.train()

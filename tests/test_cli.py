@@ -18,8 +18,7 @@ import pytest
 from PIL import Image
 
 import cli
-from pipeline.generation import image_pipeline as generate
-from pipeline.generation import sample_folder as drawing
+from pipeline.generation import image_pipeline, sample_folder
 from pipeline.models.checkpoint import load_training, read_info
 from pipeline.models.loading import load_tokenizer
 
@@ -31,7 +30,7 @@ from .support import HEIGHT, ROOT, WIDTH, as_a_program, brightness_tokenizer, di
 
 @pytest.fixture
 def place(tmp_path: Path, trained: Trained) -> Path:
-    """Things that are wrong in their own ways."""
+    """A folder of things that are wrong, each in its own way."""
     (tmp_path / "empty").mkdir()
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "notes.png").write_text("not an image")
@@ -44,7 +43,7 @@ def place(tmp_path: Path, trained: Trained) -> Path:
     shard.write_bytes(shard.read_bytes()[:-1])
     save_tokenizer(tmp_path / "other", brightness_tokenizer(), trained.images)
     Image.new("L", (WIDTH, HEIGHT), 255).save(tmp_path / "white.png")
-    Image.new("L", (HEIGHT, WIDTH), 0).save(tmp_path / "turned.png")
+    Image.new("L", (HEIGHT, WIDTH), 0).save(tmp_path / "rotated.png")
     (tmp_path / "old.png").write_bytes(b"precious")
     (tmp_path / "old.json").write_bytes(b"precious")
     return tmp_path
@@ -60,9 +59,9 @@ WRONG: dict[str, tuple[str, int, str]] = {
         1,
         "multiples of 4, got 9x12; use 8x12",
     ),
-    "images gone since": ("evaluate --tokenizer {tokenizer} --data {place}/nosuch", 1, "which is neither"),
+    "images that no longer exist": ("evaluate --tokenizer {tokenizer} --data {place}/nosuch", 1, "which is neither"),
     "an unknown label": ("sample {both} --label nosuch --out {new}", 1, "disc, line, été.* got the label nosuch"),
-    "no images": ("sample {both} --n 0 --out {new}", 2, "--n.*0 is not in the range"),
+    "no samples": ("sample {both} --n 0 --out {new}", 2, "--n.*0 is not in the range"),
     "a negative temperature": ("sample {both} --temperature -1 --out {new}", 2, "--temperature"),
     "a nucleus above 1": ("sample {both} --top-p 1.5 --out {new}", 2, "--top-p"),
     "a prior as tokenizer": (
@@ -109,19 +108,19 @@ WRONG: dict[str, tuple[str, int, str]] = {
     "an unknown command": ("nosuch", 2, "No such command 'nosuch'"),
     "an unknown option": ("sample --nosuch", 2, "No such option.*--nosuch"),
     "an option without its value": ("sample --n", 2, "'--n' requires an argument"),
-    "a size that is none": ("train-tokenizer --image-size 8by12", 2, "expected N or HxW in pixels"),
+    "not a size": ("train-tokenizer --image-size 8by12", 2, "expected N or HxW in pixels"),
     "an unknown bottleneck": ("train-tokenizer --bottleneck nosuch --out {new}", 2, "nosuch.* is not one of"),
     "a negative weight": ("train-tokenizer --bottleneck vae --kl-weight -1 --out {new}", 2, "--kl-weight"),
     "a size of nothing": ("train-tokenizer --image-size 0x12", 2, "expected N or HxW in pixels"),
-    "an argument too much": ("sample {both} more", 2, "unexpected extra argument .*more"),
+    "one argument too many": ("sample {both} more", 2, "unexpected extra argument .*more"),
     "complete, no picture": (
         "complete {both} --image {place}/nosuch.png --keep top --out {new}",
         1,
         "a picture as --im",
     ),
     "complete, a text": ("complete {both} --image {place}/text/notes.png --keep top --out {new}", 1, "not an image"),
-    "complete, no image said": ("complete {both} --keep top --out {new}", 2, "Missing option '--image'"),
-    "complete, nothing to keep said": ("complete {both} --image {place}/white.png --out {new}", 2, "option '--keep'"),
+    "complete, no image named": ("complete {both} --keep top --out {new}", 2, "Missing option '--image'"),
+    "complete, nothing to keep named": ("complete {both} --image {place}/white.png --out {new}", 2, "option '--keep'"),
     "complete, no such half": (
         "complete {both} --image {place}/white.png --keep middle --out {new}",
         1,
@@ -132,10 +131,10 @@ WRONG: dict[str, tuple[str, int, str]] = {
         1,
         "--keep .*notes.png, got",
     ),
-    "complete, a mask turned": (
-        "complete {both} --image {place}/white.png --keep {place}/turned.png --out {new}",
+    "complete, a mask rotated": (
+        "complete {both} --image {place}/white.png --keep {place}/rotated.png --out {new}",
         1,
-        f"expected a mask of {HEIGHT}x{WIDTH} pixels, .* got {WIDTH}x{HEIGHT} in .*turned.png",
+        f"expected a mask of {HEIGHT}x{WIDTH} pixels, .* got {WIDTH}x{HEIGHT} in .*rotated.png",
     ),
     "complete, all is kept": (
         "complete {both} --image {place}/white.png --keep {place}/white.png --out {new}",
@@ -158,11 +157,11 @@ WRONG: dict[str, tuple[str, int, str]] = {
         1,
         "keeps all",
     ),
-    # Nothing is lost with --force either, when the command cannot do its work.
+    # With --force nothing is lost either if the command cannot do its work.
     "force, no images": ("train-tokenizer --data {place}/empty --out {tokenizer} --force", 1, "got none"),
     "force, codes cut short": ("train-prior --codes {place}/cut-codes --out {prior} --force", 1, "codes-00001.npy"),
     "force, an unknown label": ("sample {both} --label nosuch --out {codes} --force", 1, "nosuch"),
-    "force, images gone": (
+    "force, images that no longer exist": (
         "export-codes --tokenizer {tokenizer} --data {place}/nosuch --out {codes} --force",
         1,
         "neither",
@@ -182,7 +181,7 @@ WRONG: dict[str, tuple[str, int, str]] = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_bad_input_is_told_in_one_line_and_loses_nothing(
+def test_bad_input_is_reported_in_one_line_and_loses_nothing(
     place: Path, trained: Trained, case: str, codegrid: Codegrid, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("time.sleep", lambda seconds: None)  # for a writer that might be replacing weights cut short
@@ -193,18 +192,18 @@ def test_bad_input_is_told_in_one_line_and_loses_nothing(
     words = [word.format(**names) for word in line.replace("{both}", names["both"]).split()]
     # The session's run is shared, so a command that loses something must lose a copy.
     for name in ("tokenizer", "codes", "prior"):
-        shutil.copytree(getattr(trained, name), place / "mine" / name)
-    words = [word.replace(str(trained.tokenizer.parent), str(place / "mine")) for word in words]
+        shutil.copytree(getattr(trained, name), place / "copy" / name)
+    words = [word.replace(str(trained.tokenizer.parent), str(place / "copy")) for word in words]
     before, names_before = digest_of(place), set(place.rglob("*"))
     outcome = codegrid(*words)
     assert outcome.status == status, outcome
     assert len(outcome.error_lines) == 1, outcome.error_lines
-    (told,) = outcome.error_lines
-    assert told.startswith("Error: ")
-    assert re.search(pattern, told), told
-    # click does not say of which command an option without its value is.
+    (message,) = outcome.error_lines
+    assert message.startswith("Error: ")
+    assert re.search(pattern, message), message
+    # For an option without its value, click does not say which command it belongs to.
     hint = "" if case == "an option without its value" else r" \(see codegrid( [a-z-]+)? --help\)"
-    assert re.fullmatch({1: "Error: expected .+, got .+; .+", 2: f"Error: .+{hint}"}[status], told), told
+    assert re.fullmatch({1: "Error: expected .+, got .+; .+", 2: f"Error: .+{hint}"}[status], message), message
     assert "Traceback" not in outcome.err
     assert digest_of(place) == before
     assert set(place.rglob("*")) == names_before  # no folder either
@@ -222,21 +221,24 @@ DESTINATIONS = {
 
 
 @pytest.mark.parametrize("command", DESTINATIONS)
-def test_the_destination_is_looked_at_before_anything_is_loaded(
+def test_the_destination_is_checked_before_anything_is_loaded(
     tmp_path: Path, trained: Trained, command: str, codegrid: Codegrid
 ) -> None:
-    """Of all that is wrong it is told first; and a command that is refused for anything else makes no folder."""
+    """Of all that is wrong it is reported first; a command that is refused for another reason makes no folder."""
     words = [word.format(no=tmp_path / "nosuch", codes=trained.codes) for word in DESTINATIONS[command].split()]
     name = {"reconstruct": "out.png", "decode-codes, array": "out.npy"}.get(command, "out")
     taken = tmp_path / "taken" / name
     (taken.parent if "." in name or words[-1] == "--json" else taken).mkdir(parents=True)
-    (taken if not taken.is_dir() else taken / "file").write_bytes(b"mine")
+    (taken / "file" if taken.is_dir() else taken).write_bytes(b"mine")
     (tmp_path / "file").write_bytes(b"mine")
     before = sorted(tmp_path.rglob("*"))
-    for path, told in ((taken, "--force"), (tmp_path / "file" / name, "a folder that can be written at .*Not a dir")):
+    for path, pattern in (
+        (taken, "--force"),
+        (tmp_path / "file" / name, "a folder that can be written at .*Not a dir"),
+    ):
         outcome = codegrid(*words, path)
         assert outcome.status == 1
-        assert re.search(told, outcome.error_lines[0]), outcome
+        assert re.search(pattern, outcome.error_lines[0]), outcome
     outcome = codegrid(*words, tmp_path / "deep" / "in" / name)
     assert outcome.status == 1
     assert "nosuch" in outcome.error_lines[0]
@@ -245,7 +247,7 @@ def test_the_destination_is_looked_at_before_anything_is_loaded(
 
 @pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="root may write everywhere")
 @pytest.mark.parametrize("command", DESTINATIONS)
-def test_a_folder_that_cannot_be_written_is_told_before_anything_is_loaded(
+def test_a_folder_that_cannot_be_written_is_reported_before_anything_is_loaded(
     tmp_path: Path, trained: Trained, command: str, codegrid: Codegrid
 ) -> None:
     words = [word.format(no=tmp_path / "nosuch", codes=trained.codes) for word in DESTINATIONS[command].split()]
@@ -255,7 +257,7 @@ def test_a_folder_that_cannot_be_written_is_told_before_anything_is_loaded(
     assert "got Permission denied" in outcome.error_lines[0]
 
 
-def test_both_fingerprints_are_told(tmp_path: Path, trained: Trained, codegrid: Codegrid) -> None:
+def test_both_fingerprints_are_in_the_message(tmp_path: Path, trained: Trained, codegrid: Codegrid) -> None:
     """C6"""
     other = save_tokenizer(tmp_path / "other", brightness_tokenizer(), trained.images).fingerprint
     for command in ("sample", "evaluate"):
@@ -266,7 +268,7 @@ def test_both_fingerprints_are_told(tmp_path: Path, trained: Trained, codegrid: 
             assert fingerprint in outcome.error_lines[0]
 
 
-def test_no_command_shows_the_help_as_it_is(codegrid: Codegrid) -> None:
+def test_without_a_command_the_help_is_shown(codegrid: Codegrid) -> None:
     outcome = codegrid()
     assert (outcome.status, outcome.err) == (0, "")
     assert outcome.out.startswith("Usage: codegrid ")
@@ -275,7 +277,7 @@ def test_no_command_shows_the_help_as_it_is(codegrid: Codegrid) -> None:
 
 
 def test_the_version_is_the_latest_of_the_changelog_installed_or_not(codegrid: Codegrid) -> None:
-    """The number is in one place, where setup.cfg takes it from."""
+    """The number is in one place, from which setup.cfg takes it."""
     latest = re.findall(r"^## (\d+\.\d+\.\d+)\b", (ROOT / "CHANGELOG.md").read_text("utf-8"), re.MULTILINE)[0]
     outcome = codegrid("--version")
     assert (outcome.status, outcome.out, outcome.err) == (0, f"codegrid, version {latest}\n", "")
@@ -292,20 +294,20 @@ def test_help_of_each_command_names_its_options(codegrid: Codegrid) -> None:
         options = [option for parameter in command.params for option in parameter.opts if option.startswith("--")]
         assert options
         for option in options:
-            # In a line of its own: --n is not told by --num-codes.
+            # On a line of its own: --num-codes does not count as --n.
             assert re.search(rf"^  {option}\b(?!-)", outcome.out, re.MULTILINE), option
 
 
-# The unexpected
+# Unexpected errors and Ctrl-C
 
 
-def test_an_error_of_ours_is_one_line_and_debug_shows_where(
+def test_an_unexpected_error_is_one_line_and_debug_shows_where(
     tmp_path: Path, trained: Trained, codegrid: Codegrid, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*arguments: Any, **options: Any) -> None:
         raise RuntimeError("first\nsecond")
 
-    monkeypatch.setattr(generate, "sample_codes", broken)
+    monkeypatch.setattr(image_pipeline, "sample_codes", broken)
     command = ["sample", "--tokenizer", trained.tokenizer, "--prior", trained.prior, "--out", tmp_path / "out"]
     outcome = codegrid(*command)
     assert outcome.status == 1
@@ -322,13 +324,13 @@ def test_debug_shows_the_traceback(tmp_path: Path) -> None:
     assert "pipeline.errors.InputError: expected a tokenizer checkpoint in nosuch" in outcome.err
 
 
-def test_ctrl_c_while_drawing(
+def test_ctrl_c_while_sampling(
     tmp_path: Path, trained: Trained, codegrid: Codegrid, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupted(*arguments: Any, **options: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(generate, "sample_codes", interrupted)
+    monkeypatch.setattr(image_pipeline, "sample_codes", interrupted)
     command = ["sample", "--tokenizer", trained.tokenizer, "--prior", trained.prior, "--out", tmp_path / "out"]
     outcome = codegrid(*command)
     assert outcome.status == 130
@@ -336,18 +338,18 @@ def test_ctrl_c_while_drawing(
     assert not (tmp_path / "out").exists()
 
 
-def test_ctrl_c_in_the_second_part_keeps_the_first(
+def test_ctrl_c_in_the_second_batch_keeps_the_first(
     tmp_path: Path, trained: Trained, codegrid: Codegrid, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out, draw, parts = tmp_path / "out", generate.sample_codes, itertools.count()
+    out, real, batches = tmp_path / "out", image_pipeline.sample_codes, itertools.count()
 
     def interrupted(*arguments: Any, **options: Any) -> Any:
-        if next(parts) == 1:
+        if next(batches) == 1:
             raise KeyboardInterrupt
-        return draw(*arguments, **options)
+        return real(*arguments, **options)
 
-    monkeypatch.setattr(generate, "sample_codes", interrupted)
-    monkeypatch.setitem(drawing.AT_ONCE, "cpu", 3)
+    monkeypatch.setattr(image_pipeline, "sample_codes", interrupted)
+    monkeypatch.setitem(sample_folder.AT_ONCE, "cpu", 3)
     outcome = codegrid("sample", "--tokenizer", trained.tokenizer, "--prior", trained.prior, "--out", out, "--n", 7)
     assert outcome.status == 130
     assert outcome.error_lines == [f"stopped: 3 of 7 images are in {out}"]
@@ -359,7 +361,7 @@ def test_ctrl_c_in_the_second_part_keeps_the_first(
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT to send to one process")
 def test_ctrl_c_exits_130_after_saving(tmp_path: Path, image_folder: Path, codegrid: Codegrid) -> None:
-    """A real process, a real signal, at a moment nobody chose; then the run goes on."""
+    """A real process, a real signal, at an arbitrary moment; then the run resumes."""
     out, steps = tmp_path / "run", 2000
     options = ["--num-codes", 16, "--steps", steps, "--batch-size", 2]
     arguments = ["train-tokenizer", "--data", image_folder, "--out", out, *options]

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline.generation import sample_folder as drawing
+from pipeline.generation import sample_folder
 from pipeline.images.png import save_grid
 from pipeline.models.checkpoint import read_info
 
@@ -23,28 +23,28 @@ PRIOR = ["train-prior", "--steps", 2, "--channels", 4, "--num-layers", 2]
 
 
 def all_files(folder: Path) -> dict[str, str]:
-    """Every file and its hash; of the logs, which hold times, only that they are there."""
+    """Return every file and its hash, empty for the logs, which hold times."""
     return {name: "" if name.endswith(".jsonl") else digest for name, digest in digest_of(folder).items()}
 
 
-# The whole way
+# Both stages and sampling
 
 
-def test_the_three_commands_as_a_program_and_again_in_this_process(
+def test_the_three_commands_as_a_program_and_in_this_process(
     tmp_path: Path, image_folder: Path, codegrid: Codegrid, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In a fresh folder, with the default places; the same seed gives the same bytes of every file, in any process."""
     lines: list[list[object]] = [[*TOKENIZER, "--data", image_folder], PRIOR, ["sample", "--n", 5]]
-    program, here = tmp_path / "a program", tmp_path / "ici même"
-    for folder in (program, here):
+    program, in_process = tmp_path / "a program", tmp_path / "ici même"
+    for folder in (program, in_process):
         folder.mkdir()
-    monkeypatch.chdir(here)
+    monkeypatch.chdir(in_process)
     for line in lines:
         outcome = as_a_program(*line, cwd=program)
         assert (outcome.status, outcome.error_lines) == (0, [])
         outcome = codegrid(*line)
         assert (outcome.status, outcome.error_lines) == (0, [])
-    assert all_files(program) == all_files(here)
+    assert all_files(program) == all_files(in_process)
 
     top = {path.relative_to(program).as_posix() for path in program.glob("*/*")}
     assert top == {
@@ -52,8 +52,8 @@ def test_the_three_commands_as_a_program_and_again_in_this_process(
         *("samples/grid.png", "samples/images", "samples/codes.npy", "samples/sample.json"),
     }
     for stage in ("tokenizer", "prior"):
-        held = {path.name for path in (program / "checkpoints" / stage).iterdir()}
-        assert {"model.safetensors", "config.json", "training.safetensors", "metrics.jsonl", "pictures"} <= held
+        names = {path.name for path in (program / "checkpoints" / stage).iterdir()}
+        assert {"model.safetensors", "config.json", "training.safetensors", "metrics.jsonl", "pictures"} <= names
     check_samples(program / "samples", program / "checkpoints", 5)
 
 
@@ -83,12 +83,12 @@ def test_each_command_says_what_comes_next(
     tmp_path: Path, image_folder: Path, codegrid: Codegrid, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    said = codegrid(*TOKENIZER, "--data", image_folder).out
-    assert said.startswith("stage one")
-    assert re.search(r"done: 2 steps; mse 0\.\d+, .*\nnext: codegrid train-prior", said)
-    said = codegrid(*PRIOR).out
-    assert said.startswith("stage two")
-    assert re.search(r"done: best at step \d; bits_per_code \d.*\nnext: codegrid sample --n 64", said)
+    printed = codegrid(*TOKENIZER, "--data", image_folder).out
+    assert printed.startswith("stage one")
+    assert re.search(r"done: 2 steps; mse 0\.\d+, .*\nnext: codegrid train-prior", printed)
+    printed = codegrid(*PRIOR).out
+    assert printed.startswith("stage two")
+    assert re.search(r"done: best at step \d; bits_per_code \d.*\nnext: codegrid sample --n 64", printed)
     assert "3 new images: samples" in codegrid("sample", "--n", 3).out
 
 
@@ -128,7 +128,7 @@ def test_sampling_options_and_labels_act(tmp_path: Path, trained: Trained, codeg
 def test_the_picture_of_many_samples_shows_the_first_of_them(
     tmp_path: Path, trained: Trained, codegrid: Codegrid, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(drawing, "MOST_IN_GRID", 3)
+    monkeypatch.setattr(sample_folder, "MOST_IN_GRID", 3)
     out = tmp_path / "out"
     command = ["sample", "--tokenizer", trained.tokenizer, "--prior", trained.prior, "--n", 5, "--out", out]
     assert codegrid(*command).status == 0
@@ -142,7 +142,7 @@ def test_the_picture_of_many_samples_shows_the_first_of_them(
 def test_complete_writes_what_it_says(
     tmp_path: Path, trained: Trained, codegrid: Codegrid, monkeypatch: pytest.MonkeyPatch, n: int
 ) -> None:
-    """With the default folder; a label and the options of drawing act."""
+    """With the default folder; a label and the sampling options act."""
     monkeypatch.chdir(tmp_path)
     picture = sorted(trained.images.rglob("*.png"))[0]
     command = ["complete", "--tokenizer", trained.tokenizer, "--prior", trained.prior, "--image", picture, "--n", n]
@@ -189,7 +189,7 @@ def test_evaluate_prints_and_writes_the_numbers(tmp_path: Path, trained: Trained
     assert json.loads(path.read_text("utf-8"))["split"] == "train"
 
 
-def test_reconstruct_and_export_with_nothing_said(
+def test_reconstruct_and_export_without_options(
     tmp_path: Path, trained: Trained, codegrid: Codegrid, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(trained.tokenizer, tmp_path / "checkpoints" / "tokenizer")
@@ -209,12 +209,12 @@ def test_reconstruct_and_export_with_nothing_said(
         "names-00000.json",
     ]
     assert codegrid("export-codes", "--out", "c", "--shard-size", 4, "--split", "train").status == 0
-    ours = {name: digest for name, digest in digest_of(trained.codes).items() if name != "manifest.json"}
-    assert {name: digest_of(Path("c"))[name] for name in ours} == ours
+    expected = {name: digest for name, digest in digest_of(trained.codes).items() if name != "manifest.json"}
+    assert {name: digest_of(Path("c"))[name] for name in expected} == expected
 
 
 def test_force_replaces_and_nothing_else_does(tmp_path: Path, trained: Trained, codegrid: Codegrid) -> None:
-    """A shorter export over a longer one leaves no shard of the old behind."""
+    """A shorter export over a longer one leaves none of its shards behind."""
     command = ["export-codes", "--tokenizer", trained.tokenizer, "--out", tmp_path / "codes"]
     assert codegrid(*command, "--shard-size", 2).status == 0
     before = digest_of(tmp_path / "codes")

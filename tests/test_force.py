@@ -1,7 +1,7 @@
-"""--force replaces what an earlier run wrote; files of others survive every command, byte for byte.
+"""--force replaces what an earlier run wrote; foreign files survive every command, byte for byte.
 
-Their names are like ours: of one digit less or more, of other digits, another case, or one that an earlier run with
-more images could have written and did not.
+Their names are like those that a run writes: with one digit less or more, with other digits, in another case, or one
+that an earlier run with more images could have written and did not.
 """
 
 import json
@@ -22,16 +22,16 @@ ALIKE = (
     "00099.png",
 )
 TOP = ("commit.json", "notes.new", ".writable", "grid (1).png", "sample.json.bak", "metrics.jsonl.1", "decode.json~")
-NUMBERS = 3  # images of a run
+NUM_IMAGES = 3  # images of a run
 
 
 def names_alike(folder: str) -> list[str]:
-    """Names that no run writes, those of images in the folder that a command writes images into."""
+    """Return names that no run writes; those like images are in `folder`, where a command writes its images."""
     return [*TOP, *(os.path.join(folder, name) for name in ALIKE), "elsewhere/00001.png", "elsewhere/commit.json"]
 
 
 def add_files(folder: Path, names: Sequence[str]) -> dict[str, bytes]:
-    """Write files of others, each of its own content; returns them."""
+    """Write foreign files, each with content of its own, and return them by name."""
     files = {name: f"mine: {name}".encode() for name in names}
     for name, content in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -43,7 +43,8 @@ def names_below(folder: Path) -> set[str]:
     return set(digest_of(folder))
 
 
-def written(folder: str, others: Sequence[str], count: int = NUMBERS) -> set[str]:
+def written(folder: str, others: Sequence[str], count: int = NUM_IMAGES) -> set[str]:
+    """Return the names that a command writes: `count` images in `folder`, and `others`."""
     return {*others, *(os.path.join(folder, f"{index:05d}.png") for index in range(count))}
 
 
@@ -67,38 +68,38 @@ FOLDERS = {
 
 
 @pytest.mark.parametrize("name", FOLDERS)
-def test_names_like_those_of_our_images_are_kept(
+def test_names_like_those_of_images_are_kept(
     tmp_path: Path, commands: dict[str, list[object]], name: str, codegrid: Codegrid
 ) -> None:
-    """Fewer images than the last time leave none of the old ones behind, and all of what others put there."""
+    """A run with fewer images than the last leaves none of the old ones behind, and all foreign files."""
     out, (folder, others) = tmp_path / "out", FOLDERS[name]
     command = [*commands[name], "--out", out]
-    assert codegrid(*command, "--n", NUMBERS).status == 0
+    assert codegrid(*command, "--n", NUM_IMAGES).status == 0
     assert names_below(out) == written(folder, others)
-    theirs = add_files(out, names_alike(folder))
+    foreign = add_files(out, names_alike(folder))
     (out / folder / "00007.png").mkdir()
     before = digest_of(out)
-    assert codegrid(*command, "--n", NUMBERS).status == 1
+    assert codegrid(*command, "--n", NUM_IMAGES).status == 1
     assert digest_of(out) == before
     for count in (2, 1, 4):
         outcome = codegrid(*command, "--n", count, "--force")
         assert outcome.status == 0, outcome
-        assert names_below(out) == written(folder, others, count) | set(theirs)
-        assert {known: (out / known).read_bytes() for known in theirs} == theirs
+        assert names_below(out) == written(folder, others, count) | set(foreign)
+        assert {known: (out / known).read_bytes() for known in foreign} == foreign
         assert (out / folder / "00007.png").is_dir()
 
 
 @pytest.mark.parametrize("name", FOLDERS)
-@pytest.mark.parametrize("number", [0, NUMBERS - 1])
-def test_a_file_of_others_with_the_very_name_is_not_replaced(
+@pytest.mark.parametrize("number", [0, NUM_IMAGES - 1])
+def test_a_foreign_file_with_the_name_of_an_image_is_not_replaced(
     tmp_path: Path, commands: dict[str, list[object]], name: str, number: int, codegrid: Codegrid
 ) -> None:
-    """Such as a data set that somebody named by accident: one line, and not even --force replaces any of it."""
+    """Such as a data set named as --out by accident: one line, and not even --force replaces any of it."""
     out, (folder, _) = tmp_path / "out", FOLDERS[name]
     file = os.path.join(folder, f"{number:05d}.png")
     add_files(out, [file, os.path.join(folder, "00099.png")])
     before = digest_of(out)
-    outcome = codegrid(*commands[name], "--out", out, "--n", NUMBERS, "--force")
+    outcome = codegrid(*commands[name], "--out", out, "--n", NUM_IMAGES, "--force")
     line = f"nothing in --out {out} that this would replace and no earlier run of it wrote"
     assert outcome.error_lines == [f"Error: expected {line}, got {file}; move it away or name another folder"]
     assert outcome.status == 1
@@ -106,16 +107,16 @@ def test_a_file_of_others_with_the_very_name_is_not_replaced(
 
 
 @pytest.mark.parametrize("name", FOLDERS)
-def test_other_files_of_the_very_name_are_not_replaced(
+def test_other_foreign_files_with_the_name_of_a_result_are_not_replaced(
     tmp_path: Path, commands: dict[str, list[object]], name: str, codegrid: Codegrid
 ) -> None:
-    """A picture, an array or a JSON file that no record names; also a record that is none of ours."""
+    """A picture, an array or a JSON file that no record names; also a record that no run wrote."""
     for number, other in enumerate(FOLDERS[name][1]):
         out = tmp_path / str(number)
         add_files(out, [other])
         for content in (b"mine", b"[]", b'{"n": 3, "start": 0}', b'{"options": {"n": 9}}'):
             (out / other).write_bytes(content)
-            outcome = codegrid(*commands[name], "--out", out, "--n", NUMBERS, "--force")
+            outcome = codegrid(*commands[name], "--out", out, "--n", NUM_IMAGES, "--force")
             assert outcome.status == 1
             assert f"got {other}; move it away" in outcome.error_lines[0]
             assert digest_of(out).keys() == {other}
@@ -130,18 +131,18 @@ def test_a_link_in_the_place_of_an_image_is_not_followed(
     """It stays where fewer images are written, and is refused where it would be replaced."""
     out, (folder, others) = tmp_path / "out", FOLDERS[name]
     command = [*commands[name], "--out", out, "--force"]
-    assert codegrid(*command, "--n", NUMBERS).status == 0
-    theirs = tmp_path / "mine.png"
-    theirs.write_bytes(b"mine")
+    assert codegrid(*command, "--n", NUM_IMAGES).status == 0
+    foreign = tmp_path / "mine.png"
+    foreign.write_bytes(b"mine")
     link = out / folder / "00002.png"
     link.unlink()
-    link.symlink_to(theirs)
+    link.symlink_to(foreign)
     before = digest_of(out)
-    outcome = codegrid(*command, "--n", NUMBERS)
+    outcome = codegrid(*command, "--n", NUM_IMAGES)
     assert (outcome.status, digest_of(out)) == (1, before)
     assert codegrid(*command, "--n", 1).status == 0
     assert link.is_symlink()
-    assert theirs.read_bytes() == b"mine"
+    assert foreign.read_bytes() == b"mine"
     assert names_below(out) == written(folder, others, 1) | {os.path.join(folder, "00002.png")}
 
 
@@ -151,7 +152,7 @@ def test_a_link_in_the_place_of_an_image_is_not_followed(
 def test_images_that_is_no_folder_of_its_own_is_refused(
     tmp_path: Path, commands: dict[str, list[object]], name: str, kind: str, codegrid: Codegrid
 ) -> None:
-    """Though the record says that the images are ours: below a link they may be anybody's."""
+    """Though the record says that a run wrote the images: behind a link they may be foreign."""
     out = tmp_path / "out"
     command = [*commands[name], "--out", out, "--n", 2, "--force"]
     assert codegrid(*command).status == 0
@@ -172,7 +173,7 @@ def test_a_folder_in_the_place_of_an_image_is_refused(
     tmp_path: Path, commands: dict[str, list[object]], name: str, codegrid: Codegrid
 ) -> None:
     out, (folder, _) = tmp_path / "out", FOLDERS[name]
-    command = [*commands[name], "--out", out, "--n", NUMBERS, "--force"]
+    command = [*commands[name], "--out", out, "--n", NUM_IMAGES, "--force"]
     assert codegrid(*command).status == 0
     (out / folder / "00001.png").unlink()
     add_files(out / folder / "00001.png", ["00000.png"])
@@ -182,41 +183,41 @@ def test_a_folder_in_the_place_of_an_image_is_refused(
     assert "00001.png; move it away" in outcome.error_lines[0]
 
 
-def test_samples_and_completions_take_each_others_place(
+def test_samples_and_completions_replace_each_other(
     tmp_path: Path, commands: dict[str, list[object]], codegrid: Codegrid
 ) -> None:
     out = tmp_path / "out"
     assert codegrid(*commands["sample"], "--out", out, "--n", 4).status == 0
-    theirs = add_files(out, names_alike("images"))
+    foreign = add_files(out, names_alike("images"))
     for name, count in (("complete", 1), ("sample", 3), ("complete", 2)):
         assert codegrid(*commands[name], "--out", out, "--n", count, "--force").status == 0
-        assert names_below(out) == written("images", FOLDERS[name][1], count) | set(theirs)
+        assert names_below(out) == written("images", FOLDERS[name][1], count) | set(foreign)
 
 
-def test_a_run_that_was_killed_is_replaced_whole(
+def test_a_run_that_was_killed_is_replaced_completely(
     tmp_path: Path, commands: dict[str, list[object]], codegrid: Codegrid
 ) -> None:
-    """Its record says of none that it is finished; all of which it was going to write is removed, and no more."""
+    """Its record says that no image is finished; all that it was going to write is removed, and nothing else."""
     for name, (folder, others) in FOLDERS.items():
         out = tmp_path / name
-        assert codegrid(*commands[name], "--out", out, "--n", NUMBERS).status == 0
+        assert codegrid(*commands[name], "--out", out, "--n", NUM_IMAGES).status == 0
         record = out / others[-1]
         record.write_text(json.dumps({**json.loads(record.read_text("utf-8")), "finished": 0}))
         shutil.copy(out / folder / "00001.png", out / folder / "00002.png.new")
-        theirs = add_files(out, names_alike(folder))
+        foreign = add_files(out, names_alike(folder))
         assert codegrid(*commands[name], "--out", out, "--n", 1, "--force").status == 0
-        assert names_below(out) == written(folder, others, 1) | set(theirs)
+        assert names_below(out) == written(folder, others, 1) | set(foreign)
 
 
-def test_decoded_rows_from_elsewhere_are_replaced(
+def test_decoded_rows_of_another_start_are_replaced(
     tmp_path: Path, commands: dict[str, list[object]], codegrid: Codegrid
 ) -> None:
-    """The record tells the first row, so that rows 5 to 7 are replaced by rows 1 and 2."""
+    """The record names the first row, so that rows 5 to 7 are replaced by rows 1 and 2."""
     command = [*commands["decode-codes"], "--out", tmp_path / "out", "--force"]
     assert codegrid(*command, "--start", 5, "--n", 3).status == 0
-    theirs = add_files(tmp_path / "out", ["00004.png", "00008.png"])
+    foreign = add_files(tmp_path / "out", ["00004.png", "00008.png"])
     assert codegrid(*command, "--start", 1, "--n", 2).status == 0
-    assert names_below(tmp_path / "out") == {"decode.json", "00001.png", "00002.png", *theirs}
+    assert names_below(tmp_path / "out") == {"decode.json", "00001.png", "00002.png", *foreign}
 
 
 # Training and exports
@@ -235,13 +236,13 @@ LOGS_ALIKE = [
 def test_training_leaves_names_like_those_of_its_logs(
     tmp_path: Path, trained: Trained, stage: str, codegrid: Codegrid
 ) -> None:
-    """Its own pictures of an older and longer run are gone."""
+    """The previews of an older and longer run are removed."""
     out = tmp_path / "run"
     shutil.copytree(getattr(trained, stage), out)
-    old = add_files(out, ["pictures/step-0000099.png", "pictures/step-12345678.png"])
+    previews = add_files(out, ["pictures/step-0000099.png", "pictures/step-12345678.png"])
     if stage == "tokenizer":
-        old |= add_files(out, ["pictures/step-0000099-codebook.png"])
-    theirs = add_files(out, LOGS_ALIKE)
+        previews |= add_files(out, ["pictures/step-0000099-codebook.png"])
+    foreign = add_files(out, LOGS_ALIKE)
     (out / "pictures" / "step-0000098.png").mkdir()
     small: dict[str, list[object]] = {
         "tokenizer": ["train-tokenizer", "--data", trained.images, "--hidden-channels", 4, "--num-codes", 4],
@@ -249,18 +250,18 @@ def test_training_leaves_names_like_those_of_its_logs(
     }
     outcome = codegrid(*small[stage], "--out", out, "--steps", 1, "--force", "--device", "cpu")
     assert outcome.status == 0, outcome
-    assert {name: (out / name).read_bytes() for name in theirs} == theirs
-    assert not any((out / name).exists() for name in old)
+    assert {name: (out / name).read_bytes() for name in foreign} == foreign
+    assert not any((out / name).exists() for name in previews)
     assert (out / "pictures" / "step-0000098.png").is_dir()
     assert (out / "pictures" / "step-0000001.png").is_file()
 
 
 @pytest.mark.parametrize("content", ['["notes.txt"]', '{"sha": "0123"}', "[1]", "mine", "[[]]"])
 @pytest.mark.parametrize("option", ["--force", "--resume"])
-def test_training_refuses_a_commit_file_of_others(
+def test_training_refuses_a_foreign_commit_file(
     tmp_path: Path, trained: Trained, content: str, option: str, codegrid: Codegrid
 ) -> None:
-    """Its name is that of the file by which a checkpoint is replaced as one; it would be replaced, too."""
+    """It has the name of the file by which a checkpoint is replaced atomically, and would be replaced, too."""
     out = tmp_path / "run"
     shutil.copytree(trained.prior, out)
     (out / "commit.json").write_text(content)
@@ -271,10 +272,10 @@ def test_training_refuses_a_commit_file_of_others(
     assert digest_of(out) == before
 
 
-def test_training_goes_on_where_a_kill_left_half_a_checkpoint(
+def test_training_resumes_where_a_kill_left_half_a_checkpoint(
     tmp_path: Path, trained: Trained, codegrid: Codegrid
 ) -> None:
-    """The commit file that is ours is no reason to refuse; and the files that it names stay until the next save."""
+    """The commit file of a checkpoint is no reason to refuse; the files that it names stay until the next save."""
     for option in ("--force", "--resume"):
         out = tmp_path / option
         shutil.copytree(trained.prior, out)
@@ -290,9 +291,9 @@ def test_an_export_leaves_names_like_those_of_its_shards(tmp_path: Path, trained
     out = tmp_path / "codes"
     shutil.copytree(trained.codes, out)
     names = ["codes-0.npy", "codes-00000 (copy).npy", "labels-1.npy", "names-old.json", "shard-1.json", "codes-.npy"]
-    theirs = add_files(out, [*names, "commit.json", "notes.new", "00000.png", "elsewhere/codes-00000.npy"])
+    foreign = add_files(out, [*names, "commit.json", "notes.new", "00000.png", "elsewhere/codes-00000.npy"])
     assert codegrid("export-codes", "--tokenizer", trained.tokenizer, "--out", out, "--force").status == 0
-    assert {name: (out / name).read_bytes() for name in theirs} == theirs
+    assert {name: (out / name).read_bytes() for name in foreign} == foreign
     assert names_below(out) == {
-        *("manifest.json", "README.md", "codes-00000.npy", "labels-00000.npy", "names-00000.json", *theirs),
+        *("manifest.json", "README.md", "codes-00000.npy", "labels-00000.npy", "names-00000.json", *foreign),
     }

@@ -62,7 +62,7 @@ def test_an_option_anywhere_is_one_that_some_command_has() -> None:
 
 
 def test_the_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All blocks in order, in one namespace, where a user would have the checkpoints."""
+    """All blocks in order, in one namespace, with the checkpoints where a user would have them."""
     monkeypatch.chdir(tmp_path)
     images = fill_with_cells(tmp_path / "images", [f"{name}/{i}.png" for name in CLASS_NAMES for i in range(2)])
     tokenizer, prior = Path("checkpoints/tokenizer"), Path("checkpoints/prior")

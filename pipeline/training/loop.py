@@ -31,6 +31,7 @@ from ..runtime.progress import progress_bar
 from .metrics_log import MetricsLog, RunningMeans
 from .optimizer import Optimizers
 from .recipes import PriorSettings, TokenizerSettings
+from .run_folder import PICTURES
 from .schedule import DataOrder, learning_rate_at
 from .stage import Evaluation, Stage
 
@@ -40,7 +41,7 @@ LINES_PER_EVALUATION = 20  # of the log, about the training losses
 
 @dataclass(frozen=True, kw_only=True)
 class LoopSettings:
-    """What the loop needs to know of a run."""
+    """What the loop needs to know about a run."""
 
     steps: int  # in all, those before a resume included
     batch_size: int
@@ -54,17 +55,17 @@ class LoopSettings:
 
     @classmethod
     def from_settings(
-        cls, settings: TokenizerSettings | PriorSettings, device: torch.device, **more: Any
+        cls, settings: TokenizerSettings | PriorSettings, device: torch.device, **extra: Any
     ) -> "LoopSettings":
-        """Return what the user chose for a stage, and in `more` what the user does not choose."""
+        """Return the loop settings of a stage: what the user chose, and `extra`, which the user does not choose."""
         shared = {name: getattr(settings, name) for name in ("steps", "batch_size", "seed", "precision", "optimizer")}
-        return cls(**shared, learning_rate=settings.lr, device=device, **more)
+        return cls(**shared, learning_rate=settings.lr, device=device, **extra)
 
 
 def run_training(
     stage: Stage, info: CheckpointInfo, settings: LoopSettings, folder: Path, *, resume: bool
 ) -> CheckpointInfo:
-    """Train until `settings.steps`, with `folder` resumable all along, and return the info of the final checkpoint.
+    """Train until `settings.steps` and return the info of the final checkpoint; `folder` can be resumed at any time.
 
     Raises:
         InputError: a loss or the state to save is not finite; the checkpoint of the last good state stays.
@@ -84,7 +85,7 @@ def run_training(
 
 
 class _Trainer:
-    """One run: the state that changes from step to step."""
+    """Holds the state of one run, which changes from step to step, and saves and restores it."""
 
     def __init__(self, stage: Stage, info: CheckpointInfo, settings: LoopSettings, folder: Path) -> None:
         self.stage, self.info, self.settings, self.folder = stage, info, settings, folder
@@ -161,10 +162,10 @@ class _Trainer:
         self.bar.unpause()
 
     def _state(self) -> TrainingState:
-        """Return the training state. What has passed since the last line of the log is its "interval".
+        """Return the training state; its "interval" is what has passed since the last line of the log.
 
-        Right after a line, as at the end of a run, there is none: the log has the seconds, and two runs that did the
-        same have the same state, byte for byte.
+        Right after a line, as at the end of a run, there is no interval: the log has the seconds, and two runs that did
+        the same have the same state, byte for byte.
         """
         tensors = {f"model/{name}": tensor for name, tensor in self.stage.model.state_dict().items()}
         tensors |= {f"optimizer/{name}": tensor for name, tensor in self.optimizers.tensors().items()}
@@ -179,31 +180,34 @@ class _Trainer:
         return TrainingState(tensors=tensors, values=values)
 
     def _evaluate(self) -> None:
+        """Evaluate the model, write a preview, log the numbers, and raise InputError unless they are finite."""
         self.stage.model.eval()
         forked = [self.settings.device] if self.settings.device.type == "cuda" else []
         with torch.no_grad(), torch.random.fork_rng(forked):  # evaluating must not change what is learned
             evaluation = self.stage.evaluate()
-            self.stage.preview(self.folder / "pictures" / f"step-{self.step:07d}.png", evaluation)
+            self.stage.preview(self.folder / PICTURES / f"step-{self.step:07d}.png", evaluation)
         self.log.write(self.step, "held_out", evaluation.numbers)
         self._check_finite({name: torch.tensor(value) for name, value in evaluation.numbers.items()})
         if not self.settings.keep_best or not self.best or evaluation.is_better_than(self.best):
-            self._keep(evaluation)
+            self._record(evaluation)
         summary = f"\n  {evaluation.summary}" if evaluation.summary else ""
         self.bar.write(f"step {self.step:,}: {_in_words(evaluation.numbers)}{summary}")
 
-    def _keep(self, evaluation: Evaluation) -> None:
-        """Let the checkpoint hold this evaluation and, where the best is kept, the weights of this moment."""
+    def _record(self, evaluation: Evaluation) -> None:
+        """Record this evaluation for the checkpoint and, where the best weights are kept, the present weights."""
         self.best = {"step": self.step, **evaluation.numbers}
         if self.settings.keep_best:
             self.best_weights = {k: v.detach().clone() for k, v in self.stage.model.state_dict().items()}
 
     def _report(self, losses: Mapping[str, Tensor], rate: float) -> None:
+        """Log the mean losses since the last line; show them in the progress bar. Raise InputError unless finite."""
         self._check_finite(losses)
         numbers = self.means.take() | self.stage.status()
         self.bar.set_postfix_str(_in_words(numbers), refresh=False)
         self.log.write(self.step, "train", numbers | {"learning_rate": rate})
 
     def _check_finite(self, losses: Mapping[str, Tensor]) -> None:
+        """Raise InputError if a loss is NaN or infinite; a CPU-GPU sync for each."""
         for name, loss in losses.items():
             if not bool(torch.isfinite(loss)):
                 raise self._diverged("finite losses", f"{name} = {loss.item()}")
@@ -211,7 +215,7 @@ class _Trainer:
     def _check_finite_state(self, tensors: Mapping[str, Tensor]) -> None:
         """Raise InputError if a tensor holds NaN or infinity; a CPU-GPU sync for each.
 
-        A lone number may be infinite: the quantizer counts so the updates of a codebook that was set by hand.
+        A scalar may be infinite: so the quantizer marks the count of updates of a codebook that was set by hand.
         """
         for name, tensor in tensors.items():
             wrong = tensor.isnan() if tensor.dim() == 0 else ~tensor.isfinite()
@@ -219,7 +223,7 @@ class _Trainer:
                 raise self._diverged("a finite state to save", f"{name} with {int(wrong.sum()):,} values that are not")
 
     def _diverged(self, expected: str, got: str) -> InputError:
-        """Return the error that ends the run; it says what is kept."""
+        """Return the error that ends the run; it says which state is kept."""
         kept = f"the last good state is kept in {self.folder}" if current(self.folder, CONFIG).exists() else ""
         return InputError(
             expected=expected,
@@ -228,13 +232,13 @@ class _Trainer:
         )
 
     def _due(self, times: int) -> bool:
-        """Return whether this step is one of `times` even shares of the run, or its end."""
+        """Return whether something that happens `times` times in the run, evenly and at its end, is due now."""
         steps = self.settings.steps
         return self.step * times // steps > (self.step - 1) * times // steps
 
 
 def _by_prefix(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """{"a/b": x} -> {"a": {"b": x}}, one level."""
+    """Return tensors grouped by what precedes the first slash of their names: {"a/b": x} -> {"a": {"b": x}}."""
     groups: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         prefix, _, rest = name.partition("/")
@@ -243,4 +247,5 @@ def _by_prefix(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
 
 
 def _in_words(numbers: Mapping[str, float]) -> str:
+    """Return numbers with their names in one line."""
     return ", ".join(f"{name} {value:.4g}" for name, value in numbers.items())

@@ -1,4 +1,4 @@
-"""What a run tells about itself: `metrics.jsonl`, one JSON object a line, and the means of losses between two lines."""
+"""The log of a run, `metrics.jsonl` with one JSON object a line, and the mean losses between two lines."""
 
 import json
 import math
@@ -21,19 +21,19 @@ class MetricsLog:
 
     @property
     def seconds(self) -> float:
-        """Return how long the run has taken so far, in seconds, the time before a resume included."""
+        """How long the run has taken so far, in seconds, the time before a resume included."""
         return round(time.monotonic() - self._started, 3)
 
-    def write(self, step: int, part: str, numbers: Mapping[str, float]) -> None:
-        """Append one line. `part` is the data it is about: "train" or "held_out"."""
+    def write(self, step: int, split: str, numbers: Mapping[str, float]) -> None:
+        """Append one line about the data of `split`, "train" or "held_out"; its key in the file is "part"."""
         values = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
-        line = {"step": step, "part": part, "seconds": self.seconds, **values}
+        line = {"step": step, "part": split, "seconds": self.seconds, **values}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
     def resume(self, step: int, seconds: float | None) -> None:
-        """Continue after `step`, with the clock at `seconds`; at None it continues where the last line has it."""
+        """Continue after `step`, with the clock at `seconds`, or with None at the seconds of the last line."""
         self.drop_after(step)
         self._started = time.monotonic() - (self._last_seconds() if seconds is None else seconds)
 
@@ -45,12 +45,13 @@ class MetricsLog:
         write_atomic(self.path, "".join(kept).encode())
 
     def _last_seconds(self) -> float:
+        """Return the seconds of the last line, 0 without one."""
         lines = self.path.read_text("utf-8").splitlines() if self.path.exists() else []
         return max((float(json.loads(line).get("seconds", 0)) for line in lines), default=0.0)
 
 
 class RunningMeans:
-    """The means of the losses of the steps since they were last taken."""
+    """Holds the sums of the losses of the steps since their means were last taken."""
 
     def __init__(self) -> None:
         self.count = 0  # steps
@@ -74,6 +75,7 @@ class RunningMeans:
 
 
 def _step_of(line: str) -> float:
+    """Return the step of a line, infinity for a line that was cut short."""
     try:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):

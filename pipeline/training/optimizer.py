@@ -25,7 +25,7 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic iteration [1]
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalised [1]. Its parameters have two dimensions or more.
+    """Steps along the orthogonalised momentum [1] of parameters with two dimensions or more.
 
     Args:
         parameters: weights; all but the first dimension count as one.
@@ -74,13 +74,13 @@ class Optimizers:
     """The optimizers of a model: Muon and Adam, or Adam alone.
 
     Args:
-        model: the parameters.
-        kind: "muon" (with Adam for what is not a large matrix) or "adam".
+        model: the one whose parameters are optimised.
+        name: "muon" (with Adam for what is not a large matrix) or "adam".
         lr: learning rate of both.
     """
 
-    def __init__(self, model: nn.Module, kind: str, lr: float) -> None:
-        matrices = hidden_matrices(model) if kind == "muon" else []
+    def __init__(self, model: nn.Module, name: str, lr: float) -> None:
+        matrices = hidden_matrices(model) if name == "muon" else []
         known = set(matrices)
         others = [parameter for parameter in model.parameters() if parameter not in known]
         self.members: dict[str, torch.optim.Optimizer] = {}

@@ -1,6 +1,6 @@
 """Stage two as the training loop sees it: a prior over code grids.
 
-n grids in a batch, H W positions in a grid.
+Legend: N grids in all, n in a batch, H W positions in a grid.
 """
 
 from collections.abc import Callable, Iterator
@@ -22,27 +22,27 @@ from ..images.png import save_grid
 from ..images.preprocessing import to_uint8
 from .stage import Evaluation
 
-PICTURES = 32  # samples in the picture of each evaluation
+PREVIEW_SAMPLES = 32  # in the picture of each evaluation
 EVALUATION_BATCH = 256  # grids
 
-Preview = Callable[[Path], None]  # writes a picture of what the prior can do
+Preview = Callable[[Path], None]  # writes a picture of samples to this PNG
 
 
 class Grids(Protocol):
-    """Code grids with labels: what `CodeDataset` is, and what arrays can be made into."""
+    """Code grids with labels: a `CodeDataset`, or arrays with the same method."""
 
     def batch(self, indices: np.ndarray) -> tuple[Tensor, Tensor]:
         """Return the codes [n,H,W] and labels [n], both int64, of the rows `indices` [n]."""
 
 
 class PriorStage:
-    """A prior, on grids of which some are held out.
+    """A prior in training, on grids of which some are held out.
 
     Args:
         model: on the device to train on.
         grids: codes, and labels where the model is conditioned on them.
-        held_out_mask: bool [N], the grids that the prior is measured on.
-        preview: None where there is no tokenizer to decode samples.
+        held_out_mask: bool [N], the grids that the prior is evaluated on.
+        preview: writes samples; None where there is no tokenizer to decode them.
     """
 
     def __init__(
@@ -75,12 +75,13 @@ class PriorStage:
         pass
 
     def _held_out_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the codes [n,H,W] and labels [n] of the held-out grids, EVALUATION_BATCH at a time."""
         for start in range(0, len(self.held_out_rows), EVALUATION_BATCH):
             yield self.grids.batch(self.held_out_rows[start : start + EVALUATION_BATCH])
 
 
 def sample_preview(model: GatedPixelCNN, tokenizer: VQVAE, grid: tuple[int, int], seed: int) -> Preview:
-    """Return a function that writes PICTURES decoded samples, of each class in turn, as one picture.
+    """Return a function that writes PREVIEW_SAMPLES decoded samples, of each class in turn, as one picture.
 
     The samples start from the same random numbers each time, so that two pictures differ by the model alone.
     """
@@ -88,8 +89,8 @@ def sample_preview(model: GatedPixelCNN, tokenizer: VQVAE, grid: tuple[int, int]
     def preview(path: Path) -> None:
         device = next(model.parameters()).device
         num_classes = model.config.num_classes
-        labels = torch.arange(PICTURES, device=device) % num_classes if num_classes else None
-        codes = sample_codes(model, PICTURES, grid, labels=labels, generator=seeded_generator(seed))
+        labels = torch.arange(PREVIEW_SAMPLES, device=device) % num_classes if num_classes else None
+        codes = sample_codes(model, PREVIEW_SAMPLES, grid, labels=labels, generator=seeded_generator(seed))
         save_grid(to_uint8(tokenizer.decode(codes)), path, columns=8)
 
     return preview

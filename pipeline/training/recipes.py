@@ -1,4 +1,4 @@
-"""What a user can choose about the two training stages, the defaults, and the recipes that were published.
+"""The settings of the two training stages that a user can choose, their defaults, and the published recipes.
 
 The one place for these numbers: training takes its defaults from here and the command line shows them in its help,
 which is why this file imports neither torch nor numpy. Measurements: benchmarks/README.md.
@@ -12,7 +12,7 @@ from .settings import CHANGEABLE, PATH
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerSettings:
-    """What a user can choose about stage one; the rest of `TokenizerConfig` follows from the images."""
+    """Holds what a user can choose about stage one; the rest of `TokenizerConfig` follows from the images."""
 
     data: str = field(default="glyphs", metadata=PATH)
     data_root: str | None = field(default=None, metadata=CHANGEABLE)
@@ -39,10 +39,10 @@ class TokenizerSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class PriorSettings:
-    """What a user can choose about stage two; the rest of `PriorConfig` follows from the codes."""
+    """Holds what a user can choose about stage two; the rest of `PriorConfig` follows from the codes."""
 
     codes: str | Sequence[str] | None = field(default=None, metadata=PATH)  # None: of the tokenizer's own images
-    tokenizer: str | None = field(default=None, metadata=CHANGEABLE)  # its fingerprint tells whether it is the same
+    tokenizer: str | None = field(default=None, metadata=CHANGEABLE)  # its fingerprint is what must stay
     steps: int = field(default=2000, metadata=CHANGEABLE)
     batch_size: int = 32
     lr: float = 4e-3

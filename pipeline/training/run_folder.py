@@ -1,4 +1,4 @@
-"""The folder of a training run: what it may do with what is there, checked before the work and cleared after it."""
+"""The folder of a training run: checked before any long work, cleared only when nothing can be refused any more."""
 
 import json
 import re
@@ -10,13 +10,13 @@ from ..models.checkpoint import CONFIG, MODEL, TRAINING, CheckpointInfo, read_in
 from ..runtime.atomic_files import COMMIT, current
 from ..runtime.output_paths import check_output_folder, check_writable, remove_files
 
-PICTURES = "pictures"
+PICTURES = "pictures"  # subfolder of the previews
 LOGS = re.compile(rf"metrics\.jsonl|{PICTURES}/step-([0-9]{{7}}|[1-9][0-9]{{7,}})(-codebook)?\.png")
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunFolder:
-    """Where a run writes, and what it may do with what is there.
+    """Says where a run writes, and what it may do with existing files.
 
     Raises:
         InputError: `resume` and `force` are both set.
@@ -36,7 +36,7 @@ def saved_run(run: RunFolder, kind: str) -> CheckpointInfo | None:
     """Return the checkpoint to resume from, or None to start anew.
 
     Raises:
-        InputError: it is of another kind, or the folder holds what a save of a checkpoint would replace.
+        InputError: it is of another kind, or the folder holds a foreign file that saving a checkpoint would replace.
     """
     _check_commit(run.out)
     if not run.resume or not current(run.out, CONFIG).exists():
@@ -47,8 +47,8 @@ def saved_run(run: RunFolder, kind: str) -> CheckpointInfo | None:
 def check_run_folder(run: RunFolder, saved: CheckpointInfo | None) -> None:
     """Raise InputError unless the run may write into its folder: a new run needs an empty one, or `force`.
 
-    To be called before any long work; nothing is made or removed. What a run left that was killed before its first save
-    may be replaced by `resume` alone.
+    Call it before any long work; it makes and removes nothing. What is left of a run that was killed before its first
+    save may be replaced with `resume` alone.
     """
     if saved is not None:
         check_writable(run.out)
@@ -60,8 +60,8 @@ def check_run_folder(run: RunFolder, saved: CheckpointInfo | None) -> None:
 def prepare_run_folder(run: RunFolder, saved: CheckpointInfo | None) -> None:
     """Make the folder and remove what an older run logged there, unless that run is resumed.
 
-    To be called last, when nothing can be refused any more. The checkpoint of the older run stays until the first save
-    of the new one replaces it.
+    Call it last, when nothing can be refused any more. The checkpoint of the older run stays until the first save of
+    the new one replaces it.
     """
     run.out.mkdir(parents=True, exist_ok=True)
     if saved is None:

@@ -1,4 +1,4 @@
-"""What depends on the number of a step alone: its learning rate and the items of its batch."""
+"""The learning rate of a step and the items of its batch, which depend on the number of the step alone."""
 
 import math
 
@@ -18,7 +18,7 @@ def learning_rate_at(step: int, *, peak: float, steps: int) -> float:
 
 
 class DataOrder:
-    """Which items make up the batch of a step: one permutation an epoch, each another, joined without a seam."""
+    """The order of the training items: another permutation each epoch, joined so that a batch may span two epochs."""
 
     def __init__(self, num_items: int, batch_size: int, seed: int) -> None:
         self.num_items, self.batch_size, self.seed = num_items, batch_size, torch_seed(seed)
@@ -35,6 +35,7 @@ class DataOrder:
         return np.concatenate(pieces)
 
     def _permutation_of(self, epoch: int) -> np.ndarray:
+        """Return the order [num_items] of the items in an epoch; the last one asked for is kept."""
         if epoch != self._epoch:
             self._epoch = epoch
             self._permutation = np.random.default_rng([self.seed, epoch]).permutation(self.num_items)

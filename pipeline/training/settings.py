@@ -1,6 +1,6 @@
 """The settings of a run: the user's overrides, else what the resumed run was started with, else the defaults.
 
-Settings are frozen dataclasses (`recipes.py`); the metadata of a field tells what may be done with it.
+Settings are frozen dataclasses (`recipes.py`); the metadata of a field says whether --resume may change it.
 """
 
 import os
@@ -16,12 +16,14 @@ PATH = {"path": True}  # metadata of a field that holds a path, several, or the 
 Settings = TypeVar("Settings")
 
 
-def resolve(kind: type[Settings], overrides: Mapping[str, Any], started_with: Mapping[str, Any] | None) -> Settings:
+def resolve(
+    settings_class: type[Settings], overrides: Mapping[str, Any], started_with: Mapping[str, Any] | None
+) -> Settings:
     """Return the settings of a run.
 
     Args:
-        kind: the dataclass of the settings, with the defaults.
-        overrides: fields of `kind` that the user chose; None counts as not chosen.
+        settings_class: the dataclass of the settings, with the defaults.
+        overrides: fields of `settings_class` that the user chose; None counts as not chosen.
         started_with: the recorded settings of the run to resume; None for a new run.
 
     Raises:
@@ -29,15 +31,15 @@ def resolve(kind: type[Settings], overrides: Mapping[str, Any], started_with: Ma
     """
     chosen = {name: value for name, value in overrides.items() if value is not None}
     if started_with is None:
-        return kind(**chosen)
-    metadata = {field.name: field.metadata for field in fields(kind)}  # type: ignore[arg-type]
+        return settings_class(**chosen)
+    metadata = {field.name: field.metadata for field in fields(settings_class)}  # type: ignore[arg-type]
     before = {name: value for name, value in started_with.items() if name in metadata}
     fixed = {name for name in before if not metadata[name].get("changeable")}
     for name in (name for name in chosen if name in fixed):
         same = _same_path if metadata[name].get("path") else _same
         if not same(chosen[name], before[name]):
-            raise _changed_error(name, chosen[name], before[name])
-    return kind(**{**before, **{name: value for name, value in chosen.items() if name not in fixed}})
+            raise _conflict(name, chosen[name], before[name])
+    return settings_class(**{**before, **{name: value for name, value in chosen.items() if name not in fixed}})
 
 
 def recorded(settings: Any) -> dict[str, Any]:
@@ -45,7 +47,8 @@ def recorded(settings: Any) -> dict[str, Any]:
     return {name: _as_json(value) for name, value in asdict(settings).items()}
 
 
-def _changed_error(name: str, override: Any, before: Any) -> InputError:
+def _conflict(name: str, override: Any, before: Any) -> InputError:
+    """Return the error for an override that a resumed run cannot take."""
     return InputError(
         expected=f"--resume with {name.replace('_', '-')} {before}, as the run was started",
         got=f"{override}",
@@ -54,6 +57,7 @@ def _changed_error(name: str, override: Any, before: Any) -> InputError:
 
 
 def _same(one: Any, other: Any) -> bool:
+    """Return whether two values are the same once `config.json` has kept them."""
     return bool(_as_json(one) == _as_json(other))
 
 
@@ -72,4 +76,5 @@ def _absolute(paths: str | Sequence[str]) -> list[str]:
 
 
 def _as_json(value: Any) -> Any:
+    """Return a value as JSON gives it back: a tuple becomes a list."""
     return list(value) if isinstance(value, tuple) else value

@@ -1,4 +1,4 @@
-"""What the training loop needs to know of a stage: its model, its losses, and how good it is."""
+"""What the training loop needs of a stage: a model, its losses, and how good it is on held-out items."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """How good a model is on held-out items."""
+    """Holds how good a model is on held-out items."""
 
     numbers: dict[str, float]  # by name, as they are logged
     score_name: str  # the one of `numbers` that is best when lowest
@@ -24,7 +24,7 @@ class Evaluation:
 
 
 class Stage(Protocol):
-    """A model in training, on the items it is trained on and others held out."""
+    """A model in training, the items it is trained on, and others that are held out."""
 
     num_items: int  # training items; a batch is chosen from range(num_items)
 
@@ -45,7 +45,7 @@ class Stage(Protocol):
         """Write a picture of what the model can do to the PNG `path`; `evaluation` is the one just made."""
 
     def state(self) -> dict[str, Tensor]:
-        """Return what its numbers depend on besides the model, to be saved for a resume."""
+        """Return what the numbers of the stage depend on besides the model, to be saved for a resume."""
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Restore what `state` returned; entries that an older version did not save are missing."""

@@ -1,4 +1,7 @@
-"""Stage one as the training loop sees it: a model with codes, or a baseline without."""
+"""Stage one as the training loop sees it: a model with codes, or a baseline without.
+
+Legend: n images, C channels, H' W' image, H W grid of codes, K codes.
+"""
 
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -17,16 +20,16 @@ from ..images.png import above_and_below, save_grid, save_png
 from ..images.preprocessing import to_uint8
 from .stage import Evaluation
 
-PICTURES = 16  # images in the picture of reconstructions
+PREVIEW_IMAGES = 16  # in the picture of each evaluation
 CHANGES_SEEN_IN = 256  # held-out images that tell how many codes changed
 
 
 class BaselineStage:
-    """An autoencoder without codes.
+    """An autoencoder without codes in training.
 
     Args:
         model: on the device to train on.
-        images: the training part of a set, of which some are held out.
+        images: the training split of an image set, of which some are held out.
     """
 
     def __init__(self, model: Baseline, images: ImageSplit) -> None:
@@ -46,7 +49,7 @@ class BaselineStage:
         return evaluate_autoencoder(self.model, self.images, self.held_out_rows)
 
     def preview(self, path: Path, evaluation: Evaluation) -> None:
-        preview_reconstructions(self.model, self.images.batch(self.held_out_rows[:PICTURES]), path)
+        preview_reconstructions(self.model, self.images.batch(self.held_out_rows[:PREVIEW_IMAGES]), path)
 
     def state(self) -> dict[str, Tensor]:
         return {}
@@ -56,11 +59,11 @@ class BaselineStage:
 
 
 class TokenizerStage:
-    """A VQ-VAE; each evaluation comes with a verdict on its codebook.
+    """A VQ-VAE in training; each evaluation says in words how its codebook is used.
 
     Args:
         model: on the device to train on.
-        images: the training part of a set, of which some are held out.
+        images: the training split of an image set, of which some are held out.
     """
 
     def __init__(self, model: VQVAE, images: ImageSplit) -> None:
@@ -68,7 +71,7 @@ class TokenizerStage:
         self.device = next(model.parameters()).device
         self.train_rows, self.held_out_rows = split_rows(held_out(images.names))
         self.num_items = len(self.train_rows)
-        self.recent = torch.zeros(model.config.num_codes, dtype=torch.int64, device=self.device)  # uses since `status`
+        self.recent = torch.zeros(model.config.num_codes, dtype=torch.int64, device=self.device)  # [K] since `status`
         self.revived = torch.tensor(0)  # the quantizer's count at the last `status`
         self.codes: Tensor | None = None  # [n,H,W] of the first held-out images at the last evaluation
 
@@ -92,7 +95,7 @@ class TokenizerStage:
         return replace(evaluation, numbers=evaluation.numbers | {"codes_changed": self._share_of_changed_codes()})
 
     def preview(self, path: Path, evaluation: Evaluation) -> None:
-        preview_reconstructions(self.model, self.images.batch(self.held_out_rows[:PICTURES]), path)
+        preview_reconstructions(self.model, self.images.batch(self.held_out_rows[:PREVIEW_IMAGES]), path)
         assert evaluation.code_histogram is not None
         save_png(codebook_picture(self.model, evaluation.code_histogram), path.with_stem(f"{path.stem}-codebook"))
 
@@ -118,7 +121,7 @@ def stage_for(model: VQVAE | Baseline, images: ImageSplit) -> TokenizerStage | B
 
 
 def evaluate_autoencoder(model: VQVAE | Baseline, images: ImageSplit, rows: np.ndarray | None = None) -> Evaluation:
-    """Measure reconstruction and, of a model with codes, their use, on images: those at `rows`, by default all."""
+    """Measure reconstruction, and the use of the codes if there are any, on the images at `rows`, by default all."""
     numbers, health = measure_reconstruction(model, images, rows)
     if health is None:
         return Evaluation(numbers=asdict(numbers), score_name="nmse")
@@ -131,7 +134,7 @@ def evaluate_autoencoder(model: VQVAE | Baseline, images: ImageSplit, rows: np.n
 
 
 def preview_reconstructions(model: VQVAE | Baseline, images: Tensor, path: Path) -> None:
-    """Write images [n,C,H',W'], n at most PICTURES, above their reconstructions."""
+    """Write images [n,C,H',W'], n at most PREVIEW_IMAGES, above their reconstructions."""
     images = images.to(next(model.parameters()).device)
     reconstructed = model.decode(model.encode(images))
     columns = min(8, len(images))

@@ -33,8 +33,8 @@ def train_prior(run: RunFolder, overrides: Mapping[str, Any], default_tokenizer:
     Args:
         run: where to write.
         overrides: fields of `PriorSettings`; None, or a field that is missing, takes the default.
-        default_tokenizer: the tokenizer when none is named and one is needed. Where none is needed, it is used for
-            pictures if it made the codes.
+        default_tokenizer: the tokenizer if none is named and one is needed. If none is needed, it decodes the preview
+            pictures, provided that it made the codes.
 
     Raises:
         InputError: the codes, the tokenizer, a setting or the folder cannot be used, or a loss is not finite.
@@ -42,12 +42,12 @@ def train_prior(run: RunFolder, overrides: Mapping[str, Any], default_tokenizer:
     """
     saved = saved_run(run, "prior")
     settings = resolve(PriorSettings, overrides, saved.training if saved else None)
-    _config(settings, num_codes=2, num_classes=0)  # what no network can be is refused before codes are exported
+    _config(settings, num_codes=2, num_classes=0)  # refuses impossible settings before codes are exported
     device = choose_device(run.device)
     check_run_folder(run, saved)
     tokenizer_folder = Path(settings.tokenizer) if settings.tokenizer is not None else default_tokenizer
     required = settings.tokenizer is not None or settings.codes is None
-    # One without codes is refused before anything is written.
+    # A tokenizer without codes is refused before anything is written.
     tokenizer = load_trained_tokenizer(tokenizer_folder, device) if required else None
     codes = _open_codes(run, saved, settings, tokenizer_folder)
     if tokenizer is None:
@@ -72,9 +72,9 @@ def train_prior(run: RunFolder, overrides: Mapping[str, Any], default_tokenizer:
 
 
 def config_for(settings: PriorSettings, codes: CodeDataset) -> PriorConfig:
-    """Return the configuration of the model: what was chosen, and what the codes say.
+    """Return the configuration of the model, from the settings and from what the codes are.
 
-    Labels count if every grid has one.
+    The model is conditioned on labels if every grid has one.
     """
     manifest = codes.manifest
     labelled = all_labelled(manifest.class_names, (shard.labels for shard in codes.shards()))
@@ -82,6 +82,7 @@ def config_for(settings: PriorSettings, codes: CodeDataset) -> PriorConfig:
 
 
 def _config(settings: PriorSettings, *, num_codes: int, num_classes: int) -> PriorConfig:
+    """Return the configuration of the model. Raise ValueError if the settings are of no network."""
     return PriorConfig(
         num_codes=num_codes,
         num_classes=num_classes,
@@ -93,7 +94,7 @@ def _config(settings: PriorSettings, *, num_codes: int, num_classes: int) -> Pri
 
 
 def _info(settings: PriorSettings, config: PriorConfig, codes: CodeDataset, tokenizer: Path | None) -> CheckpointInfo:
-    """Return what config.json says before the first step; `tokenizer` is the folder that a resumed run needs again."""
+    """Return what `config.json` says before the first step; `tokenizer` is the folder that a resumed run needs."""
     return CheckpointInfo(
         kind="prior",
         config=asdict(config),
@@ -106,7 +107,7 @@ def _info(settings: PriorSettings, config: PriorConfig, codes: CodeDataset, toke
 
 
 def explanation(stage: PriorStage, codes: CodeDataset) -> str:
-    """Return what is about to happen, in words."""
+    """Return what the run is about to do, in words."""
     config, (height, width) = stage.model.config, codes.manifest.grid
     return (
         f"{len(codes):,} grids of {height}x{width} codes to learn from, "
@@ -118,14 +119,15 @@ def explanation(stage: PriorStage, codes: CodeDataset) -> str:
 def _open_codes(run: RunFolder, saved: CheckpointInfo | None, settings: PriorSettings, tokenizer: Path) -> CodeDataset:
     """Return the codes to learn, exported into the run first if none were named."""
     folders = _exported_codes(tokenizer, run, saved) if settings.codes is None else settings.codes
-    codes = _complete(CodeDataset(folders))
+    codes = CodeDataset(folders)
+    _check_learnable(codes)
     if saved is not None:
         _check_resumable(saved, codes.manifest.tokenizer_fingerprint, f"codes in {codes.where}")
     return codes
 
 
-def _complete(codes: CodeDataset) -> CodeDataset:
-    """Return `codes`. Raises InputError if there are none, some are missing, or a label is of no class."""
+def _check_learnable(codes: CodeDataset) -> None:
+    """Raise InputError if there are no codes, some are missing, or a label is of no class."""
     manifest = codes.manifest
     if not manifest.complete:
         raise InputError(
@@ -142,13 +144,12 @@ def _complete(codes: CodeDataset) -> CodeDataset:
             got=str(highest),
             do="find the damaged shard with verify-codes",
         )
-    return codes
 
 
 def _exported_codes(tokenizer: Path, run: RunFolder, saved: CheckpointInfo | None) -> Path:
-    """Return the codes of the images that the tokenizer was trained on, exported into the run unless they are there.
+    """Return the folder of the codes of the tokenizer's own images, exported into the run unless they exist.
 
-    An export that was interrupted continues, or with --force starts anew.
+    An interrupted export continues, or with --force starts anew.
     """
     fingerprint = read_info(tokenizer, "tokenizer").fingerprint
     if saved is not None:
@@ -163,7 +164,7 @@ def _exported_codes(tokenizer: Path, run: RunFolder, saved: CheckpointInfo | Non
 
 
 def _check_resumable(saved: CheckpointInfo, fingerprint: str, what: str) -> None:
-    """Raise InputError unless `what`, which has this fingerprint, is of the tokenizer that the run learns."""
+    """Raise InputError unless `what`, with this fingerprint, belongs to the tokenizer whose codes the run learns."""
     check_same_tokenizer(saved.tokenizer_fingerprint, fingerprint, what, "train a new prior with another --out")
 
 
@@ -175,9 +176,9 @@ def _check_made_by(tokenizer: TrainedTokenizer, codes: CodeDataset) -> None:
 
 
 def _optional_tokenizer(folder: Path, codes: CodeDataset, device: torch.device) -> TrainedTokenizer | None:
-    """Return the tokenizer, for pictures, or None if there is none, it cannot be used or it did not make the codes.
+    """Return the tokenizer for the preview pictures, or None if it does not exist or fit the codes or cannot be used.
 
-    Only pictures depend on it, so whatever is wrong with it is a note and no error.
+    Only pictures depend on it, so whatever is wrong with it is printed as a note and is no error.
     """
     if not os.path.exists(folder / CONFIG):
         return None
@@ -188,5 +189,5 @@ def _optional_tokenizer(folder: Path, codes: CodeDataset, device: torch.device) 
         reason = f"the tokenizer in {folder} did not make these codes"
     except (InputError, OSError) as error:
         reason = f"the tokenizer in {folder} cannot be used ({error})"
-    print(f"note: {reason}; training goes on without pictures")
+    print(f"note: {reason}; training continues without pictures")
     return None

@@ -36,7 +36,7 @@ def train_tokenizer(run: RunFolder, overrides: Mapping[str, Any]) -> CheckpointI
     saved = saved_run(run, "tokenizer")
     settings = resolve(TokenizerSettings, overrides, saved.training if saved else None)
     _refuse_idle_options(settings.bottleneck, overrides)
-    _config(settings, in_channels=1, data_variance=1.0)  # what no network can be is refused before images are prepared
+    _config(settings, in_channels=1, data_variance=1.0)  # refuses impossible settings before images are prepared
     device = choose_device(run.device)
     check_run_folder(run, saved)
     images = _open_images(settings)
@@ -53,7 +53,7 @@ def train_tokenizer(run: RunFolder, overrides: Mapping[str, Any]) -> CheckpointI
 
 
 def _refuse_idle_options(bottleneck: str, overrides: Mapping[str, Any]) -> None:
-    """Raise InputError for an option that this bottleneck has no use for."""
+    """Raise InputError for an option that would do nothing with this bottleneck."""
     for name, user in OPTIONS_OF_ONE_BOTTLENECK.items():
         if overrides.get(name) is not None and user != bottleneck:
             option = f"--{name.replace('_', '-')}"
@@ -65,6 +65,7 @@ def _refuse_idle_options(bottleneck: str, overrides: Mapping[str, Any]) -> None:
 
 
 def _open_images(settings: TokenizerSettings) -> ImageSet:
+    """Return the images that the settings name, sized for the network."""
     return open_images(
         settings.data,
         image_size=(settings.image_size[0], settings.image_size[1]) if settings.image_size else None,
@@ -75,7 +76,7 @@ def _open_images(settings: TokenizerSettings) -> ImageSet:
 
 
 def _info(settings: TokenizerSettings, config: TokenizerConfig, images: ImageSet) -> CheckpointInfo:
-    """Return what config.json says before the first step."""
+    """Return what `config.json` says before the first step."""
     return CheckpointInfo(
         kind="tokenizer",
         config=asdict(config),
@@ -87,29 +88,30 @@ def _info(settings: TokenizerSettings, config: TokenizerConfig, images: ImageSet
 
 
 def explanation(stage: TokenizerStage | BaselineStage, images: ImageSet, config: TokenizerConfig) -> str:
-    """Return what is about to happen, in words."""
+    """Return what the run is about to do, in words."""
     size = images.preprocessing
     height, width = stage.model.grid(size.height, size.width)
     labels = f", {len(images.class_names)} classes" if images.class_names else ""
-    checked = f"{len(stage.held_out_rows):,} of them held out to check on"
-    each = {
+    held_out = f"{len(stage.held_out_rows):,} of them held out to check on"
+    latents = {
         "vq": f"codes, each one of {config.num_codes}",
         "vae": f"Gaussians of {config.code_dim} dimensions (a baseline: no codes, no prior)",
         "ae": f"vectors of {config.code_dim} dimensions (a baseline: no codes, no prior)",
     }[config.bottleneck]
     return (
-        f"{len(images.train):,} images to learn from, {checked}{labels}\n"
-        f"each image of {size.height}x{size.width}x{size.channels} becomes {height}x{width} {each}; "
+        f"{len(images.train):,} images to learn from, {held_out}{labels}\n"
+        f"each image of {size.height}x{size.width}x{size.channels} becomes {height}x{width} {latents}; "
         "nmse is the error of the way back (1 is a grey blur, 0 perfect)"
     )
 
 
 def config_for(settings: TokenizerSettings, images: ImageSet) -> TokenizerConfig:
-    """Return the configuration of the model: what was chosen, and what the training images say."""
+    """Return the configuration of the model, from the settings and from what the training images are."""
     return _config(settings, in_channels=images.preprocessing.channels, data_variance=pixel_variance(images.train))
 
 
 def _config(settings: TokenizerSettings, *, in_channels: int, data_variance: float) -> TokenizerConfig:
+    """Return the configuration of the model. Raise ValueError if the settings are of no network."""
     return TokenizerConfig(
         in_channels=in_channels,
         hidden_channels=settings.hidden_channels,

@@ -1,4 +1,4 @@
-"""Stage one without codes: trained, resumed, measured and looked at as any other; refused wherever codes are needed."""
+"""Stage one without codes: trained, resumed, evaluated and shown as any other; refused wherever codes are needed."""
 
 import json
 import re
@@ -21,42 +21,40 @@ from tokenizer import Baseline
 
 from ..conftest import Codegrid, Trained
 from ..support import HEIGHT, WIDTH, digest_of
+from .training_runs import lines_of
 
-KINDS = ["vae", "ae"]
+BOTTLENECKS = ["vae", "ae"]
 SMALL = ["--code-dim", 4, "--batch-size", 4, "--precision", "fp32", "--device", "cpu"]
 
-parametrize_kinds = pytest.mark.parametrize("kind", KINDS)
+parametrize_bottlenecks = pytest.mark.parametrize("bottleneck", BOTTLENECKS)
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(scope="module", params=BOTTLENECKS)
 def baseline(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, image_folder: Path) -> Path:
-    """A run of two steps, in a folder called as its bottleneck."""
+    """A run of two steps, in a folder named like its bottleneck."""
     out = tmp_path_factory.mktemp("baselines") / str(request.param)
-    given: dict[str, Any] = {"data": str(image_folder), "bottleneck": request.param, "steps": 2}
-    given |= {"kl_weight": 0.25} if request.param == "vae" else {}
-    given |= {"hidden_channels": 8, "residual_channels": 4, "num_residual_layers": 1, "code_dim": 4}
-    train_tokenizer(RunFolder(out=out, device="cpu"), {**given, "precision": "fp32"})
+    overrides: dict[str, Any] = {"data": str(image_folder), "bottleneck": request.param, "steps": 2}
+    overrides |= {"kl_weight": 0.25} if request.param == "vae" else {}
+    overrides |= {"hidden_channels": 8, "residual_channels": 4, "num_residual_layers": 1, "code_dim": 4}
+    train_tokenizer(RunFolder(out=out, device="cpu"), {**overrides, "precision": "fp32"})
     return out
-
-
-def lines_of(folder: Path, part: str) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
-    return [line for line in lines if line["part"] == part]
 
 
 def without_logs(folder: Path) -> dict[str, str]:
     return {name: digest for name, digest in digest_of(folder).items() if not name.endswith(".jsonl")}
 
 
-# Trained, and gone on with
+# Trained and resumed
 
 
-@pytest.mark.parametrize(("kind", "latents"), [("vae", "Gaussians of 4 dimensions"), ("ae", "vectors of 4 dimensions")])
-def test_training_says_what_there_is_and_promises_no_prior(
-    tmp_path: Path, image_folder: Path, kind: str, latents: str, codegrid: Codegrid
+@pytest.mark.parametrize(
+    ("bottleneck", "latents"), [("vae", "Gaussians of 4 dimensions"), ("ae", "vectors of 4 dimensions")]
+)
+def test_training_says_what_an_image_becomes_and_promises_no_prior(
+    tmp_path: Path, image_folder: Path, bottleneck: str, latents: str, codegrid: Codegrid
 ) -> None:
     out = tmp_path / "run"
-    command = ["train-tokenizer", "--data", image_folder, "--out", out, "--bottleneck", kind, *SMALL]
+    command = ["train-tokenizer", "--data", image_folder, "--out", out, "--bottleneck", bottleneck, *SMALL]
     outcome = codegrid(*command, "--steps", 2)
     assert outcome.status == 0
     assert f"becomes 2x3 {latents} (a baseline: no codes, no prior)" in outcome.out
@@ -65,43 +63,45 @@ def test_training_says_what_there_is_and_promises_no_prior(
     assert {frozenset(line) & {"mse", "psnr", "nmse"} for line in lines_of(out, "held_out")} == {
         frozenset({"mse", "psnr", "nmse"})
     }
-    assert [line["kl"] > 0 for line in lines_of(out, "train")] == [kind == "vae"] * 2
+    assert [line["kl"] > 0 for line in lines_of(out, "train")] == [bottleneck == "vae"] * 2
     assert {path.name for path in (out / "pictures").iterdir()} == {"step-0000001.png", "step-0000002.png"}
 
 
 def test_the_kl_weight_is_recorded_and_acts(tmp_path: Path, image_folder: Path, codegrid: Codegrid) -> None:
     command = ["train-tokenizer", "--data", image_folder, "--bottleneck", "vae", *SMALL, "--steps", 1]
-    for name, option, expected in (("given", ["--kl-weight", 7.5], 7.5), ("default", [], 0.1)):
+    for name, option, expected in (("chosen", ["--kl-weight", 7.5], 7.5), ("default", [], 0.1)):
         assert codegrid(*command, *option, "--out", tmp_path / name).status == 0
         content = json.loads((tmp_path / name / "config.json").read_text("utf-8"))
         assert content["config"]["kl_weight"] == content["training"]["kl_weight"] == expected
         assert content["config"]["bottleneck"] == content["training"]["bottleneck"] == "vae"
         (line,) = lines_of(tmp_path / name, "train")
-        price = expected * line["kl"] / (3 * HEIGHT * WIDTH)
-        assert line["loss"] - line["reconstruction"] == pytest.approx(price, rel=1e-3)
+        penalty = expected * line["kl"] / (3 * HEIGHT * WIDTH)
+        assert line["loss"] - line["reconstruction"] == pytest.approx(penalty, rel=1e-3)
 
 
-@parametrize_kinds
+@parametrize_bottlenecks
 def test_four_steps_of_a_baseline_are_two_and_two_more(
-    tmp_path: Path, image_folder: Path, kind: str, codegrid: Codegrid
+    tmp_path: Path, image_folder: Path, bottleneck: str, codegrid: Codegrid
 ) -> None:
     """Every file but the log, which holds times; a seed of the process in between changes nothing."""
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    command = ["train-tokenizer", "--data", image_folder, "--bottleneck", kind, *SMALL]
-    assert codegrid(*command, "--out", whole, "--steps", 4).status == 0
-    assert codegrid(*command, "--out", parts, "--steps", 2).status == 0
-    same = without_logs(parts) == without_logs(whole)
+    uninterrupted, resumed = tmp_path / "uninterrupted", tmp_path / "resumed"
+    command = ["train-tokenizer", "--data", image_folder, "--bottleneck", bottleneck, *SMALL]
+    assert codegrid(*command, "--out", uninterrupted, "--steps", 4).status == 0
+    assert codegrid(*command, "--out", resumed, "--steps", 2).status == 0
+    same = without_logs(resumed) == without_logs(uninterrupted)
     assert not same
     torch.manual_seed(99)
-    assert codegrid("train-tokenizer", "--out", parts, "--steps", 4, "--resume").status == 0
-    assert without_logs(parts) == without_logs(whole)
-    for part in ("train", "held_out"):
-        one, other = ([{**line, "seconds": 0} for line in lines_of(folder, part)] for folder in (whole, parts))
+    assert codegrid("train-tokenizer", "--out", resumed, "--steps", 4, "--resume").status == 0
+    assert without_logs(resumed) == without_logs(uninterrupted)
+    for split in ("train", "held_out"):
+        one, other = (
+            [{**line, "seconds": 0} for line in lines_of(folder, split)] for folder in (uninterrupted, resumed)
+        )
         assert one == other
 
 
 @pytest.mark.parametrize("other", ["vq", "vae", "ae"])
-def test_a_baseline_goes_on_with_its_own_bottleneck_or_not_at_all(
+def test_a_baseline_resumes_with_its_own_bottleneck_or_not_at_all(
     tmp_path: Path, baseline: Path, other: str, codegrid: Codegrid
 ) -> None:
     run = tmp_path / "run"
@@ -114,12 +114,12 @@ def test_a_baseline_goes_on_with_its_own_bottleneck_or_not_at_all(
         return
     assert outcome.status == 1
     assert len(outcome.error_lines) == 1
-    told = f"Error: expected --resume with bottleneck {baseline.name}, as the run was started, got {other}; omit "
-    assert outcome.error_lines[0].startswith(told)
+    message = f"Error: expected --resume with bottleneck {baseline.name}, as the run was started, got {other}; omit "
+    assert outcome.error_lines[0].startswith(message)
     assert digest_of(run) == before
 
 
-def test_another_kl_weight_is_no_way_to_go_on(baseline: Path, codegrid: Codegrid) -> None:
+def test_a_run_does_not_resume_with_another_kl_weight(baseline: Path, codegrid: Codegrid) -> None:
     before, weight = digest_of(baseline), {"vae": 0.25, "ae": 0.1}[baseline.name]
     outcome = codegrid("train-tokenizer", "--out", baseline, "--resume", "--steps", 3, "--kl-weight", 0.5)
     assert outcome.status == 1
@@ -131,41 +131,45 @@ def test_another_kl_weight_is_no_way_to_go_on(baseline: Path, codegrid: Codegrid
 
 
 @pytest.mark.parametrize(
-    ("kind", "option", "value", "user"),
+    ("bottleneck", "option", "value", "user"),
     [
         ("vq", "--kl-weight", 0.5, "vae"),
         ("vq", "--kl-weight", 0.1, "vae"),  # the default, which does nothing either
         ("ae", "--kl-weight", 0.5, "vae"),
-        *((kind, "--num-codes", 16, "vq") for kind in KINDS),
-        *((kind, "--codebook-update", update, "vq") for kind in KINDS for update in ("ema", "gradient")),
+        *((bottleneck, "--num-codes", 16, "vq") for bottleneck in BOTTLENECKS),
+        *(
+            (bottleneck, "--codebook-update", update, "vq")
+            for bottleneck in BOTTLENECKS
+            for update in ("ema", "gradient")
+        ),
     ],
 )
-@pytest.mark.parametrize("there", [False, True])
+@pytest.mark.parametrize("existing", [False, True])
 def test_an_option_of_another_bottleneck_is_refused_and_nothing_written(
     tmp_path: Path,
     image_folder: Path,
-    kind: str,
+    bottleneck: str,
     option: str,
     value: object,
     user: str,
-    there: bool,
+    existing: bool,
     codegrid: Codegrid,
 ) -> None:
     """Into a new folder, and with --force over what another run logged."""
     out = tmp_path / "run"
     command = ["train-tokenizer", "--data", image_folder, "--out", out, "--steps", 1, option, value]
-    if there:
+    if existing:
         out.mkdir()
         (out / "metrics.jsonl").write_text("mine")
         command.append("--force")
-    outcome = codegrid(*command, *(["--bottleneck", kind] if kind != "vq" else []))
+    outcome = codegrid(*command, *(["--bottleneck", bottleneck] if bottleneck != "vq" else []))
     assert outcome.status == 1
     assert outcome.error_lines == [
-        f"Error: expected {option} with --bottleneck {user} only, got --bottleneck {kind}; omit {option}"
+        f"Error: expected {option} with --bottleneck {user} only, got --bottleneck {bottleneck}; omit {option}"
     ]
-    assert digest_of(tmp_path).keys() == ({"run/metrics.jsonl"} if there else set())
-    assert out.exists() == there
-    assert not there or (out / "metrics.jsonl").read_text() == "mine"
+    assert digest_of(tmp_path).keys() == ({"run/metrics.jsonl"} if existing else set())
+    assert out.exists() == existing
+    assert not existing or (out / "metrics.jsonl").read_text() == "mine"
 
 
 @pytest.mark.parametrize(("weight", "status"), [("inf", 1), ("-inf", 2), ("nan", 1)])
@@ -180,7 +184,7 @@ def test_a_kl_weight_that_is_no_number_is_refused_and_nothing_written(
     assert list(tmp_path.iterdir()) == []
 
 
-# Loaded, measured, looked at
+# Loaded, evaluated, reconstructed
 
 
 def test_what_was_trained_is_loaded(baseline: Path) -> None:
@@ -205,7 +209,7 @@ def test_evaluate_prints_and_writes_the_error_and_nothing_about_codes(
 
 
 def test_the_recorded_score_is_that_of_the_weights(baseline: Path) -> None:
-    """The last evaluation in training and one of the checkpoint see the same numbers, though a VAE draws in between."""
+    """The last evaluation in training and one of the checkpoint give the same numbers, though a VAE samples."""
     last = lines_of(baseline, "held_out")[-1]
     metrics = read_info(baseline, "tokenizer").metrics
     assert {name: last[name] for name in ("mse", "psnr", "nmse")} == {
@@ -213,8 +217,8 @@ def test_the_recorded_score_is_that_of_the_weights(baseline: Path) -> None:
     }
 
 
-def test_reconstruct_draws_a_picture(tmp_path: Path, baseline: Path, codegrid: Codegrid) -> None:
-    for name in ("once", "again"):
+def test_reconstruct_writes_a_picture(tmp_path: Path, baseline: Path, codegrid: Codegrid) -> None:
+    for name in ("first", "second"):
         picture = tmp_path / "new" / f"{name}.png"
         command = ["reconstruct", "--tokenizer", baseline, "--split", "train", "--out", picture]
         assert codegrid(*command).status == 0
@@ -222,7 +226,7 @@ def test_reconstruct_draws_a_picture(tmp_path: Path, baseline: Path, codegrid: C
             assert image.mode == "RGB"
             assert image.size[1] > 2 * HEIGHT
             assert len(np.unique(np.asarray(image))) > 20
-    assert (tmp_path / "new" / "once.png").read_bytes() == picture.read_bytes()  # the mean, not a draw
+    assert (tmp_path / "new" / "first.png").read_bytes() == picture.read_bytes()  # the mean, not a sample
 
 
 # Refused where codes are needed
@@ -231,9 +235,9 @@ NEED_CODES = {
     "export-codes": "export-codes --tokenizer {baseline} --out {new}",
     "train-prior": "train-prior --tokenizer {baseline} --out {new}",
     "train-prior with codes": "train-prior --codes {codes} --tokenizer {baseline} --out {new}",
-    "train-prior again": "train-prior --tokenizer {baseline} --out {mine} --resume",
-    "train-prior over another": "train-prior --tokenizer {baseline} --out {mine} --force",
-    "export-codes over another": "export-codes --tokenizer {baseline} --out {mine}/codes --force",
+    "train-prior, resumed": "train-prior --tokenizer {baseline} --out {existing} --resume",
+    "train-prior over another": "train-prior --tokenizer {baseline} --out {existing} --force",
+    "export-codes over another": "export-codes --tokenizer {baseline} --out {existing}/codes --force",
     "sample": "sample --tokenizer {baseline} --prior {prior} --out {new}",
     "sample without a prior": "sample --tokenizer {baseline} --prior {nosuch} --out {new}",
     "evaluate": "evaluate --tokenizer {baseline} --prior {prior}",
@@ -245,11 +249,11 @@ NEED_CODES = {
 def test_what_needs_codes_is_refused_in_one_line_and_writes_nothing(
     tmp_path: Path, baseline: Path, trained: Trained, case: str, codegrid: Codegrid
 ) -> None:
-    new, mine = tmp_path / "new", tmp_path / "mine"
-    shutil.copytree(trained.prior, mine)
-    shutil.copytree(trained.codes, mine / "codes")
-    names = {**vars(trained), "baseline": baseline, "new": new, "mine": mine, "nosuch": tmp_path / "nosuch"}
-    before = digest_of(baseline), digest_of(mine)
+    new, existing = tmp_path / "new", tmp_path / "existing"
+    shutil.copytree(trained.prior, existing)
+    shutil.copytree(trained.codes, existing / "codes")
+    names = {**vars(trained), "baseline": baseline, "new": new, "existing": existing, "nosuch": tmp_path / "nosuch"}
+    before = digest_of(baseline), digest_of(existing)
     outcome = codegrid(*(word.format(**names) for word in NEED_CODES[case].split()))
     assert outcome.status == 1
     assert outcome.error_lines == [
@@ -258,7 +262,7 @@ def test_what_needs_codes_is_refused_in_one_line_and_writes_nothing(
     ]
     assert "Traceback" not in outcome.err
     assert not new.exists()
-    assert (digest_of(baseline), digest_of(mine)) == before
+    assert (digest_of(baseline), digest_of(existing)) == before
 
 
 def test_a_baseline_in_the_default_place_makes_no_codes_and_hinders_none(
@@ -270,14 +274,14 @@ def test_a_baseline_in_the_default_place_makes_no_codes_and_hinders_none(
     outcome = codegrid(*command)
     assert (outcome.status, outcome.error_lines) == (0, [])
     assert "which has none" in outcome.out
-    assert "training goes on without pictures" in outcome.out
+    assert "training continues without pictures" in outcome.out
     outcome = codegrid("train-prior", "--out", "another")
     assert outcome.status == 1
     assert f"got one with --bottleneck {baseline.name}" in outcome.error_lines[0]
     assert not Path("another").exists()
 
 
-def test_python_is_told_the_same(baseline: Path, trained: Trained) -> None:
+def test_python_raises_the_same_error(baseline: Path, trained: Trained) -> None:
     for load in (load_tokenizer, lambda folder: ImagePipeline.from_pretrained(folder, trained.prior, device="cpu")):
         with pytest.raises(InputError, match=f"expected a tokenizer with codes .* --bottleneck {baseline.name}"):
             load(baseline)

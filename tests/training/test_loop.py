@@ -3,7 +3,6 @@
 A `Toy` stage shows what the loop does with any model.
 """
 
-import json
 import math
 import time
 from collections.abc import Callable
@@ -16,7 +15,8 @@ import torch
 from pipeline.codes.dataset import CodeDataset
 from pipeline.evaluation.likelihood import measure_prior
 from pipeline.evaluation.reconstruction import measure_reconstruction
-from pipeline.images.image_set import held_out, open_images
+from pipeline.images.holdout import held_out
+from pipeline.images.image_set import open_images
 from pipeline.models.checkpoint import load_training, load_weights, read_info
 from pipeline.models.loading import load_prior, load_tokenizer
 from pipeline.training.loop import run_training
@@ -35,7 +35,7 @@ from .training_runs import Toy, lines_of, settings_of, stop_at, toy_info
 
 @pytest.mark.parametrize(("num_items", "batch_size"), [(7, 3), (7, 7), (5, 12), (1, 4), (100, 32)])
 def test_every_epoch_is_another_permutation(num_items: int, batch_size: int) -> None:
-    """G5, cut out of the batches put end to end; also a batch larger than an epoch."""
+    """G5, cut out of the concatenated batches; also with a batch larger than an epoch."""
     order, epochs = DataOrder(num_items, batch_size, seed=0), 6
     steps = math.ceil(epochs * num_items / batch_size)
     batches = [order.batch(step) for step in range(steps)]
@@ -92,14 +92,14 @@ def test_the_evaluations_are_spread_evenly(tmp_path: Path) -> None:
     for steps, evaluations in ((4, 8), (40, 8), (45, 8), (8, 1)):
         folder = tmp_path / f"{steps}-{evaluations}"
         run_training(Toy(), toy_info(), settings_of(steps=steps, evaluations=evaluations), folder, resume=False)
-        found = [line["step"] for line in lines_of(folder) if line["part"] == "held_out"]
+        found = [line["step"] for line in lines_of(folder, "held_out")]
         assert found[-1] == steps
         assert len(found) == min(steps, evaluations)
         gaps = np.diff([0, *found])
         assert gaps.max() - gaps.min() <= 1
 
 
-def test_evaluating_and_drawing_change_nothing_that_is_learned(trained: Trained) -> None:
+def test_evaluations_and_previews_change_nothing_that_is_learned(trained: Trained) -> None:
     images = open_images(str(trained.images)).train
     torch.manual_seed(0)
     config = TokenizerConfig(hidden_channels=4, residual_channels=2, num_codes=16, code_dim=2)
@@ -147,16 +147,16 @@ def test_without_keep_best_the_last_weights_are_kept(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("stopped", range(1, 8))
-def test_the_best_weights_outlive_a_stop_before_or_after_them(tmp_path: Path, stopped: int) -> None:
+def test_the_best_weights_survive_a_stop_before_or_after_them(tmp_path: Path, stopped: int) -> None:
     settings = settings_of(steps=8, learning_rate=1.0, keep_best=True)
-    whole = run_training(Toy(valley(0.1)), toy_info(), settings, tmp_path / "whole", resume=False)
+    expected = run_training(Toy(valley(0.1)), toy_info(), settings, tmp_path / "uninterrupted", resume=False)
     toy = Toy(valley(0.1))
     toy.at_step = stop_at(stopped)
     with pytest.raises(KeyboardInterrupt):
-        run_training(toy, toy_info(), settings, tmp_path / "part", resume=False)
-    assert run_training(Toy(valley(0.1)), toy_info(), settings, tmp_path / "part", resume=True) == whole
-    assert (tmp_path / "part" / "model.safetensors").read_bytes() == (
-        tmp_path / "whole" / "model.safetensors"
+        run_training(toy, toy_info(), settings, tmp_path / "resumed", resume=False)
+    assert run_training(Toy(valley(0.1)), toy_info(), settings, tmp_path / "resumed", resume=True) == expected
+    assert (tmp_path / "resumed" / "model.safetensors").read_bytes() == (
+        tmp_path / "uninterrupted" / "model.safetensors"
     ).read_bytes()
 
 
@@ -167,7 +167,7 @@ def test_the_recorded_step_is_that_of_the_weights(tmp_path: Path, keep_best: boo
     toy.at_step = stop_at(16)
     with pytest.raises(KeyboardInterrupt):
         run_training(toy, toy_info(), settings_of(steps=100, keep_best=keep_best), tmp_path, resume=False)
-    (evaluated,) = (line["step"] for line in lines_of(tmp_path) if line["part"] == "held_out")
+    (evaluated,) = (line["step"] for line in lines_of(tmp_path, "held_out"))
     assert evaluated < 16
     kept = load_weights(tmp_path)["weight"].item()
     assert kept == (toy.weights[evaluated] if keep_best else toy.weight)
@@ -195,24 +195,23 @@ def test_the_recorded_score_of_a_prior_is_that_of_its_weights(trained: Trained) 
     rows = np.flatnonzero(held_out(list(codes.names())))
     found = measure_prior(load_prior(trained.prior), [codes.batch(rows)])
     assert found == info.metrics["bits_per_code"]
-    lines = [json.loads(line) for line in (trained.prior / "metrics.jsonl").read_text().splitlines()]
-    scores = {line["step"]: line["bits_per_code"] for line in lines if line["part"] == "held_out"}
+    scores = {line["step"]: line["bits_per_code"] for line in lines_of(trained.prior, "held_out")}
     assert info.step == min(scores, key=lambda step: scores[step])
     assert scores[info.step] == found
 
 
 def test_held_out_rows_are_never_trained_on(trained: Trained) -> None:
     images, codes = open_images(str(trained.images)).train, CodeDataset(trained.codes)
-    aside = held_out(list(codes.names()))
+    held_out_mask = held_out(list(codes.names()))
     for stage in (
         TokenizerStage(load_tokenizer(trained.tokenizer), images),
-        PriorStage(load_prior(trained.prior), codes, aside),
+        PriorStage(load_prior(trained.prior), codes, held_out_mask),
     ):
-        train, held = set(stage.train_rows.tolist()), set(stage.held_out_rows.tolist())
-        assert held == set(np.flatnonzero(aside).tolist())
-        assert not train & held
-        assert train | held == set(range(len(images)))
-        assert stage.num_items == len(train)
+        train_rows, held_out_rows = set(stage.train_rows.tolist()), set(stage.held_out_rows.tolist())
+        assert held_out_rows == set(np.flatnonzero(held_out_mask).tolist())
+        assert not train_rows & held_out_rows
+        assert train_rows | held_out_rows == set(range(len(images)))
+        assert stage.num_items == len(train_rows)
 
 
 # The log
@@ -232,22 +231,22 @@ def test_a_line_cut_short_anywhere_leaves_a_log_that_can_be_read(tmp_path: Path)
     log = MetricsLog(path)
     for step in (1, 2):
         log.write(step, "train", {"loss": 0.5})
-    whole = path.read_bytes()
-    last = whole.splitlines(keepends=True)[-1]
+    complete = path.read_bytes()
+    last = complete.splitlines(keepends=True)[-1]
     for cut in range(len(last)):
-        path.write_bytes(whole[: len(whole) - len(last) + cut])
+        path.write_bytes(complete[: len(complete) - len(last) + cut])
         log.drop_after(2)
         log.write(3, "train", {"loss": 0.25})
         steps = [line["step"] for line in lines_of(tmp_path)]
-        assert steps == ([1, 2, 3] if cut == len(last) - 1 else [1, 3])  # without its newline, a line is still whole
+        assert steps == ([1, 2, 3] if cut == len(last) - 1 else [1, 3])  # without its newline, a line is still complete
 
 
-def test_what_came_after_a_step_is_dropped_and_no_more(tmp_path: Path) -> None:
+def test_only_what_came_after_a_step_is_dropped(tmp_path: Path) -> None:
     log = MetricsLog(tmp_path / "metrics.jsonl")
-    log.drop_after(3)  # there is none yet
+    log.drop_after(3)  # there is no log yet
     for step in range(1, 6):
-        for part in ("train", "held_out"):
-            log.write(step, part, {"loss": 1 / step})
+        for split in ("train", "held_out"):
+            log.write(step, split, {"loss": 1 / step})
     before = lines_of(tmp_path)
     log.drop_after(3)
     assert lines_of(tmp_path) == [line for line in before if line["step"] <= 3]

@@ -1,4 +1,4 @@
-"""The optimizers: Muon against a slow oracle, which parameters it takes, and that its state comes back."""
+"""The optimizers: Muon against a slow oracle, which parameters it takes, and that their state is restored."""
 
 import pytest
 import torch
@@ -34,7 +34,7 @@ def test_the_singular_values_become_nearly_equal(shape: tuple[int, int]) -> None
     assert float(values.max()) < 1.3
 
 
-def test_of_zero_it_is_zero() -> None:
+def test_zero_orthogonalized_is_zero() -> None:
     assert torch.equal(orthogonalized(torch.zeros(2, 16, 17)), torch.zeros(2, 16, 17))
 
 
@@ -77,33 +77,33 @@ def test_which_weights_are_matrices() -> None:
     assert [tuple(weight.shape) for weight in hidden_matrices(model)] == [(16, 2, 3, 3), (17, 16, 1, 1)]
 
 
-@pytest.mark.parametrize("kind", ["muon", "adam"])
-def test_every_parameter_is_stepped_once(kind: str) -> None:
+@pytest.mark.parametrize("name", ["muon", "adam"])
+def test_every_parameter_is_stepped_once(name: str) -> None:
     model = network()
-    optimizers = Optimizers(model, kind, 0.1)
-    owned = [p for member in optimizers.members.values() for group in member.param_groups for p in group["params"]]
-    assert sorted(map(id, owned)) == sorted(map(id, model.parameters()))
-    assert ("muon" in optimizers.members) == (kind == "muon")
+    optimizers = Optimizers(model, name, 0.1)
+    optimized = [p for member in optimizers.members.values() for group in member.param_groups for p in group["params"]]
+    assert sorted(map(id, optimized)) == sorted(map(id, model.parameters()))
+    assert ("muon" in optimizers.members) == (name == "muon")
     before = [parameter.detach().clone() for parameter in model.parameters()]
     give_gradients(model, 1)
     optimizers.step(0.0)
-    assert all(torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))  # the rate is heard
+    assert all(torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))  # the rate acts
     optimizers.step(0.1)
     assert not any(torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
     optimizers.zero_grad()
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("kind", ["muon", "adam"])
-def test_a_step_after_loading_is_the_step_without_saving(kind: str) -> None:
+@pytest.mark.parametrize("name", ["muon", "adam"])
+def test_a_step_after_loading_is_the_step_without_saving(name: str) -> None:
     model, copy = network(), network()
-    optimizers = Optimizers(model, kind, 0.1)
+    optimizers = Optimizers(model, name, 0.1)
     give_gradients(model, 1)
     optimizers.step(0.1)
-    again = Optimizers(copy, kind, 0.1)
+    restored = Optimizers(copy, name, 0.1)
     copy.load_state_dict(model.state_dict())
-    again.load_tensors({name: tensor.clone() for name, tensor in optimizers.tensors().items()})
-    for each, member in ((model, optimizers), (copy, again)):
+    restored.load_tensors({key: tensor.clone() for key, tensor in optimizers.tensors().items()})
+    for each, member in ((model, optimizers), (copy, restored)):
         give_gradients(each, 2)
         member.step(0.1)
     for one, other in zip(model.parameters(), copy.parameters(), strict=True):

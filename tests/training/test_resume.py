@@ -65,7 +65,7 @@ from .training_runs import (
         ["--optimizer", "adam"],
     ],
 )
-def test_a_tokenizer_goes_on_as_it_was_started_or_not_at_all(
+def test_a_tokenizer_resumes_as_it_was_started_or_not_at_all(
     trained: Trained, changed: Sequence[object], codegrid: Codegrid
 ) -> None:
     before = digest_of(trained.tokenizer)
@@ -91,7 +91,7 @@ def test_a_tokenizer_goes_on_as_it_was_started_or_not_at_all(
         ["--optimizer", "adam"],
     ],
 )
-def test_a_prior_goes_on_as_it_was_started_or_not_at_all(
+def test_a_prior_resumes_as_it_was_started_or_not_at_all(
     trained: Trained, changed: Sequence[object], codegrid: Codegrid
 ) -> None:
     before = digest_of(trained.prior)
@@ -102,10 +102,10 @@ def test_a_prior_goes_on_as_it_was_started_or_not_at_all(
     assert digest_of(trained.prior) == before
 
 
-def test_the_same_options_again_are_no_conflict(
+def test_repeating_the_same_options_is_no_conflict(
     tmp_path: Path, trained: Trained, codegrid: Codegrid, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The usual way to go on is the same line with --resume; paths are then as relative as they were."""
+    """A run is usually resumed by the same line with --resume; its paths are as relative as before."""
     monkeypatch.chdir(trained.images.parent)
     out, size = tmp_path / "run", ["--image-size", "8x12", "--channels", 3, "--num-codes", 16, "--lr", 2e-3]
     command = ["train-tokenizer", "--data", f"./{trained.images.name}", "--out", out, *size]
@@ -114,13 +114,13 @@ def test_the_same_options_again_are_no_conflict(
     assert (outcome.status, outcome.error_lines) == (0, [])
 
 
-@pytest.mark.parametrize("way", ["{}/", "./{}", "{}"])
-def test_a_path_written_another_way_is_no_conflict(
-    tmp_path: Path, trained: Trained, way: str, codegrid: Codegrid, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("form", ["{}/", "./{}", "{}"])
+def test_a_path_written_in_another_form_is_no_conflict(
+    tmp_path: Path, trained: Trained, form: str, codegrid: Codegrid, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A shell completes a folder's name with a slash."""
     monkeypatch.chdir(trained.tokenizer.parent)
-    paths = ["--codes", way.format("codes"), "--tokenizer", way.format("tokenizer")]
+    paths = ["--codes", form.format("codes"), "--tokenizer", form.format("tokenizer")]
     command = ["train-prior", *paths, "--out", tmp_path / "run", "--channels", 2, "--num-layers", 1]
     assert codegrid(*command, "--steps", 1).status == 0
     outcome = codegrid(*command, "--steps", 2, "--resume")
@@ -128,7 +128,7 @@ def test_a_path_written_another_way_is_no_conflict(
 
 
 def test_a_setting_that_an_older_checkpoint_lacks_acts_when_it_is_given(trained: Trained) -> None:
-    """An option acts or is refused; it is never dropped in silence."""
+    """An option acts or is refused; it is never ignored silently."""
     training = read_info(trained.prior, "prior").training
     older = {name: value for name, value in training.items() if name != "dropout"}
     assert resolve(PriorSettings, {"dropout": 0.5, "steps": None}, older).dropout == 0.5
@@ -136,8 +136,10 @@ def test_a_setting_that_an_older_checkpoint_lacks_acts_when_it_is_given(trained:
     assert resolve(PriorSettings, {}, older).channels == training["channels"] != PriorSettings().channels
 
 
-def test_a_tokenizer_that_has_moved_is_named_anew(tmp_path: Path, trained: Trained, codegrid: Codegrid) -> None:
-    """Its fingerprint tells that it is the same one."""
+def test_a_tokenizer_that_has_moved_is_named_by_its_new_path(
+    tmp_path: Path, trained: Trained, codegrid: Codegrid
+) -> None:
+    """Its fingerprint shows that it is the same one."""
     shutil.copytree(trained.prior, tmp_path / "prior")
     shutil.copytree(trained.tokenizer, tmp_path / "moved")
     command = ["train-prior", "--out", tmp_path / "prior", "--resume", "--steps", 4]
@@ -145,13 +147,13 @@ def test_a_tokenizer_that_has_moved_is_named_anew(tmp_path: Path, trained: Train
     assert load_training(tmp_path / "prior").values["step"] == 4
 
 
-def test_a_prior_without_pictures_can_be_gone_on_with(tmp_path: Path, trained: Trained) -> None:
-    """The default tokenizer is there, but made other codes: training goes on without pictures, also when resumed."""
+def test_a_prior_without_pictures_can_be_resumed(tmp_path: Path, trained: Trained) -> None:
+    """The default tokenizer exists, but made other codes: training continues without pictures, also when resumed."""
     other = tmp_path / "checkpoints" / "tokenizer"
     save_tokenizer(other, brightness_tokenizer())
-    given = {"codes": str(trained.codes), "channels": 2, "num_layers": 1, "precision": "fp32"}
-    train_prior(RunFolder(out=tmp_path / "prior", device="cpu"), {**given, "steps": 1}, other)
-    train_prior(RunFolder(out=tmp_path / "prior", device="cpu", resume=True), {**given, "steps": 2}, other)
+    overrides = {"codes": str(trained.codes), "channels": 2, "num_layers": 1, "precision": "fp32"}
+    train_prior(RunFolder(out=tmp_path / "prior", device="cpu"), {**overrides, "steps": 1}, other)
+    train_prior(RunFolder(out=tmp_path / "prior", device="cpu", resume=True), {**overrides, "steps": 2}, other)
     assert load_training(tmp_path / "prior").values["step"] == 2
 
 
@@ -164,7 +166,7 @@ def test_compile_compiles_the_networks_of_a_new_run_and_of_a_resumed_one(
     codegrid: Codegrid,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """What compilation does to the numbers is the matter of test_precision; here it only takes note."""
+    """test_precision tests what compilation does to the numbers; here its calls are only recorded."""
     seen: list[str] = []
     monkeypatch.setattr(nn.Module, "compile", lambda self: seen.append(type(self).__name__))
     commands = {"tokenizer": ["--data", trained.images], "prior": ["--codes", trained.codes, "--channels", 2]}
@@ -177,12 +179,10 @@ def test_compile_compiles_the_networks_of_a_new_run_and_of_a_resumed_one(
     assert seen == [*compiled, *compiled]
 
 
-# What it finds in the folder
+# What --resume finds in the folder
 
 
-def test_going_on_with_a_finished_run_changes_nothing_and_tells_its_numbers(
-    trained: Trained, codegrid: Codegrid
-) -> None:
+def test_resuming_a_finished_run_changes_nothing_and_prints_its_numbers(trained: Trained, codegrid: Codegrid) -> None:
     kept = ("model.safetensors", "config.json", "training.safetensors", "metrics.jsonl")
     for stage in ("tokenizer", "prior"):
         folder = getattr(trained, stage)
@@ -193,7 +193,7 @@ def test_going_on_with_a_finished_run_changes_nothing_and_tells_its_numbers(
         assert re.search(rf"^done: .*\b{info.step}\b.*; \w+ \d", outcome.out, re.MULTILINE)
 
 
-def test_resume_where_nothing_is_starts_anew(tmp_path: Path, trained: Trained, codegrid: Codegrid) -> None:
+def test_resume_in_a_new_folder_starts_anew(tmp_path: Path, trained: Trained, codegrid: Codegrid) -> None:
     command = ["train-prior", "--codes", trained.codes, "--channels", 2, "--num-layers", 1, "--steps", 1]
     assert codegrid(*command, "--out", tmp_path / "a", "--resume").status == 0
     assert codegrid(*command, "--out", tmp_path / "b").status == 0
@@ -239,15 +239,15 @@ def test_resume_with_the_other_kind_or_a_broken_state_loses_nothing(
 def test_resume_never_removes_what_no_run_wrote(
     tmp_path: Path, trained: Trained, name: str, status: int, codegrid: Codegrid
 ) -> None:
-    """Only --force may replace what is there, and a folder with somebody's pictures or weights alone is no run."""
-    mine = tmp_path / "mine" / name
-    mine.parent.mkdir(parents=True)
-    mine.write_bytes(b"...")
+    """Only --force may replace existing files, and a folder that holds only foreign pictures or weights is no run."""
+    foreign = tmp_path / "run" / name
+    foreign.parent.mkdir(parents=True)
+    foreign.write_bytes(b"...")
     command = ["train-prior", "--codes", trained.codes, "--channels", 2, "--num-layers", 1, "--steps", 1]
-    outcome = codegrid(*command, "--out", tmp_path / "mine", "--resume")
+    outcome = codegrid(*command, "--out", tmp_path / "run", "--resume")
     assert outcome.status == status, outcome
-    assert mine.exists(), outcome
-    assert mine.read_bytes() == b"..."
+    assert foreign.exists(), outcome
+    assert foreign.read_bytes() == b"..."
 
 
 def test_resume_and_force_together_are_refused(trained: Trained, codegrid: Codegrid) -> None:
@@ -262,12 +262,12 @@ def test_resume_and_force_together_are_refused(trained: Trained, codegrid: Codeg
 def test_force_leaves_what_no_run_wrote(tmp_path: Path, trained: Trained, codegrid: Codegrid) -> None:
     out = tmp_path / "run"
     shutil.copytree(trained.prior, out)
-    mine = [out / "pictures" / "holiday.jpg", out / "notes.txt"]
-    for path in mine:
+    foreign = [out / "pictures" / "holiday.jpg", out / "notes.txt"]
+    for path in foreign:
         path.write_bytes(b"...")
     command = ["train-prior", "--codes", trained.codes, "--channels", 2, "--num-layers", 1, "--steps", 1]
     assert codegrid(*command, "--out", out, "--force").status == 0
-    assert all(path.read_bytes() == b"..." for path in mine)
+    assert all(path.read_bytes() == b"..." for path in foreign)
     assert evaluations_of(out)[-1]["step"] == 1  # the old log is gone
     assert load_prior(out).config.channels == 2
 
@@ -291,8 +291,8 @@ def stage_of(request: pytest.FixtureRequest, trained: Trained) -> Callable[[], S
     return make
 
 
-def stop_in(stage: Stage, step: int) -> Stage:
-    """`stage`, with Ctrl-C in the middle of this step, counted from 1."""
+def with_ctrl_c_in(stage: Stage, step: int) -> Stage:
+    """Return `stage`, with Ctrl-C in the middle of this step, counted from 1."""
     real, calls = stage.losses, []
 
     def losses(indices: np.ndarray) -> dict[str, Tensor]:
@@ -305,27 +305,28 @@ def stop_in(stage: Stage, step: int) -> Stage:
 
 
 def train_lines(folder: Path) -> list[dict[str, object]]:
-    return [{**line, "seconds": 0} for line in lines_of(folder) if line["part"] == "train"]
+    return [{**line, "seconds": 0} for line in lines_of(folder, "train")]
 
 
 @pytest.mark.parametrize("stops", [(1,), (2,), (3,), (1, 2), (1, 2, 3)])
 def test_a_run_stopped_within_an_interval_of_the_log_logs_the_same_lines(
     tmp_path: Path, stage_of: Callable[[], Stage], stops: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Four steps with a line after 2 and 4: means of losses, codes in use, codes revived; and no time is lost."""
+    """Four steps with a line after 2 and 4: means of losses, codes in use, codes revived; and no seconds are lost."""
     monkeypatch.setattr(loop, "LINES_PER_EVALUATION", 2)
-    settings, whole, parts = settings_of(steps=4, evaluations=1, learning_rate=1e-2), tmp_path / "a", tmp_path / "b"
-    run_training(stage_of(), toy_info(), settings, whole, resume=False)
+    settings = settings_of(steps=4, evaluations=1, learning_rate=1e-2)
+    uninterrupted, resumed = tmp_path / "uninterrupted", tmp_path / "resumed"
+    run_training(stage_of(), toy_info(), settings, uninterrupted, resume=False)
     for before, stop in zip((0, *stops), stops, strict=False):
         with pytest.raises(KeyboardInterrupt):
-            run_training(stop_in(stage_of(), stop - before), toy_info(), settings, parts, resume=before > 0)
-    run_training(stage_of(), toy_info(), settings, parts, resume=True)
-    assert [line["step"] for line in train_lines(whole)] == [2, 4]
-    assert train_lines(parts) == train_lines(whole)
+            run_training(with_ctrl_c_in(stage_of(), stop - before), toy_info(), settings, resumed, resume=before > 0)
+    run_training(stage_of(), toy_info(), settings, resumed, resume=True)
+    assert [line["step"] for line in train_lines(uninterrupted)] == [2, 4]
+    assert train_lines(resumed) == train_lines(uninterrupted)
     for name in ("model.safetensors", "training.safetensors", "config.json"):
-        same = (whole / name).read_bytes() == (parts / name).read_bytes()
+        same = (uninterrupted / name).read_bytes() == (resumed / name).read_bytes()
         assert same, name
-    seconds = [line["seconds"] for line in lines_of(parts)]
+    seconds = [line["seconds"] for line in lines_of(resumed)]
     assert seconds == sorted(seconds)
 
 
@@ -333,8 +334,10 @@ def test_a_run_stopped_within_an_interval_of_the_log_logs_the_same_lines(
 def test_the_seconds_of_a_resumed_run_count_those_before_it(
     tmp_path: Path, stopped: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A clock by hand: a step takes 10 seconds, and what happens between the two runs none; stopped in and after an
-    interval of the log."""
+    """With a clock set by hand a step takes 10 seconds; the time between the two runs does not count.
+
+    The run is stopped within an interval of the log and at the end of one.
+    """
     clock = [1000.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     monkeypatch.setattr(loop, "LINES_PER_EVALUATION", 4)
@@ -353,7 +356,7 @@ def test_the_seconds_of_a_resumed_run_count_those_before_it(
             with pytest.raises(KeyboardInterrupt):
                 run_training(toy, toy_info(), settings, tmp_path, resume=False)
         clock[0] += 500
-    assert [(line["step"], line["seconds"]) for line in lines_of(tmp_path) if line["part"] == "train"] == [
+    assert [(line["step"], line["seconds"]) for line in lines_of(tmp_path, "train")] == [
         (2, 20),
         (4, 40),
         (6, 60),
@@ -364,17 +367,17 @@ def test_the_seconds_of_a_resumed_run_count_those_before_it(
 def test_a_state_saved_before_intervals_were_kept_still_resumes(
     tmp_path: Path, stage_of: Callable[[], Stage], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As older versions wrote it: no sums, no uses of codes, no seconds. The time goes on from the log."""
+    """As older versions wrote it: no sums, no uses of codes, no seconds. The clock continues from the log."""
     monkeypatch.setattr(loop, "LINES_PER_EVALUATION", 2)
     settings = settings_of(steps=4, evaluations=1)
     with pytest.raises(KeyboardInterrupt):
-        run_training(stop_in(stage_of(), 3), toy_info(), settings, tmp_path, resume=False)
+        run_training(with_ctrl_c_in(stage_of(), 3), toy_info(), settings, tmp_path, resume=False)
     log = tmp_path / "metrics.jsonl"
     log.write_text(re.sub(r'"seconds": [\d.]+', '"seconds": 70.5', log.read_text("utf-8")), "utf-8")
     state = load_training(tmp_path)
-    added = [name for name in state.tensors if name.startswith("interval/") or name == "stage/recent"]
-    assert "interval/loss" in added
-    older = {name: tensor for name, tensor in state.tensors.items() if name not in added}
+    newer = [name for name in state.tensors if name.startswith("interval/") or name == "stage/recent"]
+    assert "interval/loss" in newer
+    older = {name: tensor for name, tensor in state.tensors.items() if name not in newer}
     values = {name: value for name, value in state.values.items() if name != "interval"}
     info, weights = read_info(tmp_path, "prior"), load_weights(tmp_path)
     save_checkpoint(tmp_path, info, weights, TrainingState(tensors=older, values=values))

@@ -16,38 +16,38 @@ CHANGEABLE = {"steps", "precision", "compile", "data_root", "tokenizer"}
 
 
 def another(value: Any) -> Any:
-    """A value of the same type that is another one."""
+    """Return another value of the same type."""
     return {bool: lambda: not value, int: lambda: value + 1, float: lambda: value + 0.5}.get(
         type(value), lambda: "another"
     )()
 
 
-@pytest.mark.parametrize("kind", STAGES.values())
-def test_an_override_wins_and_none_is_none(kind: type) -> None:
-    default = kind()
+@pytest.mark.parametrize("settings_class", STAGES.values())
+def test_an_override_replaces_the_default_and_none_does_not(settings_class: type) -> None:
+    default = settings_class()
     for name, value in vars(default).items():
         override = another(value)
-        assert vars(resolve(kind, {name: override}, None)) == {**vars(default), name: override}
-        assert resolve(kind, {name: None}, None) == default
+        assert vars(resolve(settings_class, {name: override}, None)) == {**vars(default), name: override}
+        assert resolve(settings_class, {name: None}, None) == default
 
 
-@pytest.mark.parametrize("kind", STAGES.values())
-def test_a_resumed_run_keeps_its_settings_and_changes_those_that_may(kind: type) -> None:
+@pytest.mark.parametrize("settings_class", STAGES.values())
+def test_a_resumed_run_keeps_its_settings_and_changes_those_that_may(settings_class: type) -> None:
     """Of every setting of both stages."""
-    started = kind(**{name: another(value) for name, value in vars(kind()).items()})
-    assert resolve(kind, {}, recorded(started)) == started
-    assert resolve(kind, vars(started), recorded(started)) == started
-    for name, default in vars(kind()).items():
+    started = settings_class(**{name: another(value) for name, value in vars(settings_class()).items()})
+    assert resolve(settings_class, {}, recorded(started)) == started
+    assert resolve(settings_class, vars(started), recorded(started)) == started
+    for name, default in vars(settings_class()).items():
         override = default if default is not None else "elsewhere"
         if name in CHANGEABLE:
-            resolved = resolve(kind, {name: override}, recorded(started))
+            resolved = resolve(settings_class, {name: override}, recorded(started))
             assert vars(resolved) == {**vars(started), name: override}
         else:
             with pytest.raises(InputError, match=rf"--resume with {name.replace('_', '-')} .*got {override}; omit"):
-                resolve(kind, {name: override}, recorded(started))
+                resolve(settings_class, {name: override}, recorded(started))
 
 
-def test_a_setting_that_older_versions_recorded_and_this_one_lacks_is_passed_over() -> None:
+def test_a_setting_that_older_versions_recorded_and_this_one_lacks_is_ignored() -> None:
     assert resolve(PriorSettings, {}, {"steps": 3, "no_such_setting": 1}) == PriorSettings(steps=3)
 
 
@@ -60,7 +60,7 @@ def test_a_size_is_the_same_before_and_after_json() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "name", "before", "now", "same"),
+    ("settings_class", "name", "before", "now", "same"),
     [
         (TokenizerSettings, "data", "{cwd}/mnist", "./mnist", True),
         (TokenizerSettings, "data", "{cwd}/mnist", "mnist", False),  # the source of that name, and a folder
@@ -72,16 +72,16 @@ def test_a_size_is_the_same_before_and_after_json() -> None:
     ],
 )
 def test_paths_are_compared_by_where_they_lead(
-    tmp_path: Any, kind: type, name: str, before: Any, now: Any, same: bool, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Any, settings_class: type, name: str, before: Any, now: Any, same: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     fill = lambda path: path.format(cwd=tmp_path)  # noqa: E731
     before = [fill(path) for path in before] if isinstance(before, list) else before and fill(before)
     if same:
-        assert getattr(resolve(kind, {name: now}, {name: before}), name) == before
+        assert getattr(resolve(settings_class, {name: now}, {name: before}), name) == before
     else:
         with pytest.raises(InputError, match=f"--resume with {name} "):
-            resolve(kind, {name: now}, {name: before})
+            resolve(settings_class, {name: now}, {name: before})
 
 
 # The help of the command line
@@ -89,14 +89,14 @@ def test_paths_are_compared_by_where_they_lead(
 
 @pytest.mark.parametrize("command", STAGES)
 def test_the_help_shows_the_default_of_every_setting(command: str) -> None:
-    """A default of None, as of the size of images, is told in words."""
+    """A default of None, as of the size of images, is described in words."""
     shown = {option.name: option.help or "" for option in cli.cli.commands[command].params}  # type: ignore[attr-defined]
     settings = [field.name for field in fields(STAGES[command]) if field.name in shown and field.name != "compile"]
     assert len(settings) >= 10
     for name in settings:
-        (told,) = re.findall(r"\[default: (.+)\]", shown[name]) or [""]
-        mine = {"train-tokenizer": 0, "train-prior": -1}[command]
-        value = re.sub(r" in (stage one|two)$", "", told.split(", ")[mine])
+        (default_text,) = re.findall(r"\[default: (.+)\]", shown[name]) or [""]
+        position = {"train-tokenizer": 0, "train-prior": -1}[command]
+        value = re.sub(r" in (stage one|two)$", "", default_text.split(", ")[position])
         default = getattr(STAGES[command](), name)
         if isinstance(default, (int, float)):
             assert float(value) == default, name

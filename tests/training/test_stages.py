@@ -1,4 +1,4 @@
-"""What the two stages tell the loop, what the loop logs of it, against slow counts; and that every setting acts."""
+"""What the two stages report to the loop and the loop logs, against slow counts; and that every setting acts."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +18,7 @@ from pipeline.images.preprocessing import to_uint8
 from pipeline.models.checkpoint import read_info
 from pipeline.models.loading import load_prior, load_tokenizer
 from pipeline.training.loop import run_training
-from pipeline.training.prior_stage import PICTURES, PriorStage
+from pipeline.training.prior_stage import PREVIEW_SAMPLES, PriorStage
 from pipeline.training.recipes import PriorSettings, TokenizerSettings
 from pipeline.training.stage import Evaluation
 from pipeline.training.tokenizer_stage import TokenizerStage
@@ -38,7 +38,7 @@ def images(grey_folder: Path) -> ImageSplit:
 
 @pytest.fixture
 def stage(images: ImageSplit) -> TokenizerStage:
-    """Of a tokenizer whose codes are those of `cells_of`, and that stays as it is."""
+    """The stage of a tokenizer whose codes are those of `cells_of`, and which is not trained."""
     return TokenizerStage(brightness_tokenizer().eval(), images)
 
 
@@ -47,7 +47,7 @@ def codes_of(images: ImageSplit, rows: np.ndarray, folder: Path) -> np.ndarray:
     return np.stack([cells_of(folder / images.names[row]) for row in rows])
 
 
-# The tokenizer's
+# The stage of the tokenizer
 
 
 def test_the_codes_in_use_are_those_since_the_last_time(
@@ -59,7 +59,7 @@ def test_the_codes_in_use_are_those_since_the_last_time(
             stage.losses(np.array([index]))
         codes = codes_of(images, stage.train_rows[indices], grey_folder) if indices else np.empty(0)
         found.append((stage.status()["codes_in_use"], len(np.unique(codes))))
-    assert [told for told, _ in found] == [counted for _, counted in found]
+    assert [reported for reported, _ in found] == [counted for _, counted in found]
     assert found[-1] == (0, 0)
     assert found[2] > found[0]
 
@@ -96,7 +96,7 @@ def test_the_picture_of_the_codebook_is_of_the_codes_of_the_held_out_images(
     np.testing.assert_array_equal(picture, codebook_picture(stage.model, histogram)[0])
 
 
-# The prior's
+# The stage of the prior
 
 
 def test_the_loss_of_a_prior_is_that_of_the_labels_of_its_rows() -> None:
@@ -106,9 +106,9 @@ def test_the_loss_of_a_prior_is_that_of_the_labels_of_its_rows() -> None:
         def batch(self, indices: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
             return codes[indices], labels[indices]
 
-    aside = np.array([True, False, False, True, False, False])
+    held_out_mask = np.array([True, False, False, True, False, False])
     rows = torch.tensor([1, 2, 4, 5])
-    found = PriorStage(model, Grids(), aside).losses(np.array([3, 0]))["loss"]
+    found = PriorStage(model, Grids(), held_out_mask).losses(np.array([3, 0]))["loss"]
     chosen = rows[[3, 0]]
     expected = torch.nn.functional.cross_entropy(model(codes[chosen], labels[chosen]), codes[chosen])
     torch.testing.assert_close(found, expected)
@@ -118,26 +118,26 @@ def test_the_loss_of_a_prior_is_that_of_the_labels_of_its_rows() -> None:
 
 def test_the_picture_of_a_prior_shows_its_samples_with_the_classes_in_turn(tmp_path: Path, trained: Trained) -> None:
     prior, step = load_prior(trained.prior), read_info(trained.prior, "prior").step  # whose weights are kept
-    labels = torch.arange(PICTURES) % len(CLASS_NAMES)
+    labels = torch.arange(PREVIEW_SAMPLES) % len(CLASS_NAMES)
     source, grid = torch.Generator().manual_seed(0), CodeDataset(trained.codes).manifest.grid
-    codes = sample_codes(prior, PICTURES, grid, labels=labels, generator=source)
+    codes = sample_codes(prior, PREVIEW_SAMPLES, grid, labels=labels, generator=source)
     save_grid(to_uint8(load_tokenizer(trained.tokenizer).decode(codes)), tmp_path / "expected.png", columns=8)
-    drawn = trained.prior / "pictures" / f"step-{step:07d}.png"
-    assert drawn.read_bytes() == (tmp_path / "expected.png").read_bytes()
+    preview = trained.prior / "pictures" / f"step-{step:07d}.png"
+    assert preview.read_bytes() == (tmp_path / "expected.png").read_bytes()
 
 
 # The settings
 
 
-def in_both(settings: Any, config: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The fields that settings and config share, in each."""
+def shared_fields(settings: Any, config: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the fields that settings and config share: their values in each."""
     shared = sorted(vars(settings).keys() & vars(config).keys())
     return {name: getattr(settings, name) for name in shared}, {name: getattr(config, name) for name in shared}
 
 
 def test_every_setting_of_a_prior_reaches_the_model(trained: Trained) -> None:
     settings = PriorSettings(channels=10, num_layers=3, kernel_size=5, dropout=0.5)
-    chosen, found = in_both(settings, prior_config_for(settings, CodeDataset(trained.codes)))
+    chosen, found = shared_fields(settings, prior_config_for(settings, CodeDataset(trained.codes)))
     assert found == chosen == {"channels": 10, "num_layers": 3, "kernel_size": 5, "dropout": 0.5}
     assert all(chosen[name] != getattr(PriorSettings(), name) for name in chosen)
 
@@ -145,31 +145,31 @@ def test_every_setting_of_a_prior_reaches_the_model(trained: Trained) -> None:
 @pytest.mark.parametrize(("bottleneck", "update"), [("vq", "gradient"), ("vae", "ema")])
 def test_every_setting_of_a_tokenizer_reaches_the_model(grey_folder: Path, bottleneck: str, update: str) -> None:
     numbers = {"num_codes": 33, "code_dim": 5, "downsample": 2, "hidden_channels": 6, "num_residual_layers": 1}
-    more = {"residual_channels": 3, "commitment_weight": 0.5, "kl_weight": 0.25}
+    others = {"residual_channels": 3, "commitment_weight": 0.5, "kl_weight": 0.25}
     names = {"bottleneck": bottleneck, "codebook_update": update}
-    settings = TokenizerSettings(**numbers, **more, **names)  # type: ignore[arg-type]
-    chosen, found = in_both(settings, tokenizer_config_for(settings, open_images(str(grey_folder))))
-    assert found == chosen == {**numbers, **more, **names}
+    settings = TokenizerSettings(**numbers, **others, **names)  # type: ignore[arg-type]
+    chosen, found = shared_fields(settings, tokenizer_config_for(settings, open_images(str(grey_folder))))
+    assert found == chosen == {**numbers, **others, **names}
 
 
-# What the loop makes of it
+# What the loop does with them
 
 
 def test_a_line_of_the_log_is_the_mean_of_the_losses_since_the_line_before(tmp_path: Path) -> None:
-    """20 lines in 60 steps, of 3 each; the loss of a step is the weight before it, turned around."""
+    """20 lines in 60 steps, of 3 each; the loss of a step is the negative of the weight before it."""
     toy = Toy()
     run_training(toy, toy_info(), settings_of(steps=60, evaluations=1), tmp_path, resume=False)
-    lines = [line for line in lines_of(tmp_path) if line["part"] == "train"]
+    lines = lines_of(tmp_path, "train")
     assert [line["step"] for line in lines] == list(range(3, 61, 3))
     means = -np.reshape(toy.weights, (20, 3)).mean(axis=1)
     np.testing.assert_allclose([line["loss"] for line in lines], means, rtol=1e-5)
 
 
-def test_no_more_are_evaluated_than_are_needed_and_none_of_the_rest_is_trained_on() -> None:
-    aside = np.arange(3 * MOST_HELD_OUT) % 2 == 0
-    train, held = split_rows(aside)
-    np.testing.assert_array_equal(held, np.arange(0, 2 * MOST_HELD_OUT, 2))
-    np.testing.assert_array_equal(train, np.arange(1, 3 * MOST_HELD_OUT, 2))
+def test_at_most_so_many_are_evaluated_and_none_of_the_rest_is_trained_on() -> None:
+    held_out_mask = np.arange(3 * MOST_HELD_OUT) % 2 == 0
+    train_rows, held_out_rows = split_rows(held_out_mask)
+    np.testing.assert_array_equal(held_out_rows, np.arange(0, 2 * MOST_HELD_OUT, 2))
+    np.testing.assert_array_equal(train_rows, np.arange(1, 3 * MOST_HELD_OUT, 2))
 
 
 def test_a_prior_keeps_its_best_weights_and_a_tokenizer_its_last(

@@ -1,4 +1,4 @@
-"""A run that is stopped, however it is, and goes on is the run that never stopped.
+"""A run that is stopped, in whatever way, and resumed is the run that never stopped.
 
 Runs go through the command line where a user's would.
 """
@@ -42,21 +42,21 @@ def command(request: pytest.FixtureRequest, trained: Trained) -> list[object]:
 
 def test_four_steps_are_two_and_two_more(tmp_path: Path, command: list[object], codegrid: Codegrid) -> None:
     """G9, bit for bit; that a longer run differs shows that the comparison can fail."""
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    assert codegrid(*command, "--out", whole, "--steps", 4).status == 0
-    assert codegrid(*command, "--out", parts, "--steps", 2).status == 0
+    uninterrupted, resumed = tmp_path / "uninterrupted", tmp_path / "resumed"
+    assert codegrid(*command, "--out", uninterrupted, "--steps", 4).status == 0
+    assert codegrid(*command, "--out", resumed, "--steps", 2).status == 0
     with pytest.raises(AssertionError):
-        same_run(whole, parts)
-    assert codegrid(*command, "--out", parts, "--steps", 4, "--resume").status == 0
-    same_run(whole, parts)
-    no_step_twice(parts, 4)
-    assert {tensor.dtype for tensor in load_weights(parts).values()} <= {
+        same_run(uninterrupted, resumed)
+    assert codegrid(*command, "--out", resumed, "--steps", 4, "--resume").status == 0
+    same_run(uninterrupted, resumed)
+    no_step_twice(resumed, 4)
+    assert {tensor.dtype for tensor in load_weights(resumed).values()} <= {
         torch.float32,
         torch.bool,
         torch.int64,
     }  # never bf16
-    assert codegrid(*command, "--out", parts, "--steps", 5, "--resume").status == 0
-    assert load_training(parts).values["step"] == 5
+    assert codegrid(*command, "--out", resumed, "--steps", 5, "--resume").status == 0
+    assert load_training(resumed).values["step"] == 5
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "adam"])
@@ -64,63 +64,63 @@ def test_four_steps_are_two_and_two_more(tmp_path: Path, command: list[object], 
 def test_four_steps_with_either_optimizer_are_two_and_two_more(
     tmp_path: Path, trained: Trained, stage: str, optimizer: str, codegrid: Codegrid
 ) -> None:
-    """Wide enough for Muon to have weights; it is the default, and a resumed run needs no reminder of either."""
+    """Wide enough for Muon to have weights; it is the default, and a resumed run need not be told either."""
     commands: dict[str, list[object]] = {
         "tokenizer": ["train-tokenizer", "--data", trained.images, "--num-codes", 16],
         "prior": ["train-prior", "--codes", trained.codes, "--tokenizer", trained.tokenizer, "--channels", 16],
     }
     command = [*commands[stage], "--batch-size", 4, *([] if optimizer == "muon" else ["--optimizer", optimizer])]
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    assert codegrid(*command, "--out", whole, "--steps", 4).status == 0
-    assert codegrid(*command, "--out", parts, "--steps", 2).status == 0
-    assert codegrid(command[0], "--out", parts, "--steps", 4, "--resume").status == 0
-    same_run(whole, parts)
-    no_step_twice(parts, 4)
-    owners = {name.split("/")[1] for name in load_training(parts).tensors if name.startswith("optimizer/")}
-    assert owners == ({"muon", "adam"} if optimizer == "muon" else {"adam"})
-    assert read_info(parts, stage).training["optimizer"] == optimizer
+    uninterrupted, resumed = tmp_path / "uninterrupted", tmp_path / "resumed"
+    assert codegrid(*command, "--out", uninterrupted, "--steps", 4).status == 0
+    assert codegrid(*command, "--out", resumed, "--steps", 2).status == 0
+    assert codegrid(command[0], "--out", resumed, "--steps", 4, "--resume").status == 0
+    same_run(uninterrupted, resumed)
+    no_step_twice(resumed, 4)
+    optimizers = {name.split("/")[1] for name in load_training(resumed).tensors if name.startswith("optimizer/")}
+    assert optimizers == ({"muon", "adam"} if optimizer == "muon" else {"adam"})
+    assert read_info(resumed, stage).training["optimizer"] == optimizer
 
 
 @pytest.mark.parametrize("stopped", [1, 3])
-def test_a_run_stopped_by_ctrl_c_goes_on_as_if_it_had_not(
+def test_a_run_stopped_by_ctrl_c_resumes_as_if_it_had_not(
     tmp_path: Path, command: list[object], stopped: int, codegrid: Codegrid, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The signal comes in the middle of a step; --resume then needs no other option."""
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    assert codegrid(*command, "--out", whole, "--steps", 4).status == 0
+    uninterrupted, resumed = tmp_path / "uninterrupted", tmp_path / "resumed"
+    assert codegrid(*command, "--out", uninterrupted, "--steps", 4).status == 0
     with monkeypatch.context() as patch:
         during(patch, stopped, lambda: os.kill(os.getpid(), signal.SIGINT))
-        outcome = codegrid(*command, "--out", parts, "--steps", 4)
+        outcome = codegrid(*command, "--out", resumed, "--steps", 4)
     assert outcome.status == 130
     assert f"stopped at step {stopped} and saved; --resume continues" in outcome.err
-    assert load_training(parts).values["step"] == stopped
-    assert codegrid(command[0], "--out", parts, "--resume").status == 0
-    same_run(whole, parts)
-    no_step_twice(parts, 4)
+    assert load_training(resumed).values["step"] == stopped
+    assert codegrid(command[0], "--out", resumed, "--resume").status == 0
+    same_run(uninterrupted, resumed)
+    no_step_twice(resumed, 4)
 
 
-def test_a_run_killed_after_its_last_save_does_the_lost_steps_again(
+def test_a_run_killed_after_its_last_save_repeats_the_lost_steps(
     tmp_path: Path, command: list[object], codegrid: Codegrid, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What was logged and drawn after that save is forgotten, a line cut short too."""
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    assert codegrid(*command, "--out", whole, "--steps", 4).status == 0
+    """What was logged and previewed after that save is dropped, a line cut short too."""
+    uninterrupted, resumed = tmp_path / "uninterrupted", tmp_path / "resumed"
+    assert codegrid(*command, "--out", uninterrupted, "--steps", 4).status == 0
     with monkeypatch.context() as patch:
         during(patch, 1, lambda: os.kill(os.getpid(), signal.SIGINT))
-        assert codegrid(*command, "--out", parts, "--steps", 4).status == 130
+        assert codegrid(*command, "--out", resumed, "--steps", 4).status == 130
     with monkeypatch.context() as patch:
         during(patch, 3, kill)  # steps 2 and 3 are done, and not saved
         with pytest.raises(Killed):
-            cli.main([*map(str, command), "--out", str(parts), "--resume"])
-    with open(parts / "metrics.jsonl", "a") as file:
+            cli.main([*map(str, command), "--out", str(resumed), "--resume"])
+    with open(resumed / "metrics.jsonl", "a") as file:
         file.write('{"step": 4, "part": "tr')
-    assert load_training(parts).values["step"] == 1
-    assert codegrid(command[0], "--out", parts, "--resume").status == 0
-    same_run(whole, parts)
-    no_step_twice(parts, 4)
+    assert load_training(resumed).values["step"] == 1
+    assert codegrid(command[0], "--out", resumed, "--resume").status == 0
+    same_run(uninterrupted, resumed)
+    no_step_twice(resumed, 4)
 
 
-def test_a_run_is_saved_now_and_then(
+def test_a_run_is_saved_by_the_clock(
     tmp_path: Path, command: list[object], codegrid: Codegrid, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(loop, "SAVE_EVERY_SECONDS", -1.0)
@@ -169,7 +169,7 @@ def test_a_second_ctrl_c_ends_it_at_once(
     def twice() -> None:
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
-        raise AssertionError("still going")
+        raise AssertionError("still running")
 
     command = ["train-prior", "--codes", trained.codes, "--channels", 4, "--num-layers", 1, "--out", tmp_path / "run"]
     assert codegrid(*command, "--steps", 2).status == 0
@@ -218,10 +218,10 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(
 
 
 @pytest.mark.parametrize("stage", ["tokenizer", "prior"])
-def test_a_learning_rate_that_destroys_the_model_is_told_in_one_line(
+def test_a_learning_rate_that_destroys_the_model_is_reported_in_one_line(
     tmp_path: Path, trained: Trained, stage: str, codegrid: Codegrid
 ) -> None:
-    """Nothing simulated: the weights overflow after the first step."""
+    """Nothing is simulated: the weights overflow after the first step."""
     commands = {
         "tokenizer": ["train-tokenizer", "--data", trained.images, "--num-codes", 16],
         "prior": ["train-prior", "--codes", trained.codes, "--channels", 4, "--num-layers", 2],
@@ -229,14 +229,14 @@ def test_a_learning_rate_that_destroys_the_model_is_told_in_one_line(
     out = tmp_path / "run"
     outcome = codegrid(*commands[stage], "--out", out, "--steps", 4, "--lr", 1e30, "--precision", "fp32")
     assert outcome.status == 1
-    # A bar that is still open would have "Error: " behind it on its own line.
+    # A progress bar that is still open would precede "Error: " on its line.
     assert [line[:7] for line in outcome.error_lines] == ["Error: "]
     assert re.search(r"finite .*; lower (--lr|the learning rate)", outcome.error_lines[0])
     assert not (out / "config.json").exists()
     assert "the last good state is kept" not in outcome.error_lines[0]
 
 
-def test_one_step_that_destroys_the_model_is_told_as_clearly(
+def test_one_step_that_destroys_the_model_is_reported_as_clearly(
     tmp_path: Path, trained: Trained, codegrid: Codegrid
 ) -> None:
     """The loss of the only step is finite; its evaluation is not."""
@@ -247,7 +247,7 @@ def test_one_step_that_destroys_the_model_is_told_as_clearly(
     assert re.search(r"Error: expected .*finite.* got .*--lr", outcome.error_lines[0])
 
 
-def test_losses_that_are_not_finite_name_themselves(tmp_path: Path) -> None:
+def test_a_loss_that_is_not_finite_is_named(tmp_path: Path) -> None:
     toy = Toy()
     toy.losses = lambda indices: {  # type: ignore[method-assign]
         "loss": toy.model.weight.sum(),
@@ -255,7 +255,7 @@ def test_losses_that_are_not_finite_name_themselves(tmp_path: Path) -> None:
     }
     with pytest.raises(InputError, match="got commitment = nan at step 0; lower --lr"):
         run_training(toy, toy_info(), settings_of(), tmp_path, resume=False)
-    assert toy.weight == 0  # the step was not taken
+    assert toy.weight == 0  # no step was taken
 
 
 @pytest.mark.parametrize("keep_best", [False, True])
@@ -263,7 +263,7 @@ def test_losses_that_are_not_finite_name_themselves(tmp_path: Path) -> None:
 def test_a_score_that_is_not_finite_ends_the_run(
     tmp_path: Path, wrong: float, keep_best: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It comes from weights that are not finite, which no later step mends; what was saved before stays."""
+    """It comes from weights that are not finite, which no later step repairs; what was saved before stays."""
     monkeypatch.setattr(loop, "SAVE_EVERY_SECONDS", -1.0)
     scores = iter([3.0, 2.0, wrong, 1.0])
     settings = settings_of(steps=4, keep_best=keep_best)
@@ -277,7 +277,7 @@ def test_a_score_that_is_not_finite_ends_the_run(
 
 
 def poison_the_gradient(toy: Toy, patch: pytest.MonkeyPatch) -> None:
-    """The loss is finite, and what the optimizer then makes of the weight is not."""
+    """The loss is finite, the weight after the step is not."""
     toy.model.weight.register_hook(lambda gradient: gradient * math.nan)
 
 
@@ -314,13 +314,13 @@ def toy_with_a_buffer() -> Toy:
 
 
 @pytest.mark.parametrize("poison", POISONS)
-@pytest.mark.parametrize("there", [False, True])
+@pytest.mark.parametrize("existing", [False, True])
 def test_a_stop_never_saves_a_state_that_is_not_finite(
-    tmp_path: Path, poison: str, there: bool, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, poison: str, existing: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ctrl-C in step 34 of 200, where no evaluation is due; the losses are finite to the end."""
     settings = settings_of(steps=200, evaluations=20, keep_best=True)
-    if there:
+    if existing:
         toy = toy_with_a_buffer()
         toy.at_step = stop_at(25)
         with pytest.raises(KeyboardInterrupt):
@@ -329,24 +329,24 @@ def test_a_stop_never_saves_a_state_that_is_not_finite(
     toy = toy_with_a_buffer()
 
     def at_step(step: int) -> None:
-        if step == (9 if there else 34):
+        if step == (9 if existing else 34):
             os.kill(os.getpid(), signal.SIGINT)
             POISONS[poison](toy, monkeypatch)
 
     toy.at_step = at_step
     with pytest.raises((InputError, KeyboardInterrupt)) as raised:
-        run_training(toy, toy_info(), settings, tmp_path, resume=there)
+        run_training(toy, toy_info(), settings, tmp_path, resume=existing)
     assert re.match(r"expected a finite state .* at step 34; lower --lr \(now 0.1\)", str(raised.value))
-    kept = f"the last good state is kept in {tmp_path}" if there else "nothing was saved yet"
+    kept = f"the last good state is kept in {tmp_path}" if existing else "nothing was saved yet"
     assert kept in str(raised.value)
     assert poison.split()[-1] in str(raised.value)
     after = digest_of(tmp_path)
     for name in ("model.safetensors", "training.safetensors", "config.json"):
         assert after.get(name) == before.get(name)
-        assert (name in after) == there
+        assert (name in after) == existing
 
 
-def test_a_state_that_is_saved_by_the_clock_is_looked_at_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_state_that_is_saved_by_the_clock_is_checked_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loop, "SAVE_EVERY_SECONDS", -1.0)
     toy = toy_with_a_buffer()
     toy.at_step = lambda step: poison_a_buffer(toy, monkeypatch) if step == 3 else None
@@ -356,10 +356,10 @@ def test_a_state_that_is_saved_by_the_clock_is_looked_at_too(tmp_path: Path, mon
 
 
 @pytest.mark.parametrize("stage", ["tokenizer", "prior"])
-def test_ctrl_c_after_a_step_that_destroys_the_weights_is_told_in_one_line(
+def test_ctrl_c_after_a_step_that_destroys_the_weights_is_reported_in_one_line(
     tmp_path: Path, trained: Trained, stage: str, codegrid: Codegrid, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The step is taken with a learning rate that overflows; nothing looks at the model before the stop."""
+    """The step is taken with a learning rate that overflows; nothing checks the model before the stop."""
     commands = {
         "tokenizer": ["train-tokenizer", "--data", trained.images, "--num-codes", 16, "--num-residual-layers", 0],
         "prior": ["train-prior", "--codes", trained.codes, "--channels", 4, "--num-layers", 1],
@@ -377,7 +377,7 @@ def test_ctrl_c_after_a_step_that_destroys_the_weights_is_told_in_one_line(
 
 
 def test_a_codebook_that_was_set_by_hand_is_a_finite_state(tmp_path: Path, trained: Trained) -> None:
-    """Its count of updates is infinite, on purpose."""
+    """Its count of updates is infinite on purpose."""
     model = load_tokenizer(trained.tokenizer)
     model.quantizer.set_codebook(model.quantizer.codebook.clone())
     assert any(bool(tensor.isinf().any()) for tensor in model.state_dict().values())

@@ -33,7 +33,7 @@ def cut_weights(folder: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1])
 
 
-def put_a_folder_in_place_of_the_config(folder: Path) -> None:
+def replace_the_config_by_a_folder(folder: Path) -> None:
     (folder / "config.json").unlink()
     (folder / "config.json").mkdir()
 
@@ -43,7 +43,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "a prior": change_config(kind="prior"),
     "config of another network": change_config(config={"hidden_channels": 8, "residual_channels": 5}),
     "config not JSON": lambda folder: (folder / "config.json").write_bytes(b"\xff{"),
-    "config a folder": put_a_folder_in_place_of_the_config,
+    "config a folder": replace_the_config_by_a_folder,
     "weights cut short": cut_weights,
     "no weights": lambda folder: (folder / "model.safetensors").unlink(),
 }
@@ -73,14 +73,14 @@ def test_codes_need_no_default_tokenizer(
     notes = [line for line in outcome.out.splitlines() if line.startswith("note: ")]
     assert len(notes) == 1
     assert f"{default_tokenizer}" in notes[0]
-    assert notes[0].endswith("; training goes on without pictures")
+    assert notes[0].endswith("; training continues without pictures")
     assert not Path("checkpoints/prior/pictures").exists()
     assert codegrid("train-prior", "--codes", trained.codes, *PRIOR, "--steps", 2, "--resume").status == 0
 
 
 @pytest.mark.parametrize("codes_named", [True, False])
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_tokenizer_that_is_asked_for_or_needed_must_be_usable(
+def test_a_tokenizer_that_is_named_or_needed_must_be_usable(
     trained: Trained, default_tokenizer: Path, damage: str, codes_named: bool, codegrid: Codegrid
 ) -> None:
     DAMAGES[damage](default_tokenizer)
@@ -92,7 +92,7 @@ def test_a_tokenizer_that_is_asked_for_or_needed_must_be_usable(
     assert not Path("checkpoints/prior").exists()
 
 
-def test_a_default_tokenizer_that_made_the_codes_draws_pictures(
+def test_a_default_tokenizer_that_made_the_codes_decodes_previews(
     trained: Trained, default_tokenizer: Path, codegrid: Codegrid
 ) -> None:
     """The oracle of the two tests above: without damage there is a picture and no note."""
@@ -111,7 +111,7 @@ def never(*arguments: object, **options: object) -> NoReturn:
 
 @pytest.fixture
 def no_long_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Images, codes and exports are out of bounds."""
+    """Opening images or codes, loading a tokenizer and exporting raise an AssertionError."""
     monkeypatch.setattr(train_tokenizer, "open_images", never)
     for name in ("CodeDataset", "export_codes", "load_trained_tokenizer"):
         monkeypatch.setattr(train_prior, name, never)
@@ -206,7 +206,7 @@ def test_a_run_that_cannot_be_written_is_not_resumed(
 # Seeds of any size
 
 
-def drawn() -> list[float]:
+def random_numbers() -> list[float]:
     values: list[float] = torch.rand(4).tolist()
     return values
 
@@ -214,21 +214,21 @@ def drawn() -> list[float]:
 @pytest.mark.parametrize("seed", [0, 1, 12345, 2**31, 2**32 - 1])
 def test_small_seeds_are_those_of_torch(seed: int) -> None:
     torch.manual_seed(seed)
-    expected = drawn()
+    expected = random_numbers()
     manual_seed(seed)
-    assert drawn() == expected
+    assert random_numbers() == expected
 
 
 def test_seeds_that_differ_draw_different_numbers() -> None:
-    """Above bit 32 too, where torch's CPU generator hears nothing, and above bit 64, where it raises."""
+    """Above bit 32 too, which torch's CPU generator ignores, and above bit 64, where it raises."""
     seeds = [5, 5 + 2**32, 5 + 2**33, 5 + 2**63, 5 + 2**64, 5 + 2**65, 5 + 10**40]
     found = set()
     for seed in seeds:
         manual_seed(seed)
-        found.add(tuple(drawn()))
+        found.add(tuple(random_numbers()))
     assert len(found) == len(seeds)
     torch.manual_seed(5)
-    assert tuple(drawn()) in found
+    assert tuple(random_numbers()) in found
 
 
 @pytest.mark.parametrize("stage", ["tokenizer", "prior"])

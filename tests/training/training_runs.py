@@ -1,4 +1,4 @@
-"""What the tests of training share: a toy stage, ways to stop a run, and how two runs are compared."""
+"""What the tests of training share: a toy stage, ways to stop a run, and the comparison of two runs."""
 
 import json
 import os
@@ -28,7 +28,7 @@ def settings_of(**changes: Any) -> LoopSettings:
 
 
 class Toy:
-    """One weight that the loss pushes up by Adam's step, and scores that are told beforehand or follow from it."""
+    """A stage with one weight, which the loss pushes up by Adam's step; its score is a function of the weight."""
 
     def __init__(self, score_of: Callable[[float], float] = lambda weight: weight, num_items: int = 5) -> None:
         self.model = nn.Linear(1, 1, bias=False)
@@ -77,12 +77,14 @@ def stop_at(step: int) -> Callable[[int], None]:
     return lambda now: os.kill(os.getpid(), signal.SIGINT) if now == step else None
 
 
-def lines_of(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
+def lines_of(folder: Path, split: str | None = None) -> list[dict[str, Any]]:
+    """Return the lines of the log of a run, by default of all splits."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
+    return [line for line in lines if split in (None, line["part"])]
 
 
 def evaluations_of(folder: Path) -> list[dict[str, Any]]:
-    return [{**line, "seconds": 0} for line in lines_of(folder) if line["part"] == "held_out"]
+    return [{**line, "seconds": 0} for line in lines_of(folder, "held_out")]
 
 
 def same_run(one: Path, other: Path) -> None:
@@ -112,12 +114,12 @@ def same_run(one: Path, other: Path) -> None:
 
 
 def no_step_twice(folder: Path, steps: int) -> None:
-    for part in ("train", "held_out"):
-        assert [line["step"] for line in lines_of(folder) if line["part"] == part] == list(range(1, steps + 1))
+    for split in ("train", "held_out"):
+        assert [line["step"] for line in lines_of(folder, split)] == list(range(1, steps + 1))
 
 
 def during(patch: pytest.MonkeyPatch, step: int, act: Callable[[], object]) -> None:
-    """Let `act` happen within a step, counted from 1, of either stage."""
+    """Make either stage call `act` within a step, counted from 1; losses that `act` returns replace the real ones."""
     calls = []
     for stage in (TokenizerStage, PriorStage):
 
