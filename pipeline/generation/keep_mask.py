@@ -24,7 +24,7 @@ HALVES = ("top", "bottom", "left", "right")
 
 
 def known_codes(tokenizer: VQVAE, images: Tensor, keep: Tensor) -> Tensor:
-    """Return the codes [n,H,W] of images [n,C,H',W'] in [0,1], -1 where `keep` [n,H',W'] is False at any pixel."""
+    """Return the codes [n,H,W] of images [n,C,H',W'] in [0,1], -1 unless `keep` [n,H',W'] is True on all its cell."""
     codes = tokenizer.encode(hide_pixels(images, keep))
     side = tokenizer.config.downsample
     all_kept = reduce(keep.float(), "n (h p) (w q) -> n h w", "min", p=side, q=side) > 0

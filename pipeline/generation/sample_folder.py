@@ -180,7 +180,9 @@ def _read(path: Path, preprocessing: Preprocessing) -> Tensor:
         ) from None
 
 
-def _record(pipeline: ImagePipeline, options: SampleOptions, labels: Tensor | None, **completion: int | str) -> SampleRecord:
+def _record(
+    pipeline: ImagePipeline, options: SampleOptions, labels: Tensor | None, **completion: int | str
+) -> SampleRecord:
     """Return the record of all n images; the options of a completion include those of the `completion` itself."""
     chosen = None if labels is None else labels.tolist()
     fingerprints = Fingerprints(tokenizer=pipeline.tokenizer_info.fingerprint, prior=pipeline.prior_info.fingerprint)
