@@ -1,6 +1,6 @@
 """How well a prior predicts codes.
 
-Legend: n grids, H W grid of codes.
+Legend: n grids in a batch, N in all, H W grid of codes.
 """
 
 from collections.abc import Iterable, Iterator

@@ -106,7 +106,7 @@ def complete_to_folder(
         options: how many completions, and how to sample them.
         out: the folder to write.
         candidates: as in `ImagePipeline.complete`.
-        force: replace existing samples.
+        force: replace what earlier runs wrote.
 
     Raises:
         InputError: a picture, mask, label or folder that cannot be used.
@@ -122,7 +122,7 @@ def complete_to_folder(
     if bool(mask.all()):
         raise InputError(
             expected="a mask that leaves something to draw",
-            got="one that keeps every pixel",
+            got="one that keeps all",
             do="make the pixels to draw black",
         )
     kept = to_uint8(hide_pixels(to_float(original[None]), mask[None]))

@@ -316,7 +316,7 @@ REFUSAL: dict[str, tuple[type[Exception], str]] = {
     "a text": (InputError, r"expected a picture as --image .*text\.png, got not an image"),
     "no mask": (InputError, r"expected top, .* as --keep .*nosuch\.png, got .*No such file"),
     "a mask of another size": (InputError, rf"expected a mask of {HEIGHT}x{WIDTH} pixels, .* got {HEIGHT - 1}x{WIDTH}"),
-    "all is kept": (InputError, "expected a mask that leaves something to draw, got one that keeps every pixel"),
+    "all is kept": (InputError, "expected a mask that leaves something to draw, got one that keeps all"),
     "an unknown label": (InputError, "got the label nosuch"),
     "a temperature below 0": (ValueError, r"temperature: expected 0 or more, got -1\.0"),
     "none": (ValueError, "expected at least 1 image, got 0"),
