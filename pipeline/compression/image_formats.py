@@ -1,10 +1,10 @@
 """The bytes of images as PNG, and as JPEG of a given PSNR.
 
-JPEG is at its best: its Huffman tables are made for each image, and RGB is stored with colours at half resolution or at
-full, whichever comes out smaller. Its PSNR may fall where the quality rises, above all where the originals were JPEGs
-once; of several places that meet a PSNR one is given.
+JPEG is used at its best: its Huffman tables are optimised for each image, and RGB is stored with colours at half or at
+full resolution, whichever is smaller. Its PSNR may fall as the quality rises, above all for images that were JPEGs
+before; if several qualities meet a PSNR, one of them is returned.
 
-N images of C channels, H' x W' pixels.
+Legend: N images, C channels, H' W' pixels.
 """
 
 import io
@@ -31,9 +31,9 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True, kw_only=True)
 class JpegRate:
-    """The bytes of a set of images as JPEG."""
+    """The mean bytes of a set of images as JPEG, at one quality."""
 
-    quality: float  # 1 to 100; between two whole ones where interpolated
+    quality: float  # 1 to 100; not an integer where interpolated
     subsampling: str  # of the colours: 4:2:0 at half resolution, 4:4:4 at full
     psnr: float  # dB, of the mean squared error over all images
     file: float  # bytes an image
@@ -47,16 +47,16 @@ def mean_png_bytes(images: np.ndarray) -> float:
 
 
 def jpeg_at_psnr(psnr: float, images: np.ndarray) -> JpegRate:
-    """Return the rate of uint8 images [N,C,H',W'] as JPEG of this PSNR, or as close to it as any quality comes."""
+    """Return the rate of uint8 images [N,C,H',W'] as JPEG of this PSNR, or of the nearest that any quality has."""
     subsamplings = ("4:4:4",) if images.shape[1] == 1 else ("4:2:0", "4:4:4")
     found = [rate_at(psnr, partial(measure_jpeg, images, subsampling=subsampling)) for subsampling in subsamplings]
     return min(found, key=lambda rate: (abs(rate.psnr - psnr), rate.file))
 
 
 def rate_at(psnr: float, measure: Callable[[int], JpegRate]) -> JpegRate:
-    """Return the rate at `psnr`, interpolated linearly in the PSNR between the two whole qualities next to it.
+    """Return the rate at `psnr`, interpolated linearly in the PSNR between two neighbouring integer qualities.
 
-    It is that of quality 1 if even this is better, and that of quality 100 if even this is worse.
+    It is the rate of quality 1 if even that is better, and of quality 100 if even that is worse.
     """
     measured = cache(measure)
     above = bisect_left(QUALITIES, psnr, key=lambda quality: measured(quality).psnr)
@@ -90,17 +90,17 @@ def measure_jpeg(images: np.ndarray, quality: int, *, subsampling: str) -> JpegR
 
 def scan_bytes(data: bytes) -> int:
     """Return the bytes of entropy-coded data in a baseline JPEG file: from its one scan header to the last marker."""
-    place = 2  # after the marker that starts the image
-    while True:  # marker of 2 bytes, length of 2 bytes that counts itself, content
-        marker, length = data[place + 1], int.from_bytes(data[place + 2 : place + 4], "big")
-        place += 2 + length
+    position = 2  # after the marker that starts the image
+    while True:  # marker of 2 bytes, length of 2 bytes that includes itself, content
+        marker, length = data[position + 1], int.from_bytes(data[position + 2 : position + 4], "big")
+        position += 2 + length
         if marker == START_OF_SCAN:
-            return data.index(END_OF_IMAGE, place) - place  # in the data itself, 0 follows each ff
+            return data.index(END_OF_IMAGE, position) - position  # in the data itself, 0 follows each ff
 
 
 @contextmanager
 def _buffer_for(image: np.ndarray) -> Iterator[None]:
-    """Enlarge Pillow's buffer: it must hold all of an optimised JPEG, and its default is too small for noise."""
+    """Enlarge Pillow's buffer: it must hold a complete optimised JPEG, and its default is too small for noise."""
     before = ImageFile.MAXBLOCK
     ImageFile.MAXBLOCK = max(before, 4 * image.size)
     try:
@@ -110,7 +110,7 @@ def _buffer_for(image: np.ndarray) -> Iterator[None]:
 
 
 def _saved(picture: Image.Image, file_format: str, **options: Any) -> bytes:
-    """Return the bytes of an optimised file."""
+    """Return the bytes of a picture as an optimised file."""
     buffer = io.BytesIO()
     picture.save(buffer, file_format, optimize=True, **options)
     return buffer.getvalue()
@@ -122,5 +122,5 @@ def squared_error(images: np.ndarray, reconstructed: np.ndarray) -> int:
 
 
 def psnr_of_uint8(squared_error: int, values: int) -> float:
-    """Return the PSNR in dB, from the sum of the squared errors of so many values of 8 bits."""
+    """Return the PSNR in dB from the sum of the squared errors of `values` values of 8 bits."""
     return psnr_of(squared_error / values / 255**2)

@@ -6,15 +6,15 @@
     jpeg_scan  its entropy-coded data alone, as if headers and tables cost nothing; they are most of a small image
     packed     codes of ceil(log2 K) bits each
     entropy    codes at the entropy of how often each occurs in the split (order 0)
-    prior      codes at the probabilities of the prior; an arithmetic coder comes within a few bits an image of it
+    prior      codes at the probabilities of the prior; an arithmetic coder comes within a few bits an image of this
 
-All are means over the images of a split. What a decoder has once for all images is not counted: the networks, and the
-frequencies behind `entropy`.
+All are means over the images of a split. What a decoder needs once for all images is not counted: the networks, and
+the frequencies for `entropy`.
 
-PSNR is of the mean squared error over all images, between pixels of 8 bits, for the codes as for JPEG. (`evaluate` does
-not round the pixels, so its PSNR differs a little.)
+The PSNR is that of the mean squared error over all images, between pixels of 8 bits, for codes and JPEG alike.
+(`evaluate` does not round the pixels, so its PSNR differs a little.)
 
-N images of C channels, H' x W' pixels, H x W codes.
+Legend: N images, C channels, H' W' pixels, H W grid of codes, K codes.
 """
 
 from collections.abc import Iterator, Sequence
@@ -39,7 +39,7 @@ from ..models.loading import TrainedPrior, TrainedTokenizer, images_of, load_pai
 from ..runtime.progress import with_progress
 from .image_formats import jpeg_at_psnr, mean_png_bytes, psnr_of_uint8, squared_error
 
-SEED = 0  # of the choice of images, if not all are measured
+SEED = 0  # for choosing images, if not all are measured
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,14 +51,14 @@ class SplitRate:
     grid: tuple[int, ...]  # [H,W]
     num_codes: int  # K
     psnr: float  # dB, of the codes
-    jpeg_psnr: float  # dB; the same, unless no quality of JPEG comes to it, which gives a warning
+    jpeg_psnr: float  # dB; the same, unless no quality of JPEG reaches it, which gives a warning
     jpeg_quality: float  # 1 to 100, where that PSNR is met
     jpeg_subsampling: str  # 4:2:0 or 4:4:4
     bits_per_code: dict[str, float]  # by the names at the top of this file; "prior" only if one was measured
     bytes_per_image: dict[str, float]  # by the names at the top of this file
 
     def to_json(self) -> dict[str, Any]:
-        """Return the fields as JSON has them."""
+        """Return the fields with lists in place of tuples, as JSON has them."""
         return {**asdict(self), "image": list(self.image), "grid": list(self.grid)}
 
 
@@ -71,7 +71,7 @@ class Rate:
     warnings: list[str]  # lines for a person
 
     def to_json(self) -> dict[str, Any]:
-        """Return the fields as JSON has them."""
+        """Return the fields as JSON has them, the warnings under the key "remarks"."""
         splits = {name: split.to_json() for name, split in self.splits.items()}
         return {"data": self.data, "splits": splits, "remarks": self.warnings}
 
@@ -118,7 +118,7 @@ def measure_rate(
 
 
 def rate_table(rate: SplitRate) -> str:
-    """Return the rate of a split for a person: bytes of an image and bits of a code, a line each."""
+    """Return a table to print: the bytes per image and bits per code of each representation of a split."""
     shape, grid = ("x".join(map(str, size)) for size in (rate.image, rate.grid))
     lines = [
         f"{rate.images:,} images of {shape}, {grid} codes of {rate.num_codes:,}",
@@ -141,20 +141,20 @@ def _load(
 
 
 def _splits_with_images(images: ImageSet, names: Sequence[str], n: int | None) -> dict[str, ImageSplit]:
-    """Return those of the named splits that have images, cut down to n of them. Raises InputError if none has."""
+    """Return those of the named splits that have images, n of each. Raise InputError if none has any."""
     splits = {"train": images.train, "test": images.test}
-    found = {name: some_of(splits[name], n) for name in names if len(splits[name])}
+    found = {name: subset_of(splits[name], n) for name in names if len(splits[name])}
     if not found:
         raise InputError(
-            expected=f"images in the {' or '.join(names)} part of {images.source}",
+            expected=f"images in the {' or '.join(names)} split of {images.source}",
             got="none",
             do="use the other --split, or name other images with --data",
         )
     return found
 
 
-def some_of(split: ImageSplit, n: int | None) -> ImageSplit:
-    """Return n images of a split, always the same, in its order; all for None or where there are no more."""
+def subset_of(split: ImageSplit, n: int | None) -> ImageSplit:
+    """Return n images of a split, always the same, in their order; all of them if n is None or larger."""
     if n is None or n >= len(split):
         return split
     rows = np.sort(np.random.default_rng(SEED).choice(len(split), n, replace=False))
@@ -192,7 +192,7 @@ def _measure_split(tokenizer: VQVAE, prior: GatedPixelCNN | None, split: ImageSp
 
 
 def _warnings(rate: SplitRate | None) -> Iterator[str]:
-    """Yield what a person should know about a split, None for one without images."""
+    """Yield the warnings about the rate of a split, which is None if the split has no images."""
     if rate is None:
         yield "no images"
     elif rate.jpeg_psnr > rate.psnr:

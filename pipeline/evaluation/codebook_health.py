@@ -1,6 +1,6 @@
-"""Is the codebook alive? A plain verdict from the histogram of the codes of a whole evaluation set.
+"""The health of a codebook: a verdict from the histogram of the codes of a complete evaluation set.
 
-A batch cannot tell: it holds too few vectors to meet every code, so its perplexity says more about its size.
+One batch is not enough: it has too few vectors to use every code, so its perplexity says more about its size.
 """
 
 from dataclasses import dataclass, field
@@ -9,9 +9,9 @@ from torch import Tensor
 
 from ..codes.statistics import perplexity
 
-ENOUGH_VECTORS = 4  # for each code, before a code that was not met counts as unused
+ENOUGH_VECTORS = 4  # for each code, before a code that did not occur counts as unused
 MOST_CODES = 0.9  # a codebook with this share of its codes in use is alive
-FEW_CODES = 1 / 32  # when this share of the codes carries half of all vectors, the rest hardly counts
+FEW_CODES = 1 / 32  # if this share of the codes carries half of all vectors, the others are hardly used
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,14 +20,14 @@ class CodebookHealth:
 
     num_codes: int  # K
     vectors: int  # in the histogram
-    codes_used: int  # codes met at least once
+    codes_used: int  # codes that occur at least once
     perplexity: float  # of the histogram: 1 to K
     half: int  # the fewest codes that carry half of all vectors
-    histogram: Tensor = field(repr=False, compare=False)  # [K] how often each code was met, on the CPU
+    histogram: Tensor = field(repr=False, compare=False)  # [K] how often each code occurs, on the CPU
 
     @property
     def verdict(self) -> str:
-        """One line: the state of the codebook, the numbers behind it and, if it is not well, what to try."""
+        """The state of the codebook in one line, with its numbers and, if it is not healthy, what to try."""
         used = f"{self.codes_used} of {self.num_codes} codes in use"
         if self.codes_used < self.num_codes and self.vectors < ENOUGH_VECTORS * self.num_codes:
             return f"too early to tell: {used} by {self.vectors} vectors; {ENOUGH_VECTORS} for each code would tell"
@@ -46,7 +46,7 @@ class CodebookHealth:
 
 
 def codebook_health(histogram: Tensor) -> CodebookHealth:
-    """Return the health that a histogram [K] of codes shows; without any vectors, no code is in use."""
+    """Return the health of a codebook whose codes have the histogram [K]; without vectors, no code is in use."""
     counts = histogram.sort(descending=True).values
     vectors = int(counts.sum())
     half = int((counts.cumsum(0) * 2 < vectors).sum()) + 1

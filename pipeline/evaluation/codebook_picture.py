@@ -1,7 +1,7 @@
 """The codebook as a picture: how often each code is used, and what it decodes to, the most used first.
 
 |||||||||||....       one bar for each code, as high as its share of the most used one
-[] [] [] [] [] []     what a patch of this code alone decodes to; codes not in use are left white
+[] [] [] [] [] []     what a patch of this code alone decodes to; codes not in use are white
 [] [] [] ...
 """
 
@@ -21,7 +21,7 @@ BARS = 96  # pixels that the highest bar takes
 
 
 def codebook_picture(tokenizer: VQVAE, histogram: Tensor) -> Tensor:
-    """Return a picture uint8 [C,H,W] of the codes of `histogram` [K], up to MOST_CODES of them."""
+    """Return a picture uint8 [C,H,W] of the codes of `histogram` [K]: the MOST_CODES most used ones."""
     counts, order = histogram.cpu().sort(descending=True, stable=True)
     counts, order = counts[:MOST_CODES], order[:MOST_CODES]
     tiles = code_tiles(tokenizer, order)
@@ -32,7 +32,7 @@ def codebook_picture(tokenizer: VQVAE, histogram: Tensor) -> Tensor:
 
 @torch.no_grad()
 def code_tiles(tokenizer: VQVAE, codes: Tensor) -> Tensor:
-    """Decode each of `codes` [n] among its like: the middle of a 5x5 grid of it, uint8 [n,C,TILE,TILE]."""
+    """Return what each of `codes` [n] decodes to in the middle of a 5x5 grid of itself, uint8 [n,C,TILE,TILE]."""
     side, device = tokenizer.config.downsample, next(tokenizer.parameters()).device
     grids = repeat(codes, "n -> n h w", h=5, w=5).to(device)
     patches = torch.cat([tokenizer.decode(batch) for batch in grids.split(256)])
@@ -41,7 +41,7 @@ def code_tiles(tokenizer: VQVAE, codes: Tensor) -> Tensor:
 
 
 def bars(counts: Tensor, sheet: torch.Size) -> Tensor:
-    """Return a bar for each of `counts` [n] over the width of a sheet [C,H,W]: uint8 [C,BARS,W], black on white."""
+    """Return a bar chart of `counts` [n] as wide as a sheet [C,H,W]: uint8 [C,BARS,W], black on white."""
     channels, _, width = sheet
     columns = torch.arange(width) * len(counts) // width
     heights = counts[columns] * BARS // counts.max().clamp_min(1)

@@ -1,4 +1,4 @@
-"""All numbers of a trained model: how it reconstructs, how it uses its codes, and how well a prior predicts them."""
+"""All metrics of a trained model: how it reconstructs, how it uses its codes, and how well a prior predicts them."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ from .reconstruction import ReconstructionNumbers, measure_reconstruction
 
 @dataclass(frozen=True, kw_only=True)
 class Likelihood:
-    """What a prior says about the codes of a split."""
+    """How well a prior predicts the codes of a split."""
 
     bits_per_code: float  # mean of -log2 of each code's probability
     bits_per_dim: float  # the same per value of the image: bits_per_code x H W / (C H' W')
@@ -32,13 +32,13 @@ class Evaluation:
 
     data: str  # the image source
     split: str  # "train" or "test"
-    images: int  # how many there are
+    images: int  # their number
     reconstruction: ReconstructionNumbers
     codebook: CodebookHealth | None  # None for a model without codes
     likelihood: Likelihood | None  # None if no prior was measured
 
     def to_json(self) -> dict[str, Any]:
-        """Return the numbers as one flat object; what was not measured is not in it."""
+        """Return the numbers as one flat object, without those that were not measured."""
         numbers: dict[str, Any] = {"data": self.data, "split": self.split, "images": self.images}
         numbers |= asdict(self.reconstruction)
         if self.codebook is not None:
@@ -74,16 +74,16 @@ def evaluate(
     pair = None if prior_folder is None else load_pair(tokenizer_folder, prior_folder, device)
     trained = load_trained_autoencoder(tokenizer_folder, device) if pair is None else pair[0]
     images = images_of(trained.info, data=data, data_root=data_root)
-    part = split_of(images, split)
-    labels = part.labels if pair is None else match_labels(part.labels, images.class_names, pair[1])
+    chosen = split_of(images, split)
+    labels = chosen.labels if pair is None else match_labels(chosen.labels, images.class_names, pair[1])
     codes = _Codes(trained.model.config.num_codes)
     numbers, health = measure_reconstruction(
-        trained.model, part, progress=True, on_codes=None if pair is None else codes.append
+        trained.model, chosen, progress=True, on_codes=None if pair is None else codes.append
     )
     return Evaluation(
         data=images.source,
         split=split,
-        images=len(part),
+        images=len(chosen),
         reconstruction=numbers,
         codebook=health,
         likelihood=None if pair is None else _measure_likelihood(*pair, codes.all(), labels),
@@ -91,7 +91,7 @@ def evaluate(
 
 
 class _Codes:
-    """The codes of a split, kept in the smallest type that holds them: each image is encoded once."""
+    """Collects the codes of a split, in the smallest type that holds them, so that each image is encoded once."""
 
     def __init__(self, num_codes: int) -> None:
         self._dtype, self._batches = code_dtype(num_codes), list[np.ndarray]()

@@ -1,6 +1,6 @@
 """How well a prior predicts codes.
 
-Legend: n grids, H W grid of codes.
+Legend: n grids in a batch, N in all, H W grid of codes.
 """
 
 from collections.abc import Iterable, Iterator
@@ -19,9 +19,9 @@ BATCH = 256  # grids at a time
 
 
 def measure_prior(prior: GatedPixelCNN, batches: Iterable[tuple[Tensor, Tensor]]) -> float:
-    """Return the bits per code over all batches of codes [n,H,W] and labels [n], in float32.
+    """Return the mean bits per code over all batches of codes [n,H,W] and labels [n], in float32.
 
-    The mean is over codes, so that batches of any sizes give the same.
+    Every code counts alike, however the batches are divided.
     """
     device = next(prior.parameters()).device
     bits, count = 0.0, 0
@@ -34,7 +34,7 @@ def measure_prior(prior: GatedPixelCNN, batches: Iterable[tuple[Tensor, Tensor]]
 
 
 def code_batches(codes: np.ndarray, labels: np.ndarray) -> Iterator[tuple[Tensor, Tensor]]:
-    """Return codes [n,H,W] of any integer type with their labels [n] as int64 batches, and show a bar meanwhile."""
-    parts = (slice(start, start + BATCH) for start in range(0, len(codes), BATCH))
-    batches = ((torch.from_numpy(codes[rows].astype(np.int64)), torch.from_numpy(labels[rows])) for rows in parts)
+    """Return the batches of codes [N,H,W] of any integer type and labels [N], as int64, with a progress bar."""
+    slices = (slice(start, start + BATCH) for start in range(0, len(codes), BATCH))
+    batches = ((torch.from_numpy(codes[rows].astype(np.int64)), torch.from_numpy(labels[rows])) for rows in slices)
     return with_progress(batches, len(codes), "measuring the prior", size=lambda batch: len(batch[0]), leave=False)

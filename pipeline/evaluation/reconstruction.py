@@ -21,7 +21,7 @@ from .codebook_health import CodebookHealth, codebook_health
 
 @dataclass(frozen=True, kw_only=True)
 class ReconstructionNumbers:
-    """The error of the way through the model and back, over a set of images."""
+    """The reconstruction error of a model over a set of images."""
 
     mse: float  # mean squared error of values in [0,1]
     psnr: float  # dB, of that mean error
@@ -43,11 +43,11 @@ def measure_reconstruction(
         split: the images.
         indices: the rows [n] to measure; by default all.
         progress: whether to show a progress bar.
-        on_codes: called with the codes int64 [n,H,W] of each batch, in the order of the rows; they are those that
-            export-codes writes. It is never called for a model without codes.
+        on_codes: called with the codes int64 [n,H,W] of each batch in order, the same codes that export-codes writes;
+            never called for a model without codes.
 
     Returns:
-        The error, and the state of the codebook, None for a model without codes.
+        The error, and the health of the codebook, None for a model without codes.
     """
     rows = np.arange(len(split)) if indices is None else indices
     squared_error, histogram = 0.0, torch.zeros(model.config.num_codes, dtype=torch.int64)
@@ -72,7 +72,7 @@ def psnr_of(mse: float) -> float:
 
 
 def _reconstruct(model: VQVAE | Baseline) -> Callable[[Tensor], tuple[Tensor, ...]]:
-    """Return images [n,C,H',W'] -> their squared errors [n], and of a model with codes also the codes [n,H,W]."""
+    """Return a function: images [n,C,H',W'] -> squared errors [n], and for a model with codes also codes [n,H,W]."""
 
     def compute(images: Tensor) -> tuple[Tensor, ...]:
         latents = model.encode(images)

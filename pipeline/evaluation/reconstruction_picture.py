@@ -31,10 +31,10 @@ def reconstruct_to_file(
     """
     check_output_file(out, force=force)
     trained = load_trained_autoencoder(tokenizer_folder, device)
-    part = split_of(images_of(trained.info, data=data, data_root=data_root), split)
-    if n > len(part):
-        print(f"note: the {split} part has {len(part)} images, fewer than --n {n}", file=sys.stderr)
-    images = to_uint8(part.batch(np.arange(min(n, len(part)))))
+    chosen = split_of(images_of(trained.info, data=data, data_root=data_root), split)
+    if n > len(chosen):
+        print(f"note: the {split} split has {len(chosen)} images, fewer than --n {n}", file=sys.stderr)
+    images = to_uint8(chosen.batch(np.arange(min(n, len(chosen)))))
     columns = min(8, len(images))
     save_grid(above_and_below(images, reconstruct_images(trained.model, images), columns), out, columns=columns)
     return out

@@ -1,4 +1,4 @@
-"""From the two trained stages to images: prior -> codes -> decoder -> images."""
+"""`ImagePipeline`: new, completed and reconstructed images from a tokenizer and the prior over its codes."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -32,10 +32,7 @@ class Sampled(NamedTuple):
 
 @dataclass(frozen=True)
 class ImagePipeline:
-    """A tokenizer and the prior over its codes.
-
-    Made by `ImagePipeline.from_pretrained(tokenizer_dir, prior_dir)`.
-    """
+    """Holds a tokenizer and the prior over its codes; `from_pretrained(tokenizer_dir, prior_dir)` loads both."""
 
     trained_tokenizer: TrainedTokenizer
     trained_prior: TrainedPrior  # over the codes of this tokenizer
@@ -77,7 +74,7 @@ class ImagePipeline:
 
     @property
     def class_names(self) -> list[str]:
-        """Names of the classes the prior knows; empty if it was trained without labels."""
+        """The names of the classes that the prior knows; empty if it was trained without labels."""
         return self.prior_info.class_names
 
     @property
@@ -97,7 +94,7 @@ class ImagePipeline:
         first: int = 0,
         on_row: Callable[[int], None] | None = None,
     ) -> Sampled:
-        """Sample n new images: (uint8 images [n,C,H',W'], codes [n,H,W]).
+        """Sample n new images uint8 [n,C,H',W'], with their codes [n,H,W].
 
         Args:
             n: at least 1.
@@ -106,8 +103,8 @@ class ImagePipeline:
             temperature: 0 is greedy, 1 the prior as it is.
             top_k: keep the k most likely codes of each position.
             top_p: keep the fewest most likely codes that hold this much probability.
-            first: the index of the first image: 4 and then 4 more with `first=4` are the 8 that one call draws, given
-                their labels.
+            first: the index of the first image: 4 and then 4 more with `first=4` are the 8 images of one call, if
+                their labels are the same.
             on_row: called with the number of finished rows of the grid after each.
 
         Raises:
@@ -141,18 +138,17 @@ class ImagePipeline:
         top_p: float | None = None,
         on_row: Callable[[int], None] | None = None,
     ) -> Sampled:
-        """Draw what is missing of images: (uint8 images [n,C,H',W'], codes [n,H,W]). Kept pixels stay as they are.
+        """Complete images: uint8 [n,C,H',W'] whose kept pixels are unchanged, with their codes [n,H,W].
 
-        A code is kept if every pixel it stands for is. What is kept above and to the left of a position is what the
-        prior draws from, exactly; what is kept after it in raster order is listened to by drawing several candidates
-        and preferring those that it fits (see `prior/completion.py`).
+        A code is kept if every pixel of its cell is. What the prior draws is conditioned exactly on the kept codes
+        before it in raster order, and approximately on those after it, by a particle filter (`prior/completion.py`).
 
         Args:
             images: [n,C,H',W'] uint8 or float in [0,1], of the tokenizer's size; what is not kept does not matter.
             keep_mask: [H',W'] or [n,H',W'] bool, True where a pixel is kept.
-            labels: class names or indices, in turn; None lets what is kept choose among all classes.
-            candidates: drawn of each image where later codes are kept or the class is open; more are slower and fit
-                better.
+            labels: class names or indices, taken in turn; None lets what is kept choose among all classes.
+            candidates: particles of each image, where kept codes follow missing ones or the class is open; with more
+                the result is closer to the exact conditional distribution, and slower.
             seed: as in `sample`, as are temperature, top_k, top_p and on_row.
             temperature: see there.
             top_k: see there.
@@ -194,7 +190,7 @@ class ImagePipeline:
         return Sampled(keep_pixels(to_uint8(floats), self.decode(codes), keep), codes)
 
     def labels_for(self, n: int, labels: Labels) -> Tensor | None:
-        """Return the label [n] of each of n samples: the given ones in turn, or all in turn; None without classes.
+        """Return the label [n] of each of n samples: `labels` in turn, or all classes in turn; None without classes.
 
         Raises:
             InputError: a label that the prior does not know.
@@ -204,16 +200,17 @@ class ImagePipeline:
     def decode(self, codes: Tensor) -> Tensor:
         """Decode codes [n,H,W] to uint8 images [n,C,H',W'], on the CPU."""
         device = next(self.tokenizer.parameters()).device
-        parts = [to_uint8(self.tokenizer.decode(part.to(device))).cpu() for part in codes.split(DECODE_BATCH)]
-        return torch.cat(parts)
+        batches = codes.split(DECODE_BATCH)
+        return torch.cat([to_uint8(self.tokenizer.decode(batch.to(device))).cpu() for batch in batches])
 
     def reconstruct(self, images: Tensor) -> Tensor:
-        """Encode and decode images [n,C,H',W'], uint8 or float in [0,1]: uint8 of the same shape, on the CPU."""
+        """Return the reconstructions, uint8 [n,C,H',W'] on the CPU, of images [n,C,H',W'], uint8 or float in [0,1]."""
         return reconstruct_images(self.tokenizer, images)
 
 
-def open_labels(count: int, candidates: int, num_classes: int, generator: torch.Generator) -> Tensor:
-    """Return a label for each candidate, [n,m]: spread over the classes, each as likely as the others."""
+def open_labels(count: int, num_particles: int, num_classes: int, generator: torch.Generator) -> Tensor:
+    """Return a label for each of m particles of n images, [n,m], spread evenly over equally likely classes."""
     seed = draw_seed(generator)
-    offset = draw_uniforms(range(seed, seed + count), 1)[:, 0]  # of each image its own, however many there are
-    return ((torch.arange(candidates) + offset[:, None]) * num_classes / candidates).long().clamp_max(num_classes - 1)
+    offset = draw_uniforms(range(seed, seed + count), 1)[:, 0]  # the offset of an image does not depend on the others
+    labels = (torch.arange(num_particles) + offset[:, None]) * num_classes / num_particles
+    return labels.long().clamp_max(num_classes - 1)

@@ -1,8 +1,8 @@
-"""Completing pictures: part of a picture is kept, the prior draws the rest.
+"""The mask of the pixels that a completion keeps, and the codes that are known from them.
 
-The picture becomes codes; a code is known if every pixel it stands for is kept. The pixels that are not kept are
-replaced by the mean colour of those that are before the encoder sees them, so that nothing of them can be told from
-the result. What the prior draws is decoded, and the kept pixels are put back.
+A code is known if every pixel of its cell is kept. Before the encoder sees a picture, the pixels that are not kept are
+replaced by the mean colour of those that are, so that the result does not depend on them. The prior draws the other
+codes, all are decoded, and the kept pixels are copied back.
 
 Legend: n pictures, C channels, H' W' pixels, H W grid of codes.
 """
@@ -24,29 +24,29 @@ HALVES = ("top", "bottom", "left", "right")
 
 
 def known_codes(tokenizer: VQVAE, images: Tensor, keep: Tensor) -> Tensor:
-    """The codes [n,H,W] of images [n,C,H',W'] in [0,1], -1 where a pixel of `keep` [n,H',W'] is False."""
-    codes = tokenizer.encode(hidden(images, keep))
+    """Return the codes [n,H,W] of images [n,C,H',W'] in [0,1], -1 unless `keep` [n,H',W'] is True on all its cell."""
+    codes = tokenizer.encode(hide_pixels(images, keep))
     side = tokenizer.config.downsample
-    whole = reduce(keep.float(), "n (h p) (w q) -> n h w", "min", p=side, q=side) > 0
-    return codes.masked_fill(~whole.to(codes.device), UNKNOWN)
+    all_kept = reduce(keep.float(), "n (h p) (w q) -> n h w", "min", p=side, q=side) > 0
+    return codes.masked_fill(~all_kept.to(codes.device), UNKNOWN)
 
 
-def hidden(images: Tensor, keep: Tensor) -> Tensor:
-    """Images [n,C,H',W'] with the pixels that are not kept replaced by the mean of those that are (grey if none)."""
+def hide_pixels(images: Tensor, keep: Tensor) -> Tensor:
+    """Return images [n,C,H',W'] whose pixels outside `keep` [n,H',W'] have the mean of those inside (grey if none)."""
     kept = keep[:, None].to(images)
     count = kept.sum(dim=(2, 3), keepdim=True)
-    seen = torch.where(kept > 0, images, 0)  # not a product: a hidden pixel may be anything
-    mean = torch.where(count > 0, seen.sum(dim=(2, 3), keepdim=True) / count.clamp_min(1), 0.5)
+    visible = torch.where(kept > 0, images, 0)  # not a product: a hidden pixel may be nan or infinite
+    mean = torch.where(count > 0, visible.sum(dim=(2, 3), keepdim=True) / count.clamp_min(1), 0.5)
     return torch.where(kept > 0, images, mean)
 
 
-def keep_pixels(images: Tensor, drawn: Tensor, keep: Tensor) -> Tensor:
-    """uint8 [n,C,H',W']: `images` where `keep` [n,H',W'], `drawn` elsewhere."""
-    return torch.where(keep[:, None], images, drawn)
+def keep_pixels(images: Tensor, sampled: Tensor, keep: Tensor) -> Tensor:
+    """Return uint8 [n,C,H',W']: `images` where `keep` [n,H',W'] is True, `sampled` elsewhere."""
+    return torch.where(keep[:, None], images, sampled)
 
 
 def half_mask(half: str, size: tuple[int, int]) -> Tensor:
-    """True [H',W'] on the named half of a picture, the smaller one if the side is odd."""
+    """Return a mask [H',W'], True on the named half of a picture, the smaller one if the side is odd."""
     height, width = size
     mask = torch.zeros(size, dtype=torch.bool)
     rows, columns = torch.arange(height)[:, None], torch.arange(width)[None]
@@ -60,10 +60,10 @@ def half_mask(half: str, size: tuple[int, int]) -> Tensor:
 
 
 def mask_from_file(path: Path, size: tuple[int, int]) -> Tensor:
-    """True [H',W'] where a picture of that size is white (128 or more): the pixels to keep.
+    """Return a mask [H',W'], True where the picture in a file is white (128 or more): the pixels to keep.
 
     Raises:
-        InputError: no picture there, or one of another size.
+        InputError: the file is no picture, or one of another size.
     """
     try:
         with Image.open(path) as picture:

@@ -1,4 +1,4 @@
-"""Folders of drawn images: a contact sheet, one PNG each, their codes, and what they were drawn with."""
+"""A folder of sampled or completed images: a contact sheet, a PNG of each, their codes, and a record."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -21,7 +21,7 @@ from ..images.preprocessing import IMAGE_ERRORS, Preprocessing, read_image, to_f
 from ..runtime.atomic_files import write_atomic
 from ..runtime.progress import Progress, progress_bar
 from .image_pipeline import ImagePipeline, Sampled
-from .keep_mask import HALVES, half_mask, hidden, mask_from_file
+from .keep_mask import HALVES, half_mask, hide_pixels, mask_from_file
 from .sample_record import (
     CODES,
     COMPLETION,
@@ -35,15 +35,15 @@ from .sample_record import (
 )
 
 MOST_IN_GRID = 1024  # images in the contact sheet
-AT_ONCE = {"cpu": 64, "cuda": 1024, "mps": 256}  # images drawn together, and kept if the rest is interrupted
+AT_ONCE = {"cpu": 64, "cuda": 1024, "mps": 256}  # images sampled in a batch; finished batches are kept if interrupted
 
 
 @dataclass(frozen=True, kw_only=True)
 class SampleOptions:
-    """How `sample_to_folder` and `complete_to_folder` draw; recorded beside what they drew."""
+    """The options of `sample_to_folder` and `complete_to_folder`, which they record with the images."""
 
     n: int
-    labels: tuple[str, ...] = ()  # names or indices, in turn; all classes if empty
+    labels: tuple[str, ...] = ()  # names or indices, taken in turn; all classes if empty
     seed: int = 0
     parameters: SamplingParameters = AS_TRAINED
 
@@ -53,12 +53,12 @@ class SampleOptions:
 
     @classmethod
     def of(cls, *, n: int, labels: tuple[str, ...] = (), seed: int = 0, **parameters: Any) -> "SampleOptions":
-        """Return the options of a command line, where the fields of `SamplingParameters` are options of their own."""
+        """Return the options of a command line, which has the fields of `SamplingParameters` as separate options."""
         return cls(n=n, labels=labels, seed=seed, parameters=SamplingParameters(**parameters))
 
 
 def sample_to_folder(pipeline: ImagePipeline, options: SampleOptions, out: Path, *, force: bool = False) -> Path:
-    """Draw images into `out`: grid.png, images/, codes.npy, sample.json; return the path of grid.png.
+    """Sample images into `out`: grid.png, images/, codes.npy, sample.json; return the path of grid.png.
 
     Raises:
         InputError: an unknown label, or a folder that cannot be used.
@@ -95,18 +95,18 @@ def complete_to_folder(
     candidates: int = 32,
     force: bool = False,
 ) -> Path:
-    """Draw the missing part of a picture n times into `out`, as `sample_to_folder` does; return the path of grid.png.
+    """Complete a picture n times into `out`, with the files of `sample_to_folder`; return the path of grid.png.
 
-    The contact sheet shows the original, what was kept, and the n completions.
+    The contact sheet shows the original, the kept pixels, and the n completions; the record is complete.json.
 
     Args:
         pipeline: of the two stages.
-        image: a picture, prepared as those of the training were.
+        image: the path of a picture, which is preprocessed as the training images were.
         keep: top, bottom, left, right, or the path of a picture that is white where pixels are kept.
-        options: how to draw.
-        out: the folder.
+        options: how many completions, and how to sample them.
+        out: the folder to write.
         candidates: as in `ImagePipeline.complete`.
-        force: replace what is there.
+        force: replace what earlier runs wrote.
 
     Raises:
         InputError: a picture, mask, label or folder that cannot be used.
@@ -120,8 +120,12 @@ def complete_to_folder(
     size = (original.shape[1], original.shape[2])
     mask = half_mask(keep, size) if keep in HALVES else mask_from_file(Path(keep), size)
     if bool(mask.all()):
-        raise InputError(expected="a mask that leaves something to draw", got="one that keeps all", do="blacken a part")
-    kept = to_uint8(hidden(to_float(original[None]), mask[None]))
+        raise InputError(
+            expected="a mask that leaves something to draw",
+            got="one that keeps all",
+            do="make the pixels to draw black",
+        )
+    kept = to_uint8(hide_pixels(to_float(original[None]), mask[None]))
     record = _record(pipeline, options, labels, image=str(image), keep=keep, candidates=candidates)
     with _image_folder(out, COMPLETION, record) as folder:
         with _progress(options.n) as bar:
@@ -142,7 +146,7 @@ def complete_to_folder(
 def _sampled(
     pipeline: ImagePipeline, options: SampleOptions, labels: Tensor | None, bar: Progress
 ) -> Iterator[Sampled]:
-    """Draw the samples, AT_ONCE at a time."""
+    """Yield the samples in batches of AT_ONCE."""
     at_once = AT_ONCE[next(pipeline.prior.parameters()).device.type]
     for start in range(0, options.n, at_once):
         count = min(at_once, options.n - start)
@@ -153,7 +157,7 @@ def _sampled(
 
 
 def _rows_on(bar: Progress, start: int, count: int, height: int) -> Callable[[int], None]:
-    """Return a function that shows finished rows of the grids of images start .. start + count - 1 as images."""
+    """Return a function that is told the finished rows of images start .. start + count - 1 and moves the bar."""
 
     def show(rows: int) -> None:
         bar.update(start + count * rows / height - bar.n)
@@ -162,29 +166,31 @@ def _rows_on(bar: Progress, start: int, count: int, height: int) -> Callable[[in
 
 
 def _progress(n: int) -> Progress:
-    shape = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total} [{elapsed}<{remaining}]"
-    return progress_bar(n, "drawing images", bar_format=shape)
+    bar_format = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total} [{elapsed}<{remaining}]"
+    return progress_bar(n, "sampling images", bar_format=bar_format)
 
 
 def _read(path: Path, preprocessing: Preprocessing) -> Tensor:
     """Return a picture as uint8 [C,H',W']. Raise InputError if it cannot be read."""
     try:
-        return torch.from_numpy(read_image(path, preprocessing).copy())  # some are read-only
+        return torch.from_numpy(read_image(path, preprocessing).copy())  # the array may be read-only
     except IMAGE_ERRORS as error:
         raise InputError(
             expected=f"a picture as --image {path}", got=why_unreadable(error), do="name a picture that Pillow reads"
         ) from None
 
 
-def _record(pipeline: ImagePipeline, options: SampleOptions, labels: Tensor | None, **kept: int | str) -> SampleRecord:
-    """Return how the images come to be; of a completion also what was `kept`."""
+def _record(
+    pipeline: ImagePipeline, options: SampleOptions, labels: Tensor | None, **completion: int | str
+) -> SampleRecord:
+    """Return the record of all n images; the options of a completion include those of the `completion` itself."""
     chosen = None if labels is None else labels.tolist()
     fingerprints = Fingerprints(tokenizer=pipeline.tokenizer_info.fingerprint, prior=pipeline.prior_info.fingerprint)
     return SampleRecord(
         labels=chosen,
         class_names=None if chosen is None else [pipeline.class_names[i] for i in chosen],
         seed=options.seed,
-        options={"n": options.n, **asdict(options.parameters), **kept},
+        options={"n": options.n, **asdict(options.parameters), **completion},
         finished=options.n,
         fingerprints=fingerprints,
         versions=pipeline.prior_info.versions,
@@ -192,12 +198,13 @@ def _record(pipeline: ImagePipeline, options: SampleOptions, labels: Tensor | No
 
 
 def _image_folder(out: Path, name: str, record: SampleRecord) -> ImageFolder:
+    """Return the folder for the images of `record`, whose file has this name."""
     files = sample_files(name, record.finished)
     return ImageFolder(out, files, earlier_samples(out), lambda finished: record.of_first(finished).to_bytes())
 
 
 def _finish(folder: ImageFolder, codes: Tensor, shown: Tensor, columns: int | None = None) -> None:
-    """Keep the images of these codes [n,H,W], and write what goes with them."""
+    """Keep the images of these codes [n,H,W], and write the codes and a contact sheet of the images `shown`."""
     folder.close(len(codes))
     write_atomic(folder.folder / CODES, npy_bytes(codes.cpu().numpy()))
     save_grid(shown, folder.folder / GRID, columns=columns)

@@ -1,4 +1,4 @@
-"""The record of drawn images, `sample.json` or `complete.json`: how they were drawn, and which files were written."""
+"""The record of sampled images, `sample.json` or `complete.json`: their options, and which files were written."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -22,52 +22,53 @@ class Fingerprints:
 
 @dataclass(frozen=True, kw_only=True)
 class SampleRecord:
-    """What the record says; the names of its fields are its keys."""
+    """The content of the record; the names of the fields are the JSON keys."""
 
-    labels: Sequence[int] | None  # of each image; None without classes, or where what is kept chose them
+    labels: Sequence[int] | None  # of each image; None without classes, or if a completion was to choose them
     class_names: Sequence[str] | None  # of each image, by its label
     seed: int
-    options: dict[str, int | float | str | None]  # n, and how the codes were chosen; of a completion, what was kept
+    options: dict[str, int | float | str | None]  # n, the sampling parameters, and the options of a completion
     finished: int  # images; 0 while they are being written
     fingerprints: Fingerprints
     versions: dict[str, str]  # of the libraries
 
     def of_first(self, finished: int) -> "SampleRecord":
-        """Return the record of the first images alone, the others not being finished."""
+        """Return the record of the first `finished` images alone."""
         labels = None if self.labels is None else self.labels[:finished]
         class_names = None if self.class_names is None else self.class_names[:finished]
         return replace(self, labels=labels, class_names=class_names, finished=finished)
 
     def to_bytes(self) -> bytes:
+        """Return the record as the bytes of its file."""
         return to_json(asdict(self))
 
 
 def sample_files(record: str, count: int) -> OutputFiles:
-    """Return the files of `count` drawn images whose record has this name."""
+    """Return the files of `count` sampled images whose record has this name."""
     return OutputFiles(
         record=record, numbered="images/{:05d}.png", indices=range(count), others=frozenset({GRID, CODES})
     )
 
 
 def earlier_samples(folder: Path) -> list[OutputFiles]:
-    """Return what earlier runs wrote into `folder`, by the records of them that are there."""
+    """Return the files that earlier runs wrote into `folder`, according to their records."""
     counts = {name: _count(folder / name) for name in (SAMPLE, COMPLETION)}
     return [sample_files(name, count) for name, count in counts.items() if count is not None]
 
 
 def check_sample_folder(folder: Path, record: str, count: int, *, force: bool) -> None:
-    """See that `count` images and their record can be written into `folder`; nothing is made or removed.
+    """Raise InputError unless `count` images and their record can be written into `folder`; create and remove nothing.
 
     Raises:
-        InputError: it cannot be written, or it holds files; with `force`, such as no record names and that are in the
-            way.
+        InputError: the folder cannot be written, or it holds files; with `force`, files in the way of the new ones that
+            no record names.
     """
     written = sample_files(record, count)
     check_output_folder(folder, force=force, written=written, earlier=earlier_samples(folder))
 
 
 def _count(path: Path) -> int | None:
-    """Return how many images the run with this record may have written, None if it is no record of ours."""
+    """Return how many images the run with this record may have written, None if it is no record of this program."""
     content = read_record(path) or {}
     options = content.get("options")
     if not {"seed", "fingerprints", "finished"} <= content.keys() or not isinstance(options, dict):

@@ -5,7 +5,7 @@
     training.safetensors  for resuming: the weights, optimizer and random states of the last step, and the step
 
 The fingerprint is the SHA-256 of the file `model.safetensors`: `sha256sum` prints the same. Nothing is a pickle.
-This file reads and writes the format; `loading.py` builds the models.
+`loading.py` builds the models from it.
 """
 
 import json
@@ -39,9 +39,9 @@ class CheckpointInfo:
     preprocessing: dict[str, int]  # height, width, channels of the images
     training: dict[str, Any]  # the settings of the run: data, steps, batch size, seed, ...
     fingerprint: str = ""  # SHA-256 of model.safetensors
-    tokenizer_fingerprint: str = ""  # a prior's: of the tokenizer whose codes it learned
+    tokenizer_fingerprint: str = ""  # for a prior: of the tokenizer whose codes it learned
     metrics: dict[str, float] = field(default_factory=dict)  # of the last evaluation, on held-out images
-    versions: dict[str, str] = field(default_factory=dict)  # of the libraries that wrote it
+    versions: dict[str, str] = field(default_factory=dict)  # of the libraries that wrote the checkpoint
     format_version: int = FORMAT_VERSION
 
 
@@ -94,12 +94,12 @@ def read_info(folder: str | Path, kind: str) -> CheckpointInfo:
 
 
 def read_checkpoint(folder: Path, kind: str, attempts: int = 5) -> tuple[CheckpointInfo, bytes]:
-    """Read the config and the weights of one moment, also while a training run replaces both.
+    """Read config and weights from the same save, also while a training run replaces both.
 
     Args:
         folder: of the checkpoint.
         kind: "tokenizer" or "prior".
-        attempts: how often to read before a config and weights that do not fit count as damaged.
+        attempts: how often to read before config and weights that do not fit together count as damaged.
 
     Returns:
         The config, and the bytes of `model.safetensors`; their SHA-256 is the fingerprint in the config.
@@ -124,7 +124,7 @@ def read_checkpoint(folder: Path, kind: str, attempts: int = 5) -> tuple[Checkpo
 
 
 def load_training(folder: Path) -> TrainingState:
-    """Return the state to resume from. Raises InputError if the checkpoint has none, or a broken one."""
+    """Return the state to resume from. Raise InputError if the checkpoint has none, or a broken one."""
     path = current(folder, TRAINING)
     try:
         with safetensors.safe_open(path, "pt") as file:

@@ -1,12 +1,12 @@
 """Running a model over many images or code grids, so that the result does not depend on how the work is divided.
 
-A convolution may round differently for another batch size or another number of threads, and a code that lies between
-two vectors, or a pixel between two values, may then fall to the other side. So the network only ever sees BLOCK items
-at once (the last block is filled up), each block on one thread, in float32. Blocks run side by side, one on each
-thread, which is also faster than all threads on one block. On a GPU they run one after the other, and the threads only
-load.
+A convolution may round differently for another batch size or another number of threads, and an encoder output halfway
+between two code vectors, or a pixel halfway between two values, may then round the other way. So the network only ever
+sees BLOCK items at once (the last block is padded), each block on one thread, in float32. Blocks run in parallel, one
+on each thread, which is also faster than all threads on one block. On a GPU they run one after the other, and the
+threads only load.
 
-Every command that encodes uses these functions: `export-codes`, `evaluate` and `measure-rate` see the same codes.
+`export-codes`, `evaluate` and `measure-rate` encode with these functions, so they see the same codes.
 
 Legend: n items, C channels, H' W' image, H W grid of codes.
 """
@@ -37,7 +37,7 @@ def encode_images(tokenizer: VQVAE, images: Load, count: int, *, batch_size: int
         tokenizer: put into `eval()` mode for the duration.
         images: (start, stop) -> images [stop - start,C,H',W'] in [0,1]; called from several threads.
         count: of images.
-        batch_size: images loaded at a time, in whole blocks; it changes nothing in the result.
+        batch_size: images loaded at a time, rounded up to complete blocks; it changes nothing in the result.
     """
     return in_blocks(tokenizer, tokenizer.encode, images, count, batch_size=batch_size)
 
@@ -56,9 +56,9 @@ def decode_codes(tokenizer: VQVAE, codes: Load, count: int) -> Iterator[Tensor]:
 
 
 def reconstruct_images(model: VQVAE | Baseline, images: Tensor) -> Tensor:
-    """Encode and decode images [n,C,H',W'], uint8 or float in [0,1]: uint8 of the same shape, on the CPU.
+    """Return the reconstructions, uint8 [n,C,H',W'] on the CPU, of as many images [n,C,H',W'], uint8 or float in [0,1].
 
-    The result for an image alone or among others is the same to the bit.
+    The reconstruction of an image is the same to the bit, alone or among others.
     """
     floats = to_float(images) if images.dtype == torch.uint8 else images
     reconstructed = in_blocks(
@@ -73,7 +73,7 @@ def reconstruct_images(model: VQVAE | Baseline, images: Tensor) -> Tensor:
 def in_blocks(
     model: nn.Module, compute: Callable[[Tensor], Tensor], load: Load, count: int, *, batch_size: int = BLOCK
 ) -> Iterator[Tensor]:
-    """Yield what `compute` returns for items 0 .. count - 1, as `run_in_blocks` does, where it is a single tensor."""
+    """Yield what `compute` returns for items 0 .. count - 1, as `run_in_blocks` does, but for a single tensor."""
     for (result,) in run_in_blocks(model, lambda block: (compute(block),), load, count, batch_size=batch_size):
         yield result
 
@@ -90,10 +90,10 @@ def run_in_blocks(
 
     Args:
         model: put into `eval()` mode for the duration.
-        compute: [BLOCK,...] on the model's device -> tensors [BLOCK,...], each item by itself.
+        compute: [BLOCK,...] on the model's device -> tensors [BLOCK,...], each item independent of the others.
         load: (start, stop) -> items [stop - start,...]; called from several threads.
         count: of items.
-        batch_size: items loaded at a time, in whole blocks; it changes nothing in the result.
+        batch_size: items loaded at a time, rounded up to complete blocks; it changes nothing in the result.
     """
     device, threads = next(model.parameters()).device, torch.get_num_threads()
     batch = -(-batch_size // BLOCK) * BLOCK
@@ -102,12 +102,12 @@ def run_in_blocks(
     def run(start: int) -> tuple[Tensor, ...]:
         with torch.no_grad():
             items = load(start, min(start + batch, count)).to(device)
-            with one_at_a_time:  # on a GPU, else the activations of as many blocks as there are threads are in memory
-                results = [[part[: len(block)] for part in compute(_filled(block))] for block in items.split(BLOCK)]
-            return tuple(torch.cat(parts).cpu() for parts in zip(*results, strict=True))
+            with one_at_a_time:  # on a GPU, where the activations of a block for each thread would be too much memory
+                results = [[tensor[: len(block)] for tensor in compute(_padded(block))] for block in items.split(BLOCK)]
+            return tuple(torch.cat(tensors).cpu() for tensors in zip(*results, strict=True))
 
     waiting: deque[Future[tuple[Tensor, ...]]] = deque()
-    # OpenMP counts threads for each of ours, and a new one begins with all: what the caller's has set is not passed on.
+    # OpenMP's number of threads is a setting of each thread, and a new thread does not inherit it from its creator.
     pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
     with evaluating(model), _exact():
         try:
@@ -119,18 +119,18 @@ def run_in_blocks(
                 yield waiting.popleft().result()
         finally:
             pool.shutdown(cancel_futures=True)
-            torch.set_num_threads(threads)  # of threads that begin from now on
+            torch.set_num_threads(threads)  # for threads that start from now on
 
 
-def _filled(items: Tensor) -> Tensor:
-    """Return items [n,...] as a full block [BLOCK,...], with zeros after them."""
+def _padded(items: Tensor) -> Tensor:
+    """Return items [n,...] as a complete block [BLOCK,...], padded with zeros."""
     missing = BLOCK - len(items)
     return items if missing == 0 else torch.cat([items, items.new_zeros(missing, *items.shape[1:])])
 
 
 @contextmanager
 def _exact() -> Iterator[None]:
-    """Forbid TensorFloat-32 on a GPU, and the choice of an algorithm by the clock."""
+    """Forbid TensorFloat-32 on a GPU, and choosing an algorithm by timing it."""
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:

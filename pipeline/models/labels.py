@@ -1,4 +1,4 @@
-"""Class labels: by name or by index, and from the numbering of one data set to that of a prior.
+"""Class labels: given by name or index, and translated from the numbering of a data set to that of a prior.
 
 Label i of a model is `class_names[i]` of its checkpoint; -1 means that an image has none.
 """
@@ -67,12 +67,12 @@ def match_labels(labels: np.ndarray, class_names: Sequence[str], prior: TrainedP
 
 
 def all_labelled(class_names: Sequence[str], labels: Iterable[np.ndarray]) -> bool:
-    """Return whether there are classes and every one of the arrays of labels [n] has a label in each place."""
-    return bool(class_names) and all(some.min() >= 0 for some in labels)
+    """Return whether there are classes and none of the arrays of labels [n] has a missing label (-1)."""
+    return bool(class_names) and all(shard.min() >= 0 for shard in labels)
 
 
 def _index(label: str | int | Tensor, class_names: Sequence[str]) -> int:
-    """Return the index of a class given by name or index; a name that looks like an index is a name first."""
+    """Return the index of a class given by name or index; a class whose name looks like an index is taken by name."""
     if isinstance(label, str) and label in class_names:
         return class_names.index(label)
     try:

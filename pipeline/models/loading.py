@@ -1,7 +1,7 @@
 """A trained model is one object: the network, what its checkpoint says about it, and the folder it came from.
 
-Config and weights are read together, so that both are of one moment even while a training run replaces them. What
-belongs together is compared by the fingerprints of what was loaded, never by a second look at the folder.
+Config and weights are read together, so that both come from the same save even while a training run replaces them.
+Whether two models belong together is decided by the fingerprints of what was loaded; the folder is not read again.
 """
 
 from collections.abc import Callable
@@ -30,12 +30,12 @@ Model = TypeVar("Model", bound=nn.Module)
 class TrainedAutoencoder:
     """What train-tokenizer wrote: a tokenizer, or a baseline without codes."""
 
-    model: VQVAE | Baseline  # in `eval()` mode, on the device that was asked for
-    info: CheckpointInfo  # of the same moment as the weights
+    model: VQVAE | Baseline  # in `eval()` mode, on the requested device
+    info: CheckpointInfo  # from the same save as the weights
     folder: Path  # of the checkpoint, for messages
 
     def with_codes(self) -> "TrainedTokenizer":
-        """Return it as a tokenizer. Raises InputError for a baseline."""
+        """Return it as a tokenizer. Raise InputError for a baseline."""
         if not isinstance(self.model, VQVAE):
             raise InputError(
                 expected=f"a tokenizer with codes in {self.folder}",
@@ -49,8 +49,8 @@ class TrainedAutoencoder:
 class TrainedTokenizer:
     """A tokenizer with codes."""
 
-    model: VQVAE  # in `eval()` mode, on the device that was asked for
-    info: CheckpointInfo  # of the same moment as the weights
+    model: VQVAE  # in `eval()` mode, on the requested device
+    info: CheckpointInfo  # from the same save as the weights
     folder: Path  # of the checkpoint, for messages
 
     @property
@@ -63,8 +63,8 @@ class TrainedTokenizer:
 class TrainedPrior:
     """A prior over the codes of one tokenizer."""
 
-    model: GatedPixelCNN  # in `eval()` mode, on the device that was asked for
-    info: CheckpointInfo  # of the same moment as the weights
+    model: GatedPixelCNN  # in `eval()` mode, on the requested device
+    info: CheckpointInfo  # from the same save as the weights
     folder: Path  # of the checkpoint, for messages
 
 
@@ -109,8 +109,8 @@ def load_pair(
     """Load a tokenizer and the prior over its codes.
 
     Raises:
-        InputError: a checkpoint cannot be used, the tokenizer has no codes, or the prior that was loaded was trained on
-            the codes of another tokenizer than the one that was loaded.
+        InputError: a checkpoint cannot be used, the tokenizer has no codes, or the loaded prior was trained on the
+            codes of another tokenizer than the loaded one.
     """
     tokenizer = load_trained_tokenizer(tokenizer_folder, device)
     prior = load_trained_prior(prior_folder, device)
@@ -167,7 +167,7 @@ def images_of(info: CheckpointInfo, *, data: str | None = None, data_root: str |
 def _load(
     folder: Path, kind: str, config_type: type[Config], build: Callable[[Config], Model]
 ) -> tuple[Model, CheckpointInfo]:
-    """Return the model in `eval()` mode on the CPU, and its info."""
+    """Load a checkpoint of this kind: the model in `eval()` mode on the CPU, and its info."""
     info, data = read_checkpoint(folder, kind)
     try:
         model = build(config_type(**info.config))

@@ -1,4 +1,4 @@
-"""Bytes an image, against hand numbers, plain numpy, and Pillow at each of the 100 qualities."""
+"""Bytes of an image, against numbers by hand, plain numpy, and Pillow at each of the 100 qualities."""
 
 import io
 import itertools
@@ -12,11 +12,11 @@ import pytest
 import torch
 from PIL import Image, ImageFile
 
-from pipeline.compression import rate as module
+from pipeline.compression import rate as rate_module
 from pipeline.compression.image_formats import JpegRate, jpeg_at_psnr, mean_png_bytes, measure_jpeg, rate_at, scan_bytes
-from pipeline.compression.rate import SplitRate, rate_table, some_of
+from pipeline.compression.rate import SplitRate, rate_table, subset_of
 from pipeline.errors import InputError
-from pipeline.evaluation.evaluate import evaluate as evaluate_model
+from pipeline.evaluation.evaluate import evaluate
 from pipeline.images.image_set import ImageSplit, open_images
 from pipeline.models.inference import BLOCK
 from prior import GatedPixelCNN
@@ -45,13 +45,9 @@ SCAN_HEADER = {
 }
 
 
-def measure_rate(*given: Any, **chosen: Any) -> dict[str, Any]:
+def measure_rate(*folders: Any, **options: Any) -> dict[str, Any]:
     """What the command writes as JSON."""
-    return module.measure_rate(*given, **chosen).to_json()
-
-
-def evaluate(*given: Any, **chosen: Any) -> dict[str, Any]:
-    return evaluate_model(*given, **chosen).to_json()
+    return rate_module.measure_rate(*folders, **options).to_json()
 
 
 @pytest.fixture
@@ -61,9 +57,9 @@ def rough(tmp_path: Path) -> Path:
     for i in range(90):
         levels = random.choice([2, 3, 5, 8, 13], GRID, p=[0.5, 0.2, 0.1, 0.1, 0.1])
         pixels = np.kron(levels * STEP, np.ones((CELL, CELL), dtype=np.int64))
-        away = random.integers(0, 26, GRID)
-        pixels[::2, ::2] += away
-        pixels[1::2, 1::2] -= away
+        deviation = random.integers(0, 26, GRID)
+        pixels[::2, ::2] += deviation
+        pixels[1::2, 1::2] -= deviation
         path = tmp_path / "rough" / CLASS_NAMES[i % 3] / f"{i:02d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels.astype(np.uint8)).save(path)
@@ -113,14 +109,14 @@ def picture_of(image: np.ndarray) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(np.moveaxis(image, 0, -1).squeeze()))
 
 
-def file_of(picture: Image.Image, kind: str, **options: object) -> bytes:
+def file_of(picture: Image.Image, file_format: str, **options: object) -> bytes:
     buffer = io.BytesIO()
-    picture.save(buffer, kind, optimize=True, **options)
+    picture.save(buffer, file_format, optimize=True, **options)
     return buffer.getvalue()
 
 
-def psnr(original: np.ndarray, again: np.ndarray) -> float:
-    return float(10 * np.log10(255**2 / np.square(original.astype(float) - again).mean()))
+def psnr(original: np.ndarray, reconstructed: np.ndarray) -> float:
+    return float(10 * np.log10(255**2 / np.square(original.astype(float) - reconstructed).mean()))
 
 
 def every_quality(images: np.ndarray, subsampling: str) -> np.ndarray:
@@ -130,9 +126,9 @@ def every_quality(images: np.ndarray, subsampling: str) -> np.ndarray:
     found = []
     for quality in range(1, 101):
         files = [file_of(picture, "JPEG", quality=quality, subsampling=subsampling) for picture in pictures]
-        again = np.stack([np.asarray(Image.open(io.BytesIO(file))) for file in files])
+        reconstructed = np.stack([np.asarray(Image.open(io.BytesIO(file))) for file in files])
         scans = [len(file.partition(SCAN_HEADER[pictures[0].mode])[2]) - 2 for file in files]
-        found.append([psnr(originals, again), np.mean([len(file) for file in files]), np.mean(scans)])
+        found.append([psnr(originals, reconstructed), np.mean([len(file) for file in files]), np.mean(scans)])
     return np.array(found)
 
 
@@ -168,14 +164,14 @@ def test_every_number_of_both_splits(rough: Path, tokenizer: Path) -> None:
     assert (rate["data"], list(rate["splits"]), rate["remarks"]) == (str(rough), ["train", "test"], [])
     images = open_images(str(rough))
     assert len(images.train) > BLOCK
-    for split, part in (("train", images.train), ("test", images.test)):
-        numbers = rate["splits"][split]
-        pixels = np.stack([np.asarray(Image.open(rough / name)) for name in part.names])
-        codes = pixels.reshape(len(part), GRID[0], CELL, GRID[1], CELL).mean(axis=(2, 4)) / STEP
+    for name, split in (("train", images.train), ("test", images.test)):
+        numbers = rate["splits"][name]
+        pixels = np.stack([np.asarray(Image.open(rough / file)) for file in split.names])
+        codes = pixels.reshape(len(split), GRID[0], CELL, GRID[1], CELL).mean(axis=(2, 4)) / STEP
         shares = np.bincount(codes.astype(int).ravel()) / codes.size
         entropy = -sum(share * math.log2(share) for share in shares if share)
         assert 1 < entropy < 2.5
-        assert (numbers["images"], numbers["image"], numbers["grid"]) == (len(part), [1, HEIGHT, WIDTH], list(GRID))
+        assert (numbers["images"], numbers["image"], numbers["grid"]) == (len(split), [1, HEIGHT, WIDTH], list(GRID))
         assert numbers["psnr"] == pytest.approx(psnr(pixels, np.kron(codes * STEP, np.ones((CELL, CELL)))), rel=1e-12)
         assert numbers["bits_per_code"] == {"packed": 4, "entropy": pytest.approx(entropy)}
         jpeg = jpeg_at_psnr(numbers["psnr"], pixels[:, None])
@@ -192,15 +188,16 @@ def test_every_number_of_both_splits(rough: Path, tokenizer: Path) -> None:
 
 
 def test_the_psnr_is_of_rounded_pixels(tmp_path: Path, rough: Path) -> None:
-    """Of 100 codes, level 1 stands for a grey value of 2.58, which a picture cannot hold."""
+    """Of 100 codes, level 1 is a grey value of 2.58, which a picture cannot hold."""
     save_tokenizer(tmp_path / "own", brightness_tokenizer(100), rough)
     numbers = measure_rate(tmp_path / "own", splits=["train"], device="cpu")["splits"]["train"]
-    part = open_images(str(rough)).train
-    pixels = np.asarray(part.images)[:, 0]
-    means = pixels.reshape(len(part), GRID[0], CELL, GRID[1], CELL).mean(axis=(2, 4))
+    split = open_images(str(rough)).train
+    pixels = np.asarray(split.images)[:, 0]
+    means = pixels.reshape(len(split), GRID[0], CELL, GRID[1], CELL).mean(axis=(2, 4))
     decoded = np.rint(np.rint(means / 255 * 99) / 99 * 255)
     assert numbers["psnr"] == pytest.approx(psnr(pixels, np.kron(decoded, np.ones((CELL, CELL)))), rel=1e-12)
-    assert numbers["psnr"] != pytest.approx(evaluate(tmp_path / "own", split="train", device="cpu")["psnr"], rel=1e-7)
+    evaluated = evaluate(tmp_path / "own", split="train", device="cpu").reconstruction.psnr
+    assert numbers["psnr"] != pytest.approx(evaluated, rel=1e-7)
 
 
 # The prior
@@ -221,7 +218,9 @@ def test_the_prior_costs_what_evaluate_says(tmp_path: Path, tokenizer: Path, mon
     save_prior(tmp_path / "prior", tiny_prior(num_classes=3), fingerprint_of(tokenizer), CLASS_NAMES[::-1])
     rate = measure_rate(tokenizer, tmp_path / "prior", device="cpu")
     for split, numbers in rate["splits"].items():
-        bits = evaluate(tokenizer, tmp_path / "prior", split=split, device="cpu")["bits_per_code"]
+        likelihood = evaluate(tokenizer, tmp_path / "prior", split=split, device="cpu").likelihood
+        assert likelihood is not None
+        bits = likelihood.bits_per_code
         assert numbers["bits_per_code"]["prior"] == pytest.approx(bits, rel=1e-6)
         assert numbers["bytes_per_image"]["prior"] == pytest.approx(bits * CODES / 8, rel=1e-6)
 
@@ -247,40 +246,40 @@ def test_a_tokenizer_without_codes(tmp_path: Path, bottleneck: Bottleneck) -> No
 # Which images
 
 
-def test_some_images_are_of_a_fixed_choice_with_their_labels_and_names() -> None:
+def test_a_subset_is_a_fixed_choice_of_images_with_their_labels_and_names() -> None:
     rows = np.arange(50)
-    part = ImageSplit(
+    split = ImageSplit(
         np.broadcast_to(rows[:, None, None, None], (50, 1, 4, 6)).astype(np.uint8), rows + 100, tuple(map(str, rows))
     )
-    some = some_of(part, 7)
-    chosen = some.images[:, 0, 0, 0].astype(int)
-    assert some.images.shape == (7, 1, 4, 6)
+    subset = subset_of(split, 7)
+    chosen = subset.images[:, 0, 0, 0].astype(int)
+    assert subset.images.shape == (7, 1, 4, 6)
     assert (np.diff(chosen) > 0).all()
-    assert chosen.tolist() == (some.labels - 100).tolist() == [int(name) for name in some.names]
+    assert chosen.tolist() == (subset.labels - 100).tolist() == [int(name) for name in subset.names]
     assert chosen.tolist() != list(range(7))
-    assert len(set(some_of(part, 49).names)) == 49
-    np.testing.assert_array_equal(some_of(part, 7).labels, some.labels)
-    assert some_of(part, None) is some_of(part, 50) is some_of(part, 51) is part
+    assert len(set(subset_of(split, 49).names)) == 49
+    np.testing.assert_array_equal(subset_of(split, 7).labels, subset.labels)
+    assert subset_of(split, None) is subset_of(split, 50) is subset_of(split, 51) is split
 
 
 def test_n_images_of_each_split(tokenizer: Path) -> None:
     everything = measure_rate(tokenizer, device="cpu")
     test = everything["splits"]["test"]["images"]
-    some = measure_rate(tokenizer, n=test + 1, device="cpu")
-    assert some["splits"]["train"]["images"] == test + 1 < everything["splits"]["train"]["images"]
-    assert some["splits"]["train"]["psnr"] != everything["splits"]["train"]["psnr"]
-    assert some["splits"]["test"] == everything["splits"]["test"]
-    assert measure_rate(tokenizer, n=test + 1, device="cpu") == some
+    subset = measure_rate(tokenizer, n=test + 1, device="cpu")
+    assert subset["splits"]["train"]["images"] == test + 1 < everything["splits"]["train"]["images"]
+    assert subset["splits"]["train"]["psnr"] != everything["splits"]["train"]["psnr"]
+    assert subset["splits"]["test"] == everything["splits"]["test"]
+    assert measure_rate(tokenizer, n=test + 1, device="cpu") == subset
 
 
-def test_a_split_without_images_is_left_out(tmp_path: Path) -> None:
+def test_a_split_without_images_is_omitted(tmp_path: Path) -> None:
     (tmp_path / "one").mkdir()
     Image.new("L", (WIDTH, HEIGHT), 40).save(tmp_path / "one" / "1.png")
     save_tokenizer(tmp_path / "own", brightness_tokenizer(), tmp_path / "one")
     rate = measure_rate(tmp_path / "own", device="cpu")
     assert list(rate["splits"]) == ["train"]
     assert "test: no images" in rate["remarks"]
-    with pytest.raises(InputError, match=r"expected images in the test part of .*, got none"):
+    with pytest.raises(InputError, match=r"expected images in the test split of .*, got none"):
         measure_rate(tmp_path / "own", splits=["test"], device="cpu")
 
 
@@ -301,15 +300,15 @@ def test_png_is_what_pillow_writes(channels: int) -> None:
 
 @pytest.mark.parametrize("images", [soft(1), soft(3), striped()], ids=["grey", "soft", "striped"])
 def test_the_search_agrees_with_all_hundred_qualities(images: np.ndarray) -> None:
-    """Where the PSNR falls as the quality rises, as that of stripes does, any place that meets it will do."""
-    scanned = {kind: every_quality(images, kind) for kind in SUBSAMPLINGS[images.shape[1]]}
+    """Where the PSNR falls as the quality rises, as for stripes, any quality that meets it will do."""
+    scanned = {subsampling: every_quality(images, subsampling) for subsampling in SUBSAMPLINGS[images.shape[1]]}
     levels = scanned["4:4:4"][:, 0]
     for target in map(float, (levels[0] + 0.01, *np.quantile(levels, [0.1, 0.4, 0.7, 0.9]), levels[-1] - 0.01)):
-        places = {kind: found for kind, scan in scanned.items() if (found := crossings(scan, target))}
+        crossed = {name: found for name, scan in scanned.items() if (found := crossings(scan, target))}
         found = jpeg_at_psnr(target, images)
         assert found.psnr == target
-        assert pytest.approx([found.quality, found.file, found.scan]) in places[found.subsampling]
-        assert all(found.file <= max(file for _, file, _ in places[kind]) for kind in places)
+        assert pytest.approx([found.quality, found.file, found.scan]) in crossed[found.subsampling]
+        assert all(found.file <= max(file for _, file, _ in rates) for rates in crossed.values())
 
 
 def test_the_search_between_two_qualities_by_hand() -> None:
@@ -321,14 +320,14 @@ def test_the_search_between_two_qualities_by_hand() -> None:
 
 @pytest.mark.parametrize("target", [20.3, 26.0, 31.1, 44.9])
 def test_the_search_measures_no_quality_twice_and_few_of_them(target: float) -> None:
-    asked = []
+    requested = []
 
     def measure(quality: int) -> JpegRate:
-        asked.append(quality)
+        requested.append(quality)
         return rising(quality)
 
     rate_at(target, measure)
-    assert len(asked) == len(set(asked)) <= 8
+    assert len(requested) == len(set(requested)) <= 8
 
 
 @pytest.mark.parametrize(("target", "quality"), [(3.0, 1), (20.25, 1), (45.0, 100), (45.01, 100), (120.0, 100)])
@@ -337,7 +336,7 @@ def test_a_quality_that_no_jpeg_has_gives_the_nearest(target: float, quality: in
 
 
 def test_codes_that_are_better_than_any_jpeg(tmp_path: Path, grey_folder: Path) -> None:
-    """Here they lose nothing."""
+    """Here they are lossless."""
     save_tokenizer(tmp_path / "own", brightness_tokenizer(), grey_folder)
     rate = measure_rate(tmp_path / "own", splits=["train"], device="cpu")
     numbers, best = rate["splits"]["train"], every_quality(open_images(str(grey_folder)).train.images, "4:4:4")[99]
@@ -350,7 +349,7 @@ def test_codes_that_are_better_than_any_jpeg(tmp_path: Path, grey_folder: Path) 
 
 
 def test_codes_that_are_worse_than_any_jpeg(tmp_path: Path, rough: Path) -> None:
-    """Here they all stand for black."""
+    """Here they all decode to black."""
     model = brightness_tokenizer(2)
     model.quantizer.set_codebook(torch.tensor([[0.0], [-9.0]]))
     save_tokenizer(tmp_path / "own", model, rough)
@@ -365,7 +364,7 @@ def test_codes_that_are_worse_than_any_jpeg(tmp_path: Path, rough: Path) -> None
 
 
 def test_the_scan_of_a_file_made_by_hand() -> None:
-    """What looks like a scan or an end inside another segment is none; in the scan are a stuffed ff and a restart."""
+    """Marker bytes inside another segment do not count; the scan holds a stuffed ff and a restart marker."""
     start, end = "ffd8", "ffd9"
     comment = "fffe 0008 ffda ffd9 0000"
     header = "ffda 0008 01 0100 003f00"
@@ -385,7 +384,7 @@ def test_noise_at_the_highest_quality_can_be_written() -> None:
     assert before == ImageFile.MAXBLOCK
 
 
-# What a person sees
+# What is printed
 
 
 def test_the_table() -> None:
@@ -421,7 +420,7 @@ def test_the_command(tmp_path: Path, trained: Trained, codegrid: Codegrid) -> No
     assert rate == measure_rate(trained.tokenizer, trained.prior, n=3, device="cpu")
     for split, numbers in rate["splits"].items():
         assert f"{split}: {rate_table(SplitRate(**numbers))}\n" in outcome.out
-    assert all(remark in outcome.out for remark in rate["remarks"])
+    assert all(warning in outcome.out for warning in rate["remarks"])
     before = path.read_bytes()
     assert codegrid(*command, "--json", path).status == 1
     assert path.read_bytes() == before

@@ -1,4 +1,4 @@
-"""The verdict on a codebook, from histograms whose answer a reader knows."""
+"""The verdict on a codebook, from histograms whose answer a reader knows, and its picture."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The numbers, against slow oracles that read the pictures themselves."""
+"""The metrics, against slow oracles that read the pictures themselves."""
 
 import json
 import math
@@ -16,7 +16,7 @@ from pipeline.codes.export import export_codes
 from pipeline.codes.statistics import perplexity
 from pipeline.compression import rate
 from pipeline.errors import InputError
-from pipeline.evaluation import evaluate as module
+from pipeline.evaluation import evaluate as evaluation
 from pipeline.evaluation import likelihood
 from pipeline.evaluation.codebook_health import CodebookHealth
 from pipeline.evaluation.likelihood import measure_prior
@@ -50,9 +50,9 @@ from ..support import (
 )
 
 
-def evaluate(*given: Any, **chosen: Any) -> dict[str, Any]:
+def evaluate(*folders: Any, **options: Any) -> dict[str, Any]:
     """What the command writes as JSON."""
-    return module.evaluate(*given, **chosen).to_json()
+    return evaluation.evaluate(*folders, **options).to_json()
 
 
 @pytest.fixture
@@ -79,15 +79,14 @@ def means_of_cells(pixels: np.ndarray) -> np.ndarray:
     return pixels.reshape(len(pixels), GRID[0], CELL, GRID[1], CELL).mean(axis=(2, 4))
 
 
-# The tokenizer's
+# A tokenizer
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_all_numbers_of_a_tokenizer_against_numpy(tmp_path: Path, noise: Path, split: str) -> None:
-    """E12: the histogram is of the whole split; nmse is in units of the variance of all training pixels."""
+    """E12: the histogram is of the complete split; nmse is in units of the variance of all training pixels."""
     images = open_images(str(noise))
-    part = images.train if split == "train" else images.test
-    pixels = pixels_of(noise, part)
+    pixels = pixels_of(noise, images.train if split == "train" else images.test)
     variance = pixels_of(noise, images.train).var()
     model = brightness_tokenizer(data_variance=pixel_variance(images.train))
     save_tokenizer(tmp_path / "tokenizer", model, noise)
@@ -161,21 +160,21 @@ def test_the_batch_size_changes_nothing(trained: Trained, noise: Path, monkeypat
         assert others == pytest.approx(found[0], rel=1e-6)
 
 
-def test_some_rows_alone(noise: Path) -> None:
+def test_a_subset_of_the_rows(noise: Path) -> None:
     images, model = open_images(str(noise)), brightness_tokenizer()
     rows = np.array([5, 2, 7])
     split = ImageSplit(images.train.images[rows], images.train.labels[rows], ("a", "b", "c"))
-    some, alone = measure_reconstruction(model, images.train, rows), measure_reconstruction(model, split)
-    assert some == alone != measure_reconstruction(model, images.train)
-    assert some[1] is not None
+    subset, alone = measure_reconstruction(model, images.train, rows), measure_reconstruction(model, split)
+    assert subset == alone != measure_reconstruction(model, images.train)
+    assert subset[1] is not None
     assert alone[1] is not None
-    assert torch.equal(some[1].histogram, alone[1].histogram)
-    assert int(some[1].histogram.sum()) == 3 * math.prod(GRID)
+    assert torch.equal(subset[1].histogram, alone[1].histogram)
+    assert int(subset[1].histogram.sum()) == 3 * math.prod(GRID)
 
 
 @pytest.mark.parametrize("bottleneck", ["vae", "ae"])
 def test_a_baseline_loses_what_the_mean_of_a_cell_loses(tmp_path: Path, noise: Path, bottleneck: Bottleneck) -> None:
-    """It has no codes to count, and of a Gaussian the mean is decoded: its deviation here is e."""
+    """It has no codes to count, and a Gaussian's mean is decoded: its deviation here is e."""
     pixels = pixels_of(noise, open_images(str(noise)).train)
     mse = ((np.kron(means_of_cells(pixels), np.ones((1, CELL, CELL))) - pixels) ** 2).mean()
     save_tokenizer(tmp_path / "baseline", brightness_baseline(bottleneck, data_variance=0.05), noise)
@@ -202,7 +201,7 @@ def test_measuring_changes_neither_the_model_nor_its_mode(noise: Path) -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
-# The prior's
+# A prior
 
 
 @torch.no_grad()
@@ -245,11 +244,11 @@ def test_bits_of_a_checkpoint_by_hand(tmp_path: Path, grey_folder: Path) -> None
     model = tiny_prior(num_classes=3)
     save_prior(prior, model, fingerprint, order)
 
-    part = open_images(str(grey_folder)).train
-    codes = torch.from_numpy(np.stack([cells_of(grey_folder / name) for name in part.names])).long()
-    labels = torch.tensor([order.index(name.partition("/")[0]) for name in part.names])
+    split = open_images(str(grey_folder)).train
+    codes = torch.from_numpy(np.stack([cells_of(grey_folder / name) for name in split.names])).long()
+    labels = torch.tensor([order.index(name.partition("/")[0]) for name in split.names])
     expected = bits_one_by_one(model, codes, labels)
-    assert bits_one_by_one(model, codes, torch.from_numpy(part.labels)) != pytest.approx(expected, rel=1e-4)
+    assert bits_one_by_one(model, codes, torch.from_numpy(split.labels)) != pytest.approx(expected, rel=1e-4)
 
     numbers = evaluate(tokenizer, prior, split="train", device="cpu")
     assert numbers["bits_per_code"] == pytest.approx(expected, rel=1e-5)
@@ -269,7 +268,7 @@ def test_the_keys_are_those_of_the_contract(trained: Trained) -> None:
     assert json.loads(json.dumps(both, allow_nan=False)) == both
 
 
-# Each image is encoded once, and by the same code everywhere
+# Each image is encoded once, and to the same codes by every command
 
 
 @pytest.fixture
@@ -289,7 +288,7 @@ def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_a_prior_is_measured_on_the_codes_that_were_reconstructed(
     tmp_path: Path, trained: Trained, noise: Path, encoded: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also where export-codes and measure-rate have them from, to the last code; of noise, near ties included."""
+    """And on those of export-codes and measure-rate, to the last code; of noise, near ties included."""
     many = tmp_path / "many"
     for i in range(2 * BLOCK + 9):
         pixels = np.random.default_rng(i).integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
@@ -297,14 +296,14 @@ def test_a_prior_is_measured_on_the_codes_that_were_reconstructed(
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels).save(path)
     seen: dict[str, list[torch.Tensor]] = {"evaluate": [], "rate": []}
-    for name, where in (("evaluate", module), ("rate", rate)):
+    for name, module in (("evaluate", evaluation), ("rate", rate)):
 
         def measured(prior: GatedPixelCNN, batches: Any, name: str = name) -> float:
             kept = list(batches)
             seen[name] += [codes for codes, _ in kept]
             return measure_prior(prior, kept)
 
-        monkeypatch.setattr(where, "measure_prior", measured)
+        monkeypatch.setattr(module, "measure_prior", measured)
     evaluate(trained.tokenizer, trained.prior, data=str(many), split="train", device="cpu")
     blocks = -(-len(open_images(str(many)).train) // BLOCK)
     assert encoded == [BLOCK] * blocks
@@ -316,7 +315,7 @@ def test_a_prior_is_measured_on_the_codes_that_were_reconstructed(
     assert torch.equal(torch.cat(seen["rate"]), exported)
 
 
-def test_the_codes_are_given_in_the_order_of_the_rows(noise: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_codes_gets_the_codes_in_the_order_of_the_rows(noise: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inference, "BLOCK", 2)
     split, rows, found = open_images(str(noise)).train, np.array([5, 2, 7, 0, 1]), list[torch.Tensor]()
     _, health = measure_reconstruction(brightness_tokenizer(), split, rows, on_codes=found.append)
@@ -359,7 +358,7 @@ def test_classes_that_the_prior_does_not_know(tmp_path: Path, grey_folder: Path,
         evaluate(tmp_path / "tokenizer", tmp_path / "prior", data=str(noise), device="cpu")
 
 
-def test_an_empty_test_part(tmp_path: Path) -> None:
+def test_an_empty_test_split(tmp_path: Path) -> None:
     (tmp_path / "one").mkdir()
     Image.new("L", (WIDTH, HEIGHT)).save(tmp_path / "one" / "1.png")
     save_tokenizer(tmp_path / "tokenizer", brightness_tokenizer(), tmp_path / "one")

@@ -1,4 +1,4 @@
-"""New images: which labels, which seeds, which shapes; reconstructing is decode(encode)."""
+"""`ImagePipeline`: labels, seeds and shapes of samples; reconstructions; and the sheets of `images/png.py`."""
 
 import itertools
 from pathlib import Path
@@ -18,34 +18,7 @@ from prior import sample_codes
 from tokenizer import VQVAE, Baseline
 
 from ..conftest import Trained
-from ..support import (
-    CELL,
-    GRID,
-    HEIGHT,
-    LEVELS,
-    WIDTH,
-    brightness_baseline,
-    brightness_tokenizer,
-    save_prior,
-    save_tokenizer,
-    tiny_prior,
-)
-
-NAMES = ["2", "ring", "0"]  # two of them look like the index of another
-
-
-@pytest.fixture
-def labelled(tmp_path: Path) -> ImagePipeline:
-    fingerprint = save_tokenizer(tmp_path / "tokenizer", brightness_tokenizer()).fingerprint
-    save_prior(tmp_path / "prior", tiny_prior(num_classes=3), fingerprint, NAMES)
-    return ImagePipeline.from_pretrained(tmp_path / "tokenizer", tmp_path / "prior", device="cpu")
-
-
-@pytest.fixture
-def unlabelled(tmp_path: Path) -> ImagePipeline:
-    fingerprint = save_tokenizer(tmp_path / "tokenizer", brightness_tokenizer()).fingerprint
-    save_prior(tmp_path / "prior", tiny_prior(), fingerprint)
-    return ImagePipeline.from_pretrained(str(tmp_path / "tokenizer"), str(tmp_path / "prior"), device="cpu")
+from ..support import CELL, GRID, HEIGHT, LEVELS, WIDTH, brightness_baseline, brightness_tokenizer, save_tokenizer
 
 
 @pytest.mark.parametrize("n", [1, 2, 7])
@@ -59,12 +32,12 @@ def test_shapes_dtypes_and_that_the_images_are_the_codes_decoded(unlabelled: Ima
     assert torch.equal(images.long(), expected)
 
 
-def test_a_sample_does_not_depend_on_how_many_are_drawn_with_it(labelled: ImagePipeline) -> None:
+def test_a_sample_does_not_depend_on_how_many_are_sampled_with_it(labelled: ImagePipeline) -> None:
     most = labelled.sample(9, labels=["ring"], seed=3)
     for n in (1, 2, 8):
-        some = labelled.sample(n, labels=["ring"], seed=3)
-        assert torch.equal(some.codes, most.codes[:n])
-        assert torch.equal(some.images, most.images[:n])
+        fewer = labelled.sample(n, labels=["ring"], seed=3)
+        assert torch.equal(fewer.codes, most.codes[:n])
+        assert torch.equal(fewer.images, most.images[:n])
     assert len(most.codes.flatten(1).unique(dim=0)) == 9  # and they differ
 
 
@@ -76,20 +49,20 @@ def test_the_seed_alone_decides(labelled: ImagePipeline) -> None:
     assert not torch.equal(labelled.sample(3, seed=6).codes, first.codes)
     assert not torch.equal(labelled.sample(3).codes, labelled.sample(3).codes)
     torch.manual_seed(1)
-    assert torch.equal(state, torch.get_rng_state())  # the caller's generator is left alone
+    assert torch.equal(state, torch.get_rng_state())  # the caller's generator is not used
 
 
-def test_it_is_the_samplers_codes(labelled: ImagePipeline) -> None:
-    choice: dict[str, Any] = {"temperature": 0.7, "top_k": 5, "top_p": 0.9}
+def test_the_codes_are_those_of_sample_codes(labelled: ImagePipeline) -> None:
+    parameters: dict[str, Any] = {"temperature": 0.7, "top_k": 5, "top_p": 0.9}
     labels = torch.tensor([1, 2, 1, 2])
     expected = sample_codes(
-        labelled.prior, 4, GRID, labels=labels, generator=torch.Generator().manual_seed(8), **choice
+        labelled.prior, 4, GRID, labels=labels, generator=torch.Generator().manual_seed(8), **parameters
     )
-    assert torch.equal(labelled.sample(4, labels=[1, 2], seed=8, **choice).codes, expected)
+    assert torch.equal(labelled.sample(4, labels=[1, 2], seed=8, **parameters).codes, expected)
     assert not torch.equal(labelled.sample(4, labels=[1, 2], seed=8).codes, expected)
 
 
-def test_every_finished_row_is_told(unlabelled: ImagePipeline) -> None:
+def test_every_finished_row_is_reported(unlabelled: ImagePipeline) -> None:
     rows: list[int] = []
     unlabelled.sample(1, seed=0, on_row=rows.append)
     assert rows == list(range(1, GRID[0] + 1))
@@ -140,7 +113,7 @@ def test_an_unknown_label_lists_the_known_ones(labelled: ImagePipeline, label: s
     assert str(error.value) == message.format(label)
 
 
-def test_no_labels_at_all_are_refused(labelled: ImagePipeline) -> None:
+def test_an_empty_list_of_labels_is_refused(labelled: ImagePipeline) -> None:
     with pytest.raises(InputError, match="expected at least one label, got none; "):
         labelled.sample(2, labels=[])
 
@@ -174,13 +147,13 @@ def test_a_prior_of_another_tokenizer(tmp_path: Path, labelled: ImagePipeline) -
     assert other != labelled.tokenizer_info.fingerprint
 
 
-def test_the_two_folders_exchanged(tmp_path: Path, labelled: ImagePipeline) -> None:
+def test_the_two_folders_swapped(tmp_path: Path, labelled: ImagePipeline) -> None:
     with pytest.raises(InputError, match=r"expected a tokenizer checkpoint in .*, got a prior checkpoint"):
         ImagePipeline.from_pretrained(tmp_path / "prior", tmp_path / "tokenizer", device="cpu")
 
 
 @pytest.mark.parametrize("device", ["nosuch", "cuda:99", "cpu:x"])
-def test_a_device_that_is_not_there(tmp_path: Path, labelled: ImagePipeline, device: str) -> None:
+def test_a_missing_device(tmp_path: Path, labelled: ImagePipeline, device: str) -> None:
     with pytest.raises(InputError, match="device"):
         ImagePipeline.from_pretrained(tmp_path / "tokenizer", tmp_path / "prior", device=device)
 
@@ -207,14 +180,14 @@ def test_what_the_tokenizer_knows_exactly_comes_back_exactly(unlabelled: ImagePi
 
 
 def test_many_are_decoded_in_parts(unlabelled: ImagePipeline, monkeypatch: pytest.MonkeyPatch) -> None:
-    """P17: the last part is smaller."""
+    """P17: the last batch is smaller."""
     codes, decode, sizes = torch.randint(LEVELS, (7, *GRID)), VQVAE.decode, []
-    whole = unlabelled.decode(codes)
+    images = unlabelled.decode(codes)
     monkeypatch.setattr("pipeline.generation.image_pipeline.DECODE_BATCH", 3)
-    monkeypatch.setattr(VQVAE, "decode", lambda model, some: sizes.append(len(some)) or decode(model, some))
-    assert torch.equal(unlabelled.decode(codes), whole)
+    monkeypatch.setattr(VQVAE, "decode", lambda model, batch: sizes.append(len(batch)) or decode(model, batch))
+    assert torch.equal(unlabelled.decode(codes), images)
     assert sizes == [3, 3, 1]
-    assert torch.equal(unlabelled.reconstruct(whole), whole)
+    assert torch.equal(unlabelled.reconstruct(images), images)
 
 
 @pytest.mark.parametrize(
@@ -233,7 +206,7 @@ def test_the_picture_of_reconstructions(tmp_path: Path, grey_folder: Path, model
     assert not np.array_equal(rows[0], rows[2])
 
 
-def test_fewer_images_than_asked_for_is_said(
+def test_a_note_says_that_there_are_fewer_images_than_requested(
     tmp_path: Path, grey_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     save_tokenizer(tmp_path / "tokenizer", brightness_tokenizer(), grey_folder)
@@ -241,11 +214,11 @@ def test_fewer_images_than_asked_for_is_said(
     assert "images, fewer than --n 100" in capsys.readouterr().err
 
 
-# Pictures
+# Contact sheets
 
 
 @pytest.mark.parametrize(("count", "columns"), [(1, 1), (5, 3), (6, 3), (7, 2)])
-def test_a_sheet_pixel_by_pixel(count: int, columns: int) -> None:
+def test_a_contact_sheet_pixel_by_pixel(count: int, columns: int) -> None:
     images = torch.randint(200, (count, 3, 2, 5), dtype=torch.uint8)
     sheet = tile(images, columns)
     rows = -(-count // columns)
@@ -262,7 +235,7 @@ def test_enlarging_repeats_pixels() -> None:
     assert torch.equal(enlarge(sheet, 500), sheet)
 
 
-def test_originals_stand_above_in_every_row_also_the_last_short_one() -> None:
+def test_originals_are_above_in_every_row_also_the_last_short_one() -> None:
     originals = torch.arange(5, dtype=torch.uint8).reshape(5, 1, 1, 1)
     mixed = above_and_below(originals, originals + 10, columns=3).flatten().tolist()
     assert mixed == [0, 1, 2, 10, 11, 12, 3, 4, 255, 13, 14, 255]

@@ -1,4 +1,4 @@
-"""Folders of drawn images: what they hold, what an interrupted run keeps, and that a refusal changes nothing."""
+"""Folders of sampled images: what they hold, what an interrupted run keeps, and that a refusal changes nothing."""
 
 import json
 from pathlib import Path
@@ -10,31 +10,17 @@ import torch
 from PIL import Image
 
 from pipeline.errors import InputError
-from pipeline.generation import image_pipeline as generate
-from pipeline.generation import sample_folder as drawing
+from pipeline.generation import image_pipeline, sample_folder
 from pipeline.generation.image_pipeline import ImagePipeline, Sampled
 from pipeline.generation.keep_mask import half_mask
 from pipeline.generation.sample_folder import SampleOptions, complete_to_folder, sample_to_folder
-from pipeline.images import png_folder as image_folder
+from pipeline.images import png_folder
 from pipeline.images.png import GAP, tile
 
-from ..conftest import Trained
-from ..support import HEIGHT, WIDTH, brightness_tokenizer, digest_of, save_prior, save_tokenizer, tiny_prior
+from ..support import HEIGHT, WIDTH, digest_of
 
 SIZE = (HEIGHT, WIDTH)
-TIMES = round(64 / WIDTH)  # how much a sheet is enlarged
-
-
-@pytest.fixture
-def labelled(tmp_path: Path) -> ImagePipeline:
-    fingerprint = save_tokenizer(tmp_path / "tokenizer", brightness_tokenizer()).fingerprint
-    save_prior(tmp_path / "prior", tiny_prior(num_classes=3), fingerprint, ["2", "ring", "0"])
-    return ImagePipeline.from_pretrained(tmp_path / "tokenizer", tmp_path / "prior", device="cpu")
-
-
-@pytest.fixture
-def colour(trained: Trained) -> ImagePipeline:
-    return ImagePipeline.from_pretrained(trained.tokenizer, trained.prior, device="cpu")
+TIMES = round(64 / WIDTH)  # how much a contact sheet is enlarged
 
 
 @pytest.fixture
@@ -59,14 +45,13 @@ def test_what_a_folder_of_samples_holds(tmp_path: Path, labelled: ImagePipeline)
     for i, image in enumerate(images):
         np.testing.assert_array_equal(np.asarray(Image.open(out / "images" / f"{i:05d}.png")), image[0])
     sheet = np.asarray(Image.open(out / "grid.png"))
-    times = round(64 / WIDTH)
-    np.testing.assert_array_equal(sheet[::times, ::times], tile(images, 3)[0])
+    np.testing.assert_array_equal(sheet[::TIMES, ::TIMES], tile(images, 3)[0])
 
 
-def test_samples_are_replaced_whole_and_only_if_asked(tmp_path: Path, labelled: ImagePipeline) -> None:
+def test_samples_are_replaced_completely_and_only_with_force(tmp_path: Path, labelled: ImagePipeline) -> None:
     out = tmp_path / "out"
     sample_to_folder(labelled, SampleOptions(n=5), out)
-    (out / "notes.txt").write_text("mine")
+    (out / "notes.txt").write_text("of the user")
     before = digest_of(out)
     with pytest.raises(InputError, match="got a folder with files in it; name another folder, or use --force"):
         sample_to_folder(labelled, SampleOptions(n=2), out)
@@ -77,43 +62,43 @@ def test_samples_are_replaced_whole_and_only_if_asked(tmp_path: Path, labelled: 
     assert digest_of(out) == before
     sample_to_folder(labelled, SampleOptions(n=2), out, force=True)
     assert sorted(path.name for path in (out / "images").iterdir()) == ["00000.png", "00001.png"]
-    assert (out / "notes.txt").read_text() == "mine"
+    assert (out / "notes.txt").read_text() == "of the user"
 
 
 @pytest.mark.parametrize("at_once", [1, 2, 3, 7, 64])
-def test_an_image_is_the_same_whatever_is_drawn_at_once(
+def test_an_image_is_the_same_in_any_batch(
     tmp_path: Path, labelled: ImagePipeline, at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """P17: seven are no multiple of a part; labels are in turn over all of them."""
+    """P17: seven are no multiple of a batch; labels are taken in turn over all of them."""
     options = SampleOptions.of(n=7, labels=("ring", "2"), seed=4, temperature=1.2, top_k=9, top_p=0.95)
-    sample_to_folder(labelled, options, tmp_path / "whole")
-    monkeypatch.setitem(drawing.AT_ONCE, "cpu", at_once)
-    sample_to_folder(labelled, options, tmp_path / "parts")
-    assert digest_of(tmp_path / "parts") == digest_of(tmp_path / "whole")
-    choice: dict[str, Any] = {"seed": 4, "temperature": 1.2, "top_k": 9, "top_p": 0.95}
-    images = labelled.sample(7, labels=("ring", "2"), **choice).images
+    sample_to_folder(labelled, options, tmp_path / "default")
+    monkeypatch.setitem(sample_folder.AT_ONCE, "cpu", at_once)
+    sample_to_folder(labelled, options, tmp_path / "batches")
+    assert digest_of(tmp_path / "batches") == digest_of(tmp_path / "default")
+    parameters: dict[str, Any] = {"temperature": 1.2, "top_k": 9, "top_p": 0.95}
+    images = labelled.sample(7, labels=("ring", "2"), seed=4, **parameters).images
     for index, image in enumerate(images):
-        found = np.asarray(Image.open(tmp_path / "parts" / "images" / f"{index:05d}.png"))
+        found = np.asarray(Image.open(tmp_path / "batches" / "images" / f"{index:05d}.png"))
         np.testing.assert_array_equal(found, image[0])
-    assert len(digest_of(tmp_path / "parts" / "images")) == 7
-    assert json.loads((tmp_path / "parts" / "sample.json").read_text("utf-8"))["finished"] == 7
+    assert len(digest_of(tmp_path / "batches" / "images")) == 7
+    assert json.loads((tmp_path / "batches" / "sample.json").read_text("utf-8"))["finished"] == 7
 
 
-def interrupt_part(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
-    """Ctrl-C in the middle of a part, counted from 0."""
-    draw, calls = ImagePipeline.sample, []
+def interrupt_batch(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """Ctrl-C in the middle of a batch, counted from 0."""
+    sample, calls = ImagePipeline.sample, []
 
-    def interrupted(self: ImagePipeline, n: int, **more: Any) -> Sampled:
+    def interrupted(self: ImagePipeline, n: int, **options: Any) -> Sampled:
         calls.append(n)
         if len(calls) > number:
             raise KeyboardInterrupt
-        return draw(self, n, **more)
+        return sample(self, n, **options)
 
     monkeypatch.setattr(ImagePipeline, "sample", interrupted)
 
 
 @pytest.mark.parametrize(("stopped_in", "finished"), [(1, 3), (2, 6)])
-def test_ctrl_c_keeps_the_parts_that_are_finished(
+def test_ctrl_c_keeps_the_finished_batches(
     tmp_path: Path,
     labelled: ImagePipeline,
     stopped_in: int,
@@ -121,10 +106,10 @@ def test_ctrl_c_keeps_the_parts_that_are_finished(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """What is there is what drawing no more than that would have written, and the record says of how many."""
-    monkeypatch.setitem(drawing.AT_ONCE, "cpu", 3)
+    """The folder is as if no more had been requested, but for the record, which says how many are finished."""
+    monkeypatch.setitem(sample_folder.AT_ONCE, "cpu", 3)
     sample_to_folder(labelled, SampleOptions(n=finished, seed=4), tmp_path / "fewer")
-    interrupt_part(monkeypatch, stopped_in)
+    interrupt_batch(monkeypatch, stopped_in)
     with pytest.raises(KeyboardInterrupt):
         sample_to_folder(labelled, SampleOptions(n=8, seed=4), tmp_path / "out")
     fewer, out = digest_of(tmp_path / "fewer"), digest_of(tmp_path / "out")
@@ -138,20 +123,20 @@ def test_ctrl_c_keeps_the_parts_that_are_finished(
     assert f"stopped: {finished} of 8 images are in {tmp_path / 'out'}" in capsys.readouterr().err
 
 
-def test_ctrl_c_in_the_first_part_writes_nothing(
+def test_ctrl_c_in_the_first_batch_writes_nothing(
     tmp_path: Path, labelled: ImagePipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    interrupt_part(monkeypatch, 0)
+    interrupt_batch(monkeypatch, 0)
     with pytest.raises(KeyboardInterrupt):
         sample_to_folder(labelled, SampleOptions(n=8), tmp_path / "new" / "out")
     assert not (tmp_path / "new").exists()
 
 
-def test_ctrl_c_while_a_part_is_written_leaves_no_image_without_its_codes(
+def test_ctrl_c_while_a_batch_is_written_leaves_no_image_without_its_codes(
     tmp_path: Path, labelled: ImagePipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(drawing.AT_ONCE, "cpu", 3)
-    write, written = image_folder.save_png, []
+    monkeypatch.setitem(sample_folder.AT_ONCE, "cpu", 3)
+    write, written = png_folder.save_png, []
 
     def interrupted(image: torch.Tensor, path: Path) -> None:
         written.append(path)
@@ -159,7 +144,7 @@ def test_ctrl_c_while_a_part_is_written_leaves_no_image_without_its_codes(
             raise KeyboardInterrupt
         write(image, path)
 
-    monkeypatch.setattr(image_folder, "save_png", interrupted)
+    monkeypatch.setattr(png_folder, "save_png", interrupted)
     with pytest.raises(KeyboardInterrupt):
         sample_to_folder(labelled, SampleOptions(n=8), tmp_path / "out")
     images = sorted(path.name for path in (tmp_path / "out" / "images").iterdir())
@@ -169,8 +154,8 @@ def test_ctrl_c_while_a_part_is_written_leaves_no_image_without_its_codes(
 
 
 def interrupt_writing(monkeypatch: pytest.MonkeyPatch, number: int) -> list[dict[str, Any]]:
-    """Ctrl-C in the middle of writing an image, counted from 0; returns the records that were there by then."""
-    write, records = image_folder.save_png, []
+    """Ctrl-C in the middle of writing an image, counted from 0. Return the record at the start of each image."""
+    write, records = png_folder.save_png, []
 
     def interrupted(image: torch.Tensor, path: Path) -> None:
         records.append(json.loads(next((path.parents[1]).glob("*.json")).read_text("utf-8")))
@@ -179,16 +164,16 @@ def interrupt_writing(monkeypatch: pytest.MonkeyPatch, number: int) -> list[dict
             path.with_name(f"{path.name}.new").write_bytes(b"...")
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(image_folder, "save_png", interrupted)
+    monkeypatch.setattr(png_folder, "save_png", interrupted)
     return records
 
 
 @pytest.mark.parametrize("folder", ["new", "old", "deep/in/new"])
 @pytest.mark.parametrize("number", [0, 2])
-def test_ctrl_c_while_the_first_part_is_written_leaves_nothing_new(
+def test_ctrl_c_while_the_first_batch_is_written_leaves_nothing_new(
     tmp_path: Path, colour: ImagePipeline, picture: Path, folder: str, number: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No image without codes, no record, and no folder that was not there. Until then the record counts no image."""
+    """No image without codes, no record, and no new folder. Until then the record counts no finished image."""
     (tmp_path / "old").mkdir()
     before = sorted(tmp_path.rglob("*"))
     for _ in range(2):
@@ -202,18 +187,18 @@ def test_ctrl_c_while_the_first_part_is_written_leaves_nothing_new(
         assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_ctrl_c_before_anything_is_drawn_leaves_the_old_images(
+def test_ctrl_c_before_anything_is_sampled_leaves_the_old_images(
     tmp_path: Path, colour: ImagePipeline, picture: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """They are cleared away when the new ones are ready; and there is no empty folder where there was none."""
+    """They are removed once the new ones are ready; and no empty folder is created."""
 
     def interrupted(*arguments: Any, **options: Any) -> None:
         raise KeyboardInterrupt
 
     sample_to_folder(colour, SampleOptions(n=2), tmp_path / "old")
     before = digest_of(tmp_path)
-    monkeypatch.setattr(generate, "sample_codes", interrupted)
-    monkeypatch.setattr(generate, "complete_codes", interrupted)
+    monkeypatch.setattr(image_pipeline, "sample_codes", interrupted)
+    monkeypatch.setattr(image_pipeline, "complete_codes", interrupted)
     for out in ("old", "new"):
         with pytest.raises(KeyboardInterrupt):
             sample_to_folder(colour, SampleOptions(n=3), tmp_path / out, force=True)
@@ -223,16 +208,16 @@ def test_ctrl_c_before_anything_is_drawn_leaves_the_old_images(
     assert not (tmp_path / "new").exists()
 
 
-def test_an_error_in_a_later_part_keeps_the_parts_before_it(
+def test_an_error_in_a_later_batch_keeps_the_batches_before_it(
     tmp_path: Path, labelled: ImagePipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(drawing.AT_ONCE, "cpu", 3)
-    draw = ImagePipeline.sample
+    monkeypatch.setitem(sample_folder.AT_ONCE, "cpu", 3)
+    sample = ImagePipeline.sample
 
-    def broken(self: ImagePipeline, n: int, *, first: int, **more: Any) -> Sampled:
+    def broken(self: ImagePipeline, n: int, *, first: int, **options: Any) -> Sampled:
         if first:
             raise RuntimeError("out of memory")
-        return draw(self, n, first=first, **more)
+        return sample(self, n, first=first, **options)
 
     monkeypatch.setattr(ImagePipeline, "sample", broken)
     with pytest.raises(RuntimeError, match="out of memory"):
@@ -249,7 +234,7 @@ def test_no_images_are_refused(tmp_path: Path, labelled: ImagePipeline) -> None:
 
 
 def pixels_of(path: Path) -> torch.Tensor:
-    """[C,H',W']"""
+    """The pixels [C,H',W'] of a file."""
     return torch.from_numpy(np.atleast_3d(np.array(Image.open(path)))).permute(2, 0, 1)
 
 
@@ -275,7 +260,7 @@ def test_what_a_folder_of_completions_holds(
     assert torch.equal(shown[0], original)
     assert torch.equal(shown[1][:, mask], original[:, mask])
     for channel in shown[1]:
-        assert len(channel[~mask].unique()) == 1  # what is hidden is of one colour
+        assert len(channel[~mask].unique()) == 1  # the hidden pixels have one colour
     assert torch.equal(torch.stack(shown[2:]), images)
     record = json.loads((out / "complete.json").read_text("utf-8"))
     assert (record["labels"], record["class_names"], record["seed"], record["finished"]) == (None, None, 4, n)
@@ -287,7 +272,7 @@ def test_what_a_folder_of_completions_holds(
 
 
 def test_a_grey_picture_is_completed(tmp_path: Path, labelled: ImagePipeline, picture: Path) -> None:
-    """In colour or not, of another size: prepared as those of the training were. Labels are in turn."""
+    """In colour or not, of another size: preprocessed as the training images were. Labels are taken in turn."""
     grey = np.array(Image.open(picture).convert("L"))
     Image.fromarray(grey).save(tmp_path / "grey.png")
     Image.fromarray(np.kron(grey, np.ones((3, 3), dtype=np.uint8))).save(tmp_path / "large.png")
@@ -302,7 +287,7 @@ def test_a_grey_picture_is_completed(tmp_path: Path, labelled: ImagePipeline, pi
     assert torch.equal(shown[:, : WIDTH // 2], torch.from_numpy(grey)[:, : WIDTH // 2])
 
 
-def test_a_mask_of_a_file_is_what_is_kept(tmp_path: Path, colour: ImagePipeline, picture: Path) -> None:
+def test_the_white_pixels_of_a_mask_file_are_kept(tmp_path: Path, colour: ImagePipeline, picture: Path) -> None:
     mask = np.random.default_rng(1).random(SIZE) < 0.7
     Image.fromarray(mask).save(tmp_path / "mask.png")
     complete_to_folder(colour, picture, str(tmp_path / "mask.png"), SampleOptions(n=2), tmp_path / "out", candidates=2)
@@ -351,17 +336,19 @@ def test_a_refused_completion_writes_and_removes_nothing(
     if force:
         complete_to_folder(colour, picture, "top", SampleOptions(n=2), out)
     before = digest_of(tmp_path)
-    given = {"image": "picture.png", "keep": "top", "candidates": 4, "n": 2, **BAD[case]}
-    image, keep, candidates = tmp_path / given.pop("image"), given.pop("keep"), given.pop("candidates")
+    options = {"image": "picture.png", "keep": "top", "candidates": 4, "n": 2, **BAD[case]}
+    image, keep, candidates = tmp_path / options.pop("image"), options.pop("keep"), options.pop("candidates")
     keep = keep if keep == "top" else str(tmp_path / keep)
-    refusal, told = REFUSAL[case]
-    with pytest.raises(refusal, match=told):
-        complete_to_folder(colour, image, keep, SampleOptions.of(**given), out, candidates=candidates, force=force)
+    refusal, message = REFUSAL[case]
+    with pytest.raises(refusal, match=message):
+        complete_to_folder(colour, image, keep, SampleOptions.of(**options), out, candidates=candidates, force=force)
     assert digest_of(tmp_path) == before
     assert out.exists() == force
 
 
-def test_completions_are_replaced_whole_and_only_if_asked(tmp_path: Path, colour: ImagePipeline, picture: Path) -> None:
+def test_completions_are_replaced_completely_and_only_with_force(
+    tmp_path: Path, colour: ImagePipeline, picture: Path
+) -> None:
     out = tmp_path / "out"
     sample_to_folder(colour, SampleOptions(n=5), out)
     before = digest_of(out)

@@ -59,7 +59,7 @@ def rewrite(folder: Path, **changes: Any) -> None:
 
 
 def replace_weights(folder: Path, weights: dict[str, torch.Tensor]) -> None:
-    """Other weights, with the fingerprint they have."""
+    """Write other weights, with their fingerprint."""
     data = safetensors.torch.save(weights)
     (folder / "model.safetensors").write_bytes(data)
     rewrite(folder, fingerprint=hashlib.sha256(data).hexdigest())
@@ -136,15 +136,10 @@ def test_anyone_reads_the_weights_with_safetensors(saved: Path, tokenizer: VQVAE
 
 def test_weights_that_are_views_are_saved_as_they_look(tmp_path: Path, tokenizer: VQVAE) -> None:
     weights = dict(tokenizer.state_dict())
-    turned = torch.randn(3, 6).T  # not contiguous
-    weights["quantizer.codebook"] = turned
-    save_checkpoint(tmp_path, read_info(_saved_beside(tmp_path, tokenizer), "tokenizer"), weights)
-    assert torch.equal(load_tokenizer(tmp_path).quantizer.codebook, turned)
-
-
-def _saved_beside(folder: Path, tokenizer: VQVAE) -> Path:
-    save_tokenizer(folder / "beside", tokenizer)
-    return folder / "beside"
+    transposed = torch.randn(3, 6).T  # not contiguous
+    weights["quantizer.codebook"] = transposed
+    save_checkpoint(tmp_path, save_tokenizer(tmp_path, tokenizer), weights)
+    assert torch.equal(load_tokenizer(tmp_path).quantizer.codebook, transposed)
 
 
 def test_the_training_state_comes_back(tmp_path: Path, tokenizer: VQVAE) -> None:
@@ -166,7 +161,7 @@ def test_a_checkpoint_of_a_later_version_with_more_fields_is_read(saved: Path) -
 # What is refused
 
 
-def test_nothing_there(tmp_path: Path) -> None:
+def test_no_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(InputError) as error:
         load_tokenizer(tmp_path / "nosuch")
     assert "no such folder; run train-tokenizer or name another" in one_line(error)
@@ -190,25 +185,25 @@ def test_the_other_kind(saved: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("version", [1, FORMAT_VERSION + 1])
 def test_another_format_version(saved: Path, version: int, codegrid: Codegrid) -> None:
-    """Of before or of after: told before its config or its weights are looked at, and the same by the program."""
+    """Older or newer: reported before its config or its weights are read, and the same by the program."""
     rewrite(saved, format_version=version, config={"of": "another network"})
     before = digest_of(saved)
-    wanted = f"expected format version {FORMAT_VERSION} in {saved / 'config.json'}"
-    told = f"{wanted}, got {version}; use the version of codegrid that wrote it"
+    expected = f"expected format version {FORMAT_VERSION} in {saved / 'config.json'}"
+    message = f"{expected}, got {version}; use the version of codegrid that wrote it"
     for read in (load_tokenizer, lambda folder: read_info(folder, "tokenizer")):
         with pytest.raises(InputError) as error:
             read(saved)
-        assert one_line(error) == told
+        assert one_line(error) == message
     for command in (["evaluate", "--tokenizer", saved], ["train-tokenizer", "--out", saved, "--resume"]):
         outcome = codegrid(*command)
-        assert (outcome.status, outcome.error_lines) == (1, [f"Error: {told}"])
+        assert (outcome.status, outcome.error_lines) == (1, [f"Error: {message}"])
     assert digest_of(saved) == before
 
 
-@pytest.mark.parametrize("keep", [0, 1, 7, 100, -1])
-def test_a_file_cut_short(saved: Path, keep: int) -> None:
+@pytest.mark.parametrize("length", [0, 1, 7, 100, -1])
+def test_a_truncated_file(saved: Path, length: int) -> None:
     path = saved / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:keep])
+    path.write_bytes(path.read_bytes()[:length])
     with pytest.raises(InputError) as error:
         load_tokenizer(saved)
     assert "restore the folder from a copy, or run train-tokenizer again" in one_line(error)
@@ -222,7 +217,7 @@ def test_missing_weights(saved: Path) -> None:
 
 @pytest.mark.parametrize("place", [0.0, 0.02, 0.5, 0.999])
 def test_one_bit_flipped(saved: Path, place: float) -> None:
-    """In the length of the header, the header, the weights, the last of them."""
+    """In the length of the header, the header, the weights, the last weight."""
     path = saved / "model.safetensors"
     data = bytearray(path.read_bytes())
     data[int(place * len(data))] ^= 1
@@ -236,7 +231,7 @@ def test_one_bit_flipped(saved: Path, place: float) -> None:
     "content",
     [b"", b"{", b"\xff\xfe\x00", b"null", b"[]", b"{}", b'"text"', b'{"model_type": "vqvae", "hidden_size": 3}'],
 )
-def test_a_config_that_is_not_ours(saved: Path, content: bytes) -> None:
+def test_a_config_of_another_program(saved: Path, content: bytes) -> None:
     (saved / "config.json").write_bytes(content)
     for read in (load_tokenizer, load_prior):
         with pytest.raises(InputError) as error:
@@ -262,15 +257,15 @@ def test_a_config_that_does_not_fit_the_weights(saved: Path, tokenizer: VQVAE, c
 
 
 def test_loading_is_strict(saved: Path, tokenizer: VQVAE) -> None:
-    """D3: no tensor may be missing, left over or renamed."""
-    whole = dict(tokenizer.state_dict())
-    name = "quantizer.counts"
-    missing = {key: tensor for key, tensor in whole.items() if key != name}
-    for weights in (missing, whole | {"more": torch.zeros(1)}, {f"module.{key}": whole[key] for key in whole}):
+    """D3: no tensor may be missing, unexpected or renamed."""
+    complete = dict(tokenizer.state_dict())
+    missing = {name: tensor for name, tensor in complete.items() if name != "quantizer.counts"}
+    renamed = {f"module.{name}": tensor for name, tensor in complete.items()}
+    for weights in (missing, complete | {"extra": torch.zeros(1)}, renamed):
         replace_weights(saved, weights)
         with pytest.raises(InputError, match=r"Missing key|Unexpected key"):
             load_tokenizer(saved)
-    replace_weights(saved, whole)
+    replace_weights(saved, complete)
     assert bits_of(load_tokenizer(saved)) == bits_of(tokenizer)
 
 

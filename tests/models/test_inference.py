@@ -1,10 +1,10 @@
-"""Inference in blocks: the bytes of a plain loop over padded blocks, however it is divided; no setting changes."""
+"""Inference in blocks: the bytes of a plain loop over padded blocks, however divided; no setting is changed."""
 
 import ctypes
 import itertools
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -35,20 +35,20 @@ def items_of(count: int) -> Tensor:
     return torch.rand(count, *SHAPE, generator=torch.Generator().manual_seed(count))
 
 
-def where_it_is(block: Tensor) -> Tensor:
-    """What a network must not be: each item with its place in the block, and the size of the block."""
+def position_in_block(block: Tensor) -> Tensor:
+    """Return what no network should: a result that depends on the position in the block, and on its size."""
     return block.sum(dim=(1, 2, 3)) + torch.arange(len(block)) * 1000 + len(block)
 
 
-def plainly(compute: nn.Module, items: Tensor) -> Tensor:
-    """The oracle: block after block, each filled up with zeros, on one thread."""
+def plain_loop(compute: Callable[[Tensor], Tensor], items: Tensor) -> Tensor:
+    """The oracle: block after block, each padded with zeros, on one thread."""
     found = []
     with torch_threads(1), torch.no_grad():
         for start in range(0, len(items), BLOCK):
-            some = items[start : start + BLOCK]
+            subset = items[start : start + BLOCK]
             block = torch.zeros(BLOCK, *SHAPE)
-            block[: len(some)] = some
-            found.append(compute(block)[: len(some)])
+            block[: len(subset)] = subset
+            found.append(compute(block)[: len(subset)])
     return torch.cat(found)
 
 
@@ -56,21 +56,21 @@ def plainly(compute: nn.Module, items: Tensor) -> Tensor:
 @pytest.mark.parametrize("count", COUNTS)
 def test_the_bytes_are_those_of_a_plain_loop(count: int, batch_size: int, threads: int, model: nn.Module) -> None:
     items = items_of(count)
-    for compute in (model, where_it_is):
+    for compute in (model, position_in_block):
         found = list(in_blocks(model, compute, lambda a, b: items[a:b], count, batch_size=batch_size))
         assert len(found) == -(-count // (-(-batch_size // BLOCK) * BLOCK))
         if count:
-            assert torch.equal(torch.cat(found), plainly(compute, items))
+            assert torch.equal(torch.cat(found), plain_loop(compute, items))
 
 
-def test_the_network_sees_whole_blocks_on_one_thread_without_gradients(threads: int, model: nn.Module) -> None:
-    """Of OpenMP's threads too, which a new thread of ours would have all of."""
+def test_the_network_sees_complete_blocks_on_one_thread_without_gradients(threads: int, model: nn.Module) -> None:
+    """One thread of OpenMP too, of which a new Python thread would use all."""
     omp = _openmp()
     model.train()
     seen: list[tuple[object, ...]] = []
 
     def compute(block: Tensor) -> Tensor:
-        omp_threads = omp.omp_get_max_threads() if omp else 1  # asked before torch is, which would set it
+        omp_threads = omp.omp_get_max_threads() if omp else 1  # before torch is asked, which would set it
         cudnn = torch.backends.cudnn
         exact = not cudnn.allow_tf32 and not cudnn.benchmark and torch.get_float32_matmul_precision() == "highest"
         seen.append((len(block), omp_threads, torch.is_grad_enabled(), model.training, exact, block.dtype))
@@ -91,17 +91,17 @@ def _openmp() -> ctypes.CDLL | None:
     return libraries[0] if len(libraries) == 1 else None
 
 
-def test_the_order_is_kept_though_the_second_batch_is_done_first(model: nn.Module) -> None:
-    second_is_done = threading.Event()
+def test_the_order_is_kept_though_the_second_batch_is_finished_first(model: nn.Module) -> None:
+    second_finished = threading.Event()
 
     def load(start: int, stop: int) -> Tensor:
         if start == 0:
-            assert second_is_done.wait(30)
+            assert second_finished.wait(30)
         return torch.arange(start, stop)[:, None]
 
     def compute(block: Tensor) -> Tensor:
         if block[0] == BLOCK:
-            second_is_done.set()
+            second_finished.set()
         return block
 
     with torch_threads(2):
@@ -109,8 +109,8 @@ def test_the_order_is_kept_though_the_second_batch_is_done_first(model: nn.Modul
     assert found[:, 0].tolist() == list(range(5 * BLOCK - 3))
 
 
-def test_no_more_is_loaded_than_is_soon_asked_for(threads: int, model: nn.Module) -> None:
-    """However long the caller takes over the first batch."""
+def test_no_more_is_loaded_than_is_soon_needed(threads: int, model: nn.Module) -> None:
+    """However long the caller works on the first batch."""
     most, loaded, too_many = 2 * threads + 1, [], threading.Event()
 
     def load(start: int, stop: int) -> Tensor:
@@ -127,27 +127,27 @@ def test_no_more_is_loaded_than_is_soon_asked_for(threads: int, model: nn.Module
     assert 1 <= len(loaded) <= most
 
 
-def test_what_waits_is_not_begun_when_the_caller_leaves(model: nn.Module) -> None:
-    """One thread, which is busy with the second batch: the third waits behind it."""
-    loaded, leaving = [], threading.Event()
+def test_waiting_batches_are_not_started_once_the_caller_stops(model: nn.Module) -> None:
+    """One thread, which is busy with the second batch; the third is waiting."""
+    loaded, stopping = [], threading.Event()
 
     def load(start: int, stop: int) -> Tensor:
         loaded.append(start)
         if start:
-            assert leaving.wait(30)
+            assert stopping.wait(30)
         return torch.zeros(stop - start, 1)
 
     with torch_threads(1):
         batches = in_blocks(model, torch.clone, load, 100 * BLOCK)
         next(batches)
-        timer = threading.Timer(0.2, leaving.set)  # while `close` waits for the second batch
+        timer = threading.Timer(0.2, stopping.set)  # while `close` waits for the second batch
         timer.start()
         batches.close()  # type: ignore[attr-defined]
         timer.join()
     assert loaded in ([0], [0, BLOCK])
 
 
-# What is left behind
+# The settings afterwards
 
 
 def _state(model: nn.Module) -> tuple[object, ...]:
@@ -203,7 +203,7 @@ def test_every_setting_is_as_before(end: str, training: bool, threads: int, mode
         use()
     assert _state(model) == before
     if end.endswith("fails") and not end.startswith("the"):
-        assert next(calls) < 40  # the rest is not done any more
+        assert next(calls) < 40  # the rest is not computed
     in_new_thread: list[int] = []
     thread = threading.Thread(target=lambda: in_new_thread.append(torch.get_num_threads()))
     thread.start()
@@ -211,7 +211,7 @@ def test_every_setting_is_as_before(end: str, training: bool, threads: int, mode
     assert in_new_thread == [threads]
 
 
-def test_two_at_a_time_leave_the_number_of_threads(threads: int, model: nn.Module) -> None:
+def test_two_at_a_time_restore_the_number_of_threads(threads: int, model: nn.Module) -> None:
     items = items_of(3 * BLOCK)
     several = (in_blocks(model, model, lambda a, b: items[a:b], len(items)) for _ in range(2))
     for one, other in zip(*several, strict=True):
@@ -238,11 +238,11 @@ def test_several_tensors_of_a_block_belong_to_the_same_items(count: int, threads
     assert len(sums) == len(features) == count
     if count:
         assert torch.equal(sums, items.sum(dim=(1, 2, 3)))
-        assert torch.equal(features, plainly(model, items))
+        assert torch.equal(features, plain_loop(model, items))
 
 
 def test_an_accelerator_computes_one_block_at_a_time_while_others_are_loaded() -> None:
-    """The activations of one block are in its memory. Its stand-in here is the device that has no data at all."""
+    """Only the activations of one block are in its memory. The device "meta", which has no data, replaces it here."""
     before = torch.get_num_threads()
     torch.set_num_threads(4)
     inside, most, loading = [0], [0], threading.Barrier(4)

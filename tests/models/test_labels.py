@@ -1,4 +1,4 @@
-"""Labels: from the numbering of a data set to that of a prior. Those of samples are tested with `ImagePipeline`."""
+"""Labels: from the numbering of a data set to that of a prior. `resolve_labels` is tested with `ImagePipeline`."""
 
 from pathlib import Path
 
@@ -39,7 +39,7 @@ def test_a_prior_without_classes_needs_no_labels(tmp_path: Path) -> None:
         ([-1, -1], (), "images without labels"),
     ],
 )
-def test_labels_that_the_prior_has_not(
+def test_labels_that_the_prior_does_not_know(
     tmp_path: Path, labels: list[int], class_names: tuple[str, ...], got: str
 ) -> None:
     expected = rf"labelled with the prior's classes \(cat, dog\), got {got}; use images with those classes"

@@ -1,4 +1,4 @@
-"""A trained model is one object: config, weights and fingerprint of one moment, also while training saves."""
+"""A trained model is one object: config, weights and fingerprint of the same save, also while training saves."""
 
 import hashlib
 from collections.abc import Callable
@@ -34,7 +34,7 @@ def fingerprint_of(model: nn.Module) -> str:
 
 
 def after_read(patch: pytest.MonkeyPatch, number: int, act: Callable[[], object]) -> None:
-    """Let `act` happen right after the read of a checkpoint's file with this number, counted from 1."""
+    """Call `act` right after the read of a checkpoint's file with this number, counted from 1."""
     real, reads = Path.read_bytes, []
 
     def read_bytes(path: Path) -> bytes:
@@ -62,11 +62,11 @@ def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Pair:
-    """A tokenizer and a prior over its codes, in two folders, and what another run replaces them by."""
+    """A tokenizer and a prior over its codes, in two folders, and the models with which another run replaces them."""
 
-    def __init__(self, place: Path) -> None:
-        self.place, self.tokenizer, self.prior = place, place / "tokenizer", place / "prior"
-        self.images = {codes: fill_with_cells(place / f"images-{codes}", _names(codes), codes) for codes in (OLD, NEW)}
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.tokenizer, self.prior = folder, folder / "tokenizer", folder / "prior"
+        self.images = {codes: fill_with_cells(folder / f"images-{codes}", _names(codes), codes) for codes in (OLD, NEW)}
 
     def save_tokenizer(self, num_codes: int) -> str:
         model = brightness_tokenizer(num_codes)
@@ -106,18 +106,18 @@ def test_every_loader_takes_the_name_of_a_device(pair: Pair, device: Any) -> Non
 
 
 @pytest.mark.parametrize("device", ["nosuch", "cuda:99", "cpu:x", "meta"])
-def test_a_device_that_is_not_there_is_refused_before_anything_is_read(tmp_path: Path, device: str) -> None:
+def test_a_missing_device_is_refused_before_anything_is_read(tmp_path: Path, device: str) -> None:
     for load in (load_tokenizer, load_prior):
         with pytest.raises(InputError, match=r"device .*got (none on this machine|nosuch|cpu:x|meta); |device, got"):
             load(tmp_path / "nosuch", device=device)
 
 
-# One moment
+# One save
 
 
 @pytest.mark.parametrize("number", READS)
 def test_what_is_loaded_is_what_its_info_says(pair: Pair, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whichever of the two a training run replaces while the pipeline reads, and when: it fits, or it is refused."""
+    """Whichever of the two a training run replaces while the pipeline reads, and when: they fit, or are refused."""
     for replace in (pair.save_tokenizer, pair.save_prior, pair.save):
         pair.save(OLD)
         with monkeypatch.context() as patch:
@@ -135,7 +135,7 @@ def test_what_is_loaded_is_what_its_info_says(pair: Pair, number: int, monkeypat
 
 
 def test_the_prior_is_compared_with_the_tokenizer_that_was_loaded(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not with the one that lies in the folder when the prior is read."""
+    """Not with the one that is in the folder when the prior is read."""
     with monkeypatch.context() as patch:
         after_read(patch, 2, lambda: pair.save_tokenizer(NEW))  # 1 is its config, 2 are its weights
         tokenizer, prior = load_pair(pair.tokenizer, pair.prior, "cpu")
@@ -148,24 +148,24 @@ def test_the_prior_is_compared_with_the_tokenizer_that_was_loaded(pair: Pair, mo
             InputError, match=r"expected a prior in .*; name the tokenizer it was trained with, or train"
         ):
             load_pair(pair.tokenizer, pair.prior, "cpu")
-    again = load_pair(pair.tokenizer, pair.prior, "cpu")
-    assert [trained.folder for trained in again] == [pair.tokenizer, pair.prior]
-    assert fingerprint_of(again[0].model) == again[1].info.tokenizer_fingerprint
+    reloaded = load_pair(pair.tokenizer, pair.prior, "cpu")
+    assert [trained.folder for trained in reloaded] == [pair.tokenizer, pair.prior]
+    assert fingerprint_of(reloaded[0].model) == reloaded[1].info.tokenizer_fingerprint
 
 
 def _decoded(pair: Pair) -> bytes:
-    decode_codes(pair.place / "codes", pair.tokenizer, pair.place / "x.npy", device="cpu", force=True)
-    return (pair.place / "x.npy").read_bytes()
+    decode_codes(pair.folder / "codes", pair.tokenizer, pair.folder / "x.npy", device="cpu", force=True)
+    return (pair.folder / "x.npy").read_bytes()
 
 
 def _picture(pair: Pair) -> bytes:
-    path = reconstruct_to_file(pair.tokenizer, pair.place / "x.png", split="train", device="cpu", force=True)
+    path = reconstruct_to_file(pair.tokenizer, pair.folder / "x.png", split="train", device="cpu", force=True)
     return path.read_bytes()
 
 
 def _exported(pair: Pair) -> list[bytes]:
-    export_codes(pair.tokenizer, pair.place / "new", device="cpu", force=True)
-    return [path.read_bytes() for path in sorted((pair.place / "new").iterdir())]
+    export_codes(pair.tokenizer, pair.folder / "new", device="cpu", force=True)
+    return [path.read_bytes() for path in sorted((pair.folder / "new").iterdir())]
 
 
 COMMANDS: dict[str, Callable[[Pair], Any]] = {
@@ -179,15 +179,15 @@ COMMANDS: dict[str, Callable[[Pair], Any]] = {
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_command_uses_the_checkpoint_of_one_moment(pair: Pair, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_command_uses_the_checkpoint_of_one_save(pair: Pair, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its images, weights and fingerprint are all of the old run, or all of the new one; or it refuses."""
     run = COMMANDS[command]
-    export_codes(pair.tokenizer, pair.place / "codes", device="cpu")
-    whole = [run(pair)]
+    export_codes(pair.tokenizer, pair.folder / "codes", device="cpu")
+    consistent = [run(pair)]
     pair.save(NEW)
     if command != "decode-codes":  # which refuses codes of another tokenizer
-        whole.append(run(pair))
-        assert whole[0] != whole[1]
+        consistent.append(run(pair))
+        assert consistent[0] != consistent[1]
     refused = 0
     for number in range(1, 5):
         pair.save(OLD)
@@ -198,5 +198,5 @@ def test_a_command_uses_the_checkpoint_of_one_moment(pair: Pair, command: str, m
             assert "made with this tokenizer" in str(found)
             refused += 1
         else:
-            assert found in whole
+            assert found in consistent
     assert refused < 4
