@@ -69,7 +69,9 @@ def _open(path: Path, attempts: int = 10) -> int:
         path.parent.mkdir(parents=True, exist_ok=True)
         return os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
-        if isinstance(error, FileNotFoundError) and attempts > 1:  # another process has just removed its empty folder
+        # Opening fails with the one, `mkdir` with the other, if another process removes its empty folder meanwhile.
+        may_pass = isinstance(error, (FileNotFoundError, FileExistsError))
+        if may_pass and attempts > 1:
             return _open(path, attempts - 1)
         raise unwritable(path.parent, error) from None
 
