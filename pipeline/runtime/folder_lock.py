@@ -23,7 +23,7 @@ from .output_paths import missing_folders, remove_if_empty, unwritable
 
 LOCK = ".codegrid.lock"
 _HELD = {errno.EACCES, errno.EAGAIN, errno.EDEADLK}  # what the systems say if another process has the lock
-_LOCKED_BYTE = 2**20  # on Windows no other process can read a locked byte, so it lies behind the content
+_LOCKED_BYTE = 2**20  # on Windows no other process can read a locked byte, so it is one behind the content
 
 _log = logging.getLogger(__name__)
 
