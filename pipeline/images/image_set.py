@@ -17,15 +17,12 @@ from ..errors import InputError
 from .cache import cache_folder, open_entry, read_images, write_images
 from .folder import folder_source
 from .glyphs import glyph_source
-from .holdout import held_out
 from .preprocessing import Preprocessing, to_float
 from .source import SPLITS, Source, check_broken
 from .torchvision_sets import TORCHVISION_SETS, torchvision_source
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-__all__ = ["IMAGE_SOURCES", "ImageSet", "ImageSplit", "held_out", "open_images", "split_of"]
 
 IMAGE_SOURCES = ("glyphs", *TORCHVISION_SETS)
 
@@ -117,7 +114,7 @@ def split_of(images: ImageSet, split: str) -> ImageSplit:
     chosen = images.train if split == "train" else images.test
     if len(chosen) == 0:
         raise InputError(
-            expected=f"images in the {split} part of {images.source}", got="none", do="use the other --split"
+            expected=f"images in the {split} split of {images.source}", got="none", do="use the other --split"
         )
     return chosen
 

@@ -16,7 +16,8 @@ import torch
 from pipeline.codes.dataset import CodeDataset
 from pipeline.evaluation.likelihood import measure_prior
 from pipeline.evaluation.reconstruction import measure_reconstruction
-from pipeline.images.image_set import held_out, open_images
+from pipeline.images.holdout import held_out
+from pipeline.images.image_set import open_images
 from pipeline.models.checkpoint import load_training, load_weights, read_info
 from pipeline.models.loading import load_prior, load_tokenizer
 from pipeline.training.loop import run_training
