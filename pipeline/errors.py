@@ -2,10 +2,10 @@
 
 
 class InputError(Exception):
-    """Something the user gave cannot be used: one line with what was expected, what came, what to do.
+    """Says in one line why something the user gave cannot be used: what was expected, what came, what to do.
 
-    Raise it where the value is used, and only for what the user can put right; the command line
-    prints it as `Error: ...` without a traceback.
+    Raise it where the value is used, and only for what the user can put right; the command line prints it as
+    `Error: ...` without a traceback.
     """
 
     def __init__(self, *, expected: str, got: str, do: str) -> None:

@@ -30,7 +30,7 @@ def _own_cache_and_one_thread(tmp_path_factory: pytest.TempPathFactory) -> Itera
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _ctrl_c_is_heard() -> Iterator[None]:
+def _sigint_is_not_ignored() -> Iterator[None]:
     """A shell starts what runs in its background with SIGINT ignored; the tests send that signal to themselves."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
@@ -63,13 +63,13 @@ def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def grey_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """20 grey pictures of the levels that `brightness_tokenizer` knows, in 3 classes."""
-    names = [f"{kind}/{i}.png" for kind in CLASS_NAMES for i in range(7)][:20]
+    names = [f"{name}/{i}.png" for name in CLASS_NAMES for i in range(7)][:20]
     return fill_with_cells(tmp_path_factory.mktemp("grey") / "levels", names)
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A run of both stages that took a moment."""
+    """The folders of a short run of both stages."""
 
     images: Path
     tokenizer: Path
@@ -79,14 +79,15 @@ class Trained:
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory, image_folder: Path) -> Trained:
+    """Three steps of both stages on `image_folder`."""
     folder = tmp_path_factory.mktemp("trained")
     made = Trained(image_folder, folder / "tokenizer", folder / "codes", folder / "prior")
     small = {"hidden_channels": 8, "residual_channels": 4, "num_residual_layers": 1, "num_codes": 16, "code_dim": 4}
     common = {"steps": 3, "precision": "fp32"}
     train_tokenizer(RunFolder(out=made.tokenizer, device="cpu"), {"data": str(image_folder), **small, **common})
     export_codes(made.tokenizer, made.codes, shard_size=4, device="cpu")
-    given = {"codes": str(made.codes), "tokenizer": str(made.tokenizer), "channels": 4, "num_layers": 2, **common}
-    train_prior(RunFolder(out=made.prior, device="cpu"), given, made.tokenizer)
+    overrides = {"codes": str(made.codes), "tokenizer": str(made.tokenizer), "channels": 4, "num_layers": 2, **common}
+    train_prior(RunFolder(out=made.prior, device="cpu"), overrides, made.tokenizer)
     return made
 
 

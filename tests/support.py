@@ -29,7 +29,7 @@ HEIGHT, WIDTH, CELL = 8, 12, 2  # pixels
 GRID = (HEIGHT // CELL, WIDTH // CELL)
 LEVELS = 16
 STEP = 255 // (LEVELS - 1)  # grey values between two levels
-LOUD = 2.0**20  # so large, the activation between two layers is the identity above 0 to the last bit: ReLU or SiLU
+LOUD = 2.0**20  # of an input this large, ReLU and SiLU are the identity to the last bit
 
 
 @dataclass(frozen=True)
@@ -42,14 +42,14 @@ class Outcome:
 
     @property
     def error_lines(self) -> list[str]:
-        """The lines on standard error that are no progress bar."""
+        """The lines on standard error that belong to no progress bar."""
         written = re.sub(r"\x1b\[\d*[A-Z]", "", self.err)  # how tqdm moves the cursor
         lines = [line.strip() for line in re.split(r"[\r\n]", written)]
         return [line for line in lines if line and not re.search(r"\d+(%\||(image|step|row|batch) )", line)]
 
 
 def as_a_program(*arguments: object, cwd: Path) -> Outcome:
-    """`python cli.py ...` in a process of its own."""
+    """Run `python cli.py ...` in a process of its own."""
     command = [sys.executable, str(ROOT / "cli.py"), *map(str, arguments)]
     ended = subprocess.run(command, cwd=cwd, capture_output=True, text=True, encoding="utf-8", timeout=120)
     return Outcome(ended.returncode, ended.stdout, ended.stderr)
@@ -57,7 +57,7 @@ def as_a_program(*arguments: object, cwd: Path) -> Outcome:
 
 @contextmanager
 def torch_threads(count: int) -> Iterator[None]:
-    """Let torch use `count` threads inside; whatever happens there, it has as many as before afterwards."""
+    """Let torch use `count` threads for the duration, and afterwards as many as before, whatever happens."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -67,7 +67,7 @@ def torch_threads(count: int) -> Iterator[None]:
 
 
 def brightness_tokenizer(num_codes: int = LEVELS, *, data_variance: float = 1.0) -> VQVAE:
-    """Grey images; code k of a 2x2 cell stands for the brightness k / (num_codes - 1)."""
+    """Return a tokenizer of grey images, whose code k of a 2x2 cell means the brightness k / (num_codes - 1)."""
     model = VQVAE(_brightness_config(num_codes=num_codes, data_variance=data_variance)).eval()
     _set_to_means_of_cells(model)
     model.quantizer.set_codebook(torch.linspace(0, 1, num_codes)[:, None])
@@ -75,7 +75,7 @@ def brightness_tokenizer(num_codes: int = LEVELS, *, data_variance: float = 1.0)
 
 
 def brightness_baseline(bottleneck: Bottleneck, *, data_variance: float = 1.0) -> Baseline:
-    """The same without codes: the latent of a cell is its mean, and of a Gaussian the deviation is e."""
+    """Return the same without codes: the latent of a cell is its mean, and the deviation of a Gaussian is e."""
     model = Baseline(_brightness_config(bottleneck=bottleneck, data_variance=data_variance)).eval()
     _set_to_means_of_cells(model)
     if bottleneck == "vae":
@@ -96,38 +96,38 @@ def _brightness_config(**fields: Any) -> TokenizerConfig:
 
 
 def _set_to_means_of_cells(model: VQVAE | Baseline) -> None:
-    """The encoder gives the mean of each cell, the decoder a cell of that brightness."""
-    down, *mixes, to_code = (layer for layer in model.encoder.modules() if isinstance(layer, nn.Conv2d))
-    mix_again, up = (layer for layer in model.decoder.modules() if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)))
+    """Set weights by which the encoder returns the mean of each cell, the decoder a cell of that brightness."""
+    down, *encoder_mixes, to_code = (layer for layer in model.encoder.modules() if isinstance(layer, nn.Conv2d))
+    decoder_mix, up = (layer for layer in model.decoder.modules() if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
-        down.weight[0, 0, 1:3, 1:3] = 0.25 * LOUD  # of the 4x4 kernel, what lies inside the cell
+        down.weight[0, 0, 1:3, 1:3] = 0.25 * LOUD  # of the 4x4 kernel, what is inside the cell
         down.bias[0] = 0.5 * LOUD  # type: ignore[index]
         to_code.weight[0, 0, 0, 0] = 1 / LOUD
-        mix_again.weight[0, 0, 1, 1] = LOUD
+        decoder_mix.weight[0, 0, 1, 1] = LOUD
         up.weight[0, 0, 1:3, 1:3] = 1 / LOUD
         up.bias[0] = -0.5  # type: ignore[index]
-        for mix in mixes:
+        for mix in encoder_mixes:
             mix.weight[0, 0, 1, 1] = 1
 
 
 def cells_of(path: Path) -> np.ndarray:
-    """The oracle of `brightness_tokenizer`: the codes [H,W] of a picture whose cells are of one level each."""
+    """Return the codes [H,W] of a picture whose cells are of one level each: the oracle of `brightness_tokenizer`."""
     pixels = np.asarray(Image.open(path))
     assert pixels.shape == (HEIGHT, WIDTH)
     return pixels[::CELL, ::CELL] // STEP
 
 
 def draw_cells(path: Path, codes: np.ndarray) -> None:
-    """A grey picture with a cell of level k for each code k of [H,W]."""
+    """Write a grey picture with a cell of level k for each code k of [H,W]."""
     path.parent.mkdir(parents=True, exist_ok=True)
     pixels = np.kron(codes, np.ones((CELL, CELL), dtype=np.int64)) * STEP
     Image.fromarray(pixels.astype(np.uint8)).save(path)
 
 
 def fill_with_cells(folder: Path, names: Sequence[str], seed: int = 0) -> Path:
-    """Pictures of random levels, each another."""
+    """Write a picture of random levels under each of the names; return the folder."""
     random = np.random.default_rng(seed)
     for name in names:
         draw_cells(folder / name, random.integers(0, LEVELS, GRID))
@@ -141,6 +141,7 @@ def save_tokenizer(
     class_names: Sequence[str] = (),
     state: TrainingState | None = None,
 ) -> CheckpointInfo:
+    """Save `model` as a checkpoint, trained on `data` for 7 steps."""
     info = CheckpointInfo(
         kind="tokenizer",
         config=asdict(model.config),
@@ -153,7 +154,7 @@ def save_tokenizer(
 
 
 def tiny_prior(num_codes: int = LEVELS, num_classes: int = 0, seed: int = 0) -> GatedPixelCNN:
-    """Random weights, larger than fresh ones, so that its distributions are far from uniform."""
+    """Return a prior with random weights, larger than fresh ones, so that its distributions are far from uniform."""
     torch.manual_seed(seed)
     config = PriorConfig(
         num_codes=num_codes, num_classes=num_classes, channels=4, num_layers=2, output_channels=8, first_kernel_size=3
@@ -168,6 +169,7 @@ def tiny_prior(num_codes: int = LEVELS, num_classes: int = 0, seed: int = 0) -> 
 def save_prior(
     folder: Path, model: GatedPixelCNN, tokenizer_fingerprint: str, class_names: Sequence[str] = ()
 ) -> CheckpointInfo:
+    """Save `model` as a checkpoint that belongs to the tokenizer of this fingerprint, trained for 5 steps."""
     info = CheckpointInfo(
         kind="prior",
         config=asdict(model.config),
@@ -181,11 +183,11 @@ def save_prior(
 
 
 def digest_of(folder: Path) -> dict[str, str]:
-    """The SHA-256 of every file below a folder (or of one file), by name."""
+    """Return the SHA-256 of every file below a folder (or of one file), by name."""
     files = [folder] if folder.is_file() else sorted(path for path in folder.rglob("*") if path.is_file())
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def bits_of(model: nn.Module) -> dict[str, Any]:
-    """Every parameter and buffer as bytes, to compare bit for bit."""
+    """Return every parameter and buffer as bytes, to compare bit for bit."""
     return {name: tensor.detach().cpu().numpy().tobytes() for name, tensor in model.state_dict().items()}

@@ -1,10 +1,10 @@
 """Prepared images on disk, so that each is decoded once and a batch is one gather.
 
-    $CODEGRID_CACHE/images/<first half of the SHA-256 of what was asked>/
+    $CODEGRID_CACHE/images/<first half of the SHA-256 of what was requested>/
         train.npy test.npy    uint8 [N, C, H', W'], read through a memory map
         index.json            names, labels, class names, broken files; and the size of each .npy
 
-An entry is built in a folder beside its place and renamed into it, so that it is whole or absent.
+An entry is built in a temporary folder and then renamed, so that it is complete or absent.
 Two processes that build the same one both succeed, and the first is kept.
 """
 
@@ -28,36 +28,36 @@ from platformdirs import user_cache_dir
 from ..errors import InputError
 from ..runtime.progress import with_progress
 
-FORMAT = 2  # of an entry and of every key; another number leaves older entries unused (1 also held passing errors)
+FORMAT = 2  # of an entry and of every key; another number leaves older entries unused (1 also stored passing errors)
 _INDEX = "index.json"
 _BUILDING = ".building-"
-_STALE = 24 * 3600  # seconds after which a folder that a killed process was building is cleared away
+_STALE = 24 * 3600  # seconds after which a folder that a killed process was building is removed
 
 
 @dataclass(frozen=True)
 class Broken:
-    """In the place of an image that could not be read."""
+    """Takes the place of an image that could not be read."""
 
     reason: str
 
 
 def cache_folder() -> Path:
-    """$CODEGRID_CACHE, or the place this system keeps caches in."""
+    """Return $CODEGRID_CACHE, or the folder for caches of this system."""
     chosen = os.environ.get("CODEGRID_CACHE") or user_cache_dir("codegrid", appauthor=False)
     return Path(os.path.abspath(os.path.expanduser(chosen)))
 
 
-def open_entry(asked: Mapping[str, Any], build: Callable[[Path], dict[str, Any]]) -> tuple[Path, dict[str, Any]]:
-    """The folder and the index of the entry for `asked`, built if it is not there.
+def open_entry(requested: Mapping[str, Any], build: Callable[[Path], dict[str, Any]]) -> tuple[Path, dict[str, Any]]:
+    """Return the folder and the index of the entry for `requested`, built if it is not there.
 
     Args:
-        asked: everything the entry depends on, as JSON.
+        requested: everything the entry depends on, as JSON.
         build: writes the arrays into an empty folder, closes them, and returns the index, as JSON.
 
     Raises:
         InputError: the cache cannot be written.
     """
-    text = json.dumps({"format": FORMAT, **asked}, sort_keys=True)
+    text = json.dumps({"format": FORMAT, **requested}, sort_keys=True)
     folder = cache_folder() / "images" / hashlib.sha256(text.encode()).hexdigest()[:32]
     index = _read_index(folder)
     if index is None:
@@ -68,12 +68,12 @@ def open_entry(asked: Mapping[str, Any], build: Callable[[Path], dict[str, Any]]
 def write_images(
     path: Path, images: Iterable[np.ndarray | Broken], count: int, shape: Sequence[int]
 ) -> tuple[list[int], dict[int, str]]:
-    """Write what can be read of `count` images of one shape [C, H', W'], in order, into a .npy file.
+    """Write those of `count` images of one shape [C, H', W'] that could be read, in order, into a .npy file.
 
     Shows progress on standard error. The array has `count` rows, of which the first ones are used.
 
     Returns:
-        the positions in `images` that rows 0, 1, ... hold, and the reason for each that is broken.
+        The positions in `images` of those in rows 0, 1, ..., and for the position of each broken image the reason.
     """
     kept: list[int] = []
     broken: dict[int, str] = {}
@@ -89,12 +89,13 @@ def write_images(
 
 
 def read_images(path: Path, count: int) -> np.ndarray:
-    """The first `count` rows of a .npy file through a memory map, read-only."""
+    """Return the first `count` rows of a .npy file through a memory map, read-only."""
     return np.load(path, mmap_mode="r", allow_pickle=False)[:count]
 
 
 def _new_array(path: Path, shape: tuple[int, ...]) -> np.memmap:
-    # A full disk under a memory map kills the process, so look first.
+    """Return a new uint8 array of `shape` in a .npy file, zeros. Raise InputError if the disk has no room for it."""
+    # A full disk under a memory map kills the process, so check first.
     free = shutil.disk_usage(path.parent).free
     needed = int(np.prod(shape))
     if free < needed:
@@ -103,26 +104,28 @@ def _new_array(path: Path, shape: tuple[int, ...]) -> np.memmap:
             got=f"{free / 1e6:,.0f} MB",
             do="make room, or set CODEGRID_CACHE to a folder on another disk",
         )
-    # `open_memmap` maps no empty file, so an empty part gets one row that is not used.
+    # `open_memmap` maps no empty file, so an empty split gets one row that is not used.
     return np.lib.format.open_memmap(path, "w+", np.uint8, (max(shape[0], 1), *shape[1:]))
 
 
 def _build_entry(folder: Path, build: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
-    beside = _new_folder(folder.parent)
+    """Build an entry; return its index, or that of another process which finished the same one first."""
+    temporary = _new_folder(folder.parent)
     try:
-        index = build(beside)
-        sizes = {path.name: path.stat().st_size for path in beside.glob("*.npy")}
+        index = build(temporary)
+        sizes = {path.name: path.stat().st_size for path in temporary.glob("*.npy")}
         text = json.dumps({**index, "sizes": sizes})
-        (beside / _INDEX).write_text(text, encoding="utf-8")
-        return _move(beside, folder) or index
+        (temporary / _INDEX).write_text(text, encoding="utf-8")
+        return _move(temporary, folder) or index
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _new_folder(parent: Path) -> Path:
+    """Make an empty folder in `parent` to build an entry in. Raise InputError if that cannot be done."""
     try:
         parent.mkdir(parents=True, exist_ok=True)
-        _clear_stale(parent)
+        _remove_stale(parent)
         folder = parent / f"{_BUILDING}{uuid.uuid4().hex}"
         folder.mkdir()
         return folder
@@ -130,38 +133,39 @@ def _new_folder(parent: Path) -> Path:
         raise _unwritable(error) from error
 
 
-def _clear_stale(parent: Path) -> None:
-    for left in parent.glob(f"{_BUILDING}*"):
-        with suppress(FileNotFoundError):  # its process may be done at this very moment
-            if left.stat().st_mtime > time.time() - _STALE:
+def _remove_stale(parent: Path) -> None:
+    """Remove what killed processes were building."""
+    for folder in parent.glob(f"{_BUILDING}*"):
+        with suppress(FileNotFoundError):  # its process may finish at this moment
+            if folder.stat().st_mtime > time.time() - _STALE:
                 continue
-            shutil.rmtree(left, ignore_errors=True)
+            shutil.rmtree(folder, ignore_errors=True)
 
 
-def _move(beside: Path, folder: Path) -> dict[str, Any] | None:
-    """Put the new entry in place; the index of another's, if one was built meanwhile."""
-    theirs = _read_index(folder)
-    if theirs is not None:
-        return theirs
+def _move(temporary: Path, folder: Path) -> dict[str, Any] | None:
+    """Rename the new entry to `folder`; if another process was first, return the index of the existing entry."""
+    existing = _read_index(folder)
+    if existing is not None:
+        return existing
     shutil.rmtree(folder, ignore_errors=True)  # what a cleaner of caches left of an older one
     try:
-        os.rename(beside, folder)
+        os.rename(temporary, folder)
     except OSError as error:
-        theirs = _read_index(folder)
-        if theirs is None:
+        existing = _read_index(folder)
+        if existing is None:
             raise _unwritable(error) from error
-    return theirs
+    return existing
 
 
 def _read_index(folder: Path) -> dict[str, Any] | None:
-    """None unless the entry is whole."""
+    """Return the index of an entry, None unless the entry is complete."""
     try:
         index: dict[str, Any] = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
         sizes: dict[str, int] = index["sizes"]
-        whole = all((folder / name).stat().st_size == size for name, size in sizes.items())
+        complete = all((folder / name).stat().st_size == size for name, size in sizes.items())
     except (OSError, ValueError, KeyError):
         return None
-    return index if whole else None
+    return index if complete else None
 
 
 def _unwritable(error: OSError) -> InputError:

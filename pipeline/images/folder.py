@@ -1,8 +1,8 @@
-"""The source that is a folder of images: its files are listed, their headers read, then each is prepared.
+"""A folder of images as a source: its files are listed, their headers read, then each is prepared.
 
-Names are paths relative to the folder with `/` between parts, in Unicode NFC, in code point order.
+Names are paths relative to the folder with `/` as separator, in Unicode NFC, in code point order.
 
-C channels, H' W' height and width in pixels.
+Legend: C channels, H' W' height and width in pixels.
 """
 
 import os
@@ -19,13 +19,13 @@ from PIL import Image
 from ..errors import InputError
 from ..runtime.progress import with_progress
 from .cache import Broken, open_entry
-from .folder_layout import PartLayout, read_layout
+from .folder_layout import SplitLayout, read_layout
 from .image_file import read_or_broken
 from .preprocessing import IMAGE_ERRORS, Preprocessing, is_grey, read_image, upright_size
-from .source import Contents, Part, Source, check_broken
+from .source import Contents, Source, SourceSplit, check_broken
 
-DEFAULT_SIDE = 64  # pixels, of a folder's images if they differ in size or are larger than
-LARGEST_NATIVE = 128  # this; others keep the size they have
+DEFAULT_SIDE = 64  # pixels; what the images of a folder get if they differ in size, or a side is larger than
+LARGEST_NATIVE = 128  # this; other folders keep their size
 IMAGE_FILE = re.compile(
     r"\.(apng|avif|bmp|dds|dib|gif|ico|j2k|jfif|jp[2ex]|jpe?g|mpo|p[bgnp]m|pcx|pfm|png|qoi|sgi|tga|tiff?|webp)",
     re.IGNORECASE,
@@ -37,6 +37,8 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class _File:
+    """An image file of the folder."""
+
     path: str
     name: str  # relative to the folder, NFC, with `/`
     size: int  # bytes
@@ -44,7 +46,7 @@ class _File:
 
 
 def folder_source(folder: str) -> Source:
-    """The images below `folder`, an absolute path.
+    """Return the images below `folder`, an absolute path, as a source.
 
     Raises:
         InputError: it cannot be read or holds no image.
@@ -65,6 +67,7 @@ def folder_source(folder: str) -> Source:
 
 
 def _list_files(folder: str) -> list[_File]:
+    """Return the image files below `folder`, by name. Raise InputError if it cannot be read or holds none."""
     try:
         files = sorted(_walk(folder, "", ()), key=lambda file: (file.name, file.path))
     except OSError as error:
@@ -81,31 +84,32 @@ def _list_files(folder: str) -> list[_File]:
 
 
 def _walk(folder: str, prefix: str, above: tuple[str, ...]) -> Iterator[_File]:
-    """The image files below `folder`, hidden ones left out, links followed but never in a circle."""
-    here = os.path.realpath(folder)
-    if here in above:
+    """Yield the image files below `folder` but the hidden ones; follow links, but never in a circle."""
+    real = os.path.realpath(folder)
+    if real in above:
         return
     with os.scandir(folder) as entries:
         visible = [entry for entry in entries if not entry.name.startswith((".", "__MACOSX"))]
     for entry in visible:
         name = prefix + unicodedata.normalize("NFC", entry.name)
         if entry.is_dir():
-            yield from _walk(entry.path, f"{name}/", (*above, here))
+            yield from _walk(entry.path, f"{name}/", (*above, real))
         elif entry.is_file() and IMAGE_FILE.fullmatch(os.path.splitext(entry.name)[1]):
-            facts = entry.stat()
-            yield _File(entry.path, name, facts.st_size, facts.st_mtime_ns)
+            status = entry.stat()
+            yield _File(entry.path, name, status.st_size, status.st_mtime_ns)
 
 
 # Headers
 
 
 def _native(identity: dict[str, Any], files: list[_File]) -> Preprocessing:
-    """From every file's header: their common size if it is small, else 64x64; grey if all are."""
+    """Return the images' common size if it is small, else 64x64, and 1 channel if all are grey; kept in the cache."""
     _, index = open_entry({"headers": identity}, lambda _: {"native": asdict(_read_headers(files))})
     return Preprocessing(**index["native"])
 
 
 def _read_headers(files: list[_File]) -> Preprocessing:
+    """Find the same in the header of every file. Raise InputError if too many files are broken."""
     outcomes = list(with_progress(_threaded(_header, files), len(files), "reading headers"))
     headers = [outcome for outcome in outcomes if not isinstance(outcome, Broken)]
     broken = {
@@ -140,15 +144,15 @@ def _read_header(data: BinaryIO) -> Preprocessing:
 
 def _contents(folder: str, files: list[_File]) -> Contents:
     layout = read_layout(folder, [file.name for file in files])
-    return Contents(layout.class_names, _part(files, layout.train), _part(files, layout.test))
+    return Contents(layout.class_names, _split(files, layout.train), _split(files, layout.test))
 
 
-def _part(files: list[_File], layout: PartLayout) -> Part:
-    own = [files[i] for i in layout.positions]
-    return Part(
-        names=[file.name for file in own],
+def _split(files: list[_File], layout: SplitLayout) -> SourceSplit:
+    subset = [files[i] for i in layout.positions]
+    return SourceSplit(
+        names=[file.name for file in subset],
         labels=layout.labels,
-        prepared=lambda preprocessing: _threaded(lambda file: _read(file, preprocessing), own),
+        prepared=lambda preprocessing: _threaded(lambda file: _read(file, preprocessing), subset),
     )
 
 
@@ -158,7 +162,7 @@ def _read(file: _File, preprocessing: Preprocessing) -> np.ndarray | Broken:
 
 
 def _threaded(work: Callable[[_File], _T], files: list[_File]) -> Iterator[_T]:
-    """`work` of each file, in order; a chunk at a time, so that memory stays flat."""
+    """Yield what `work` returns for each file, in order; a chunk at a time, so that memory stays flat."""
     with ThreadPoolExecutor() as pool:
         for first in range(0, len(files), _CHUNK):
             yield from pool.map(work, files[first : first + _CHUNK])

@@ -1,10 +1,10 @@
-"""What the names in a folder of images say: the part and the class each image belongs to.
+"""What the names in a folder of images say: the split and the class each image belongs to.
 
-A folder holds images directly (no labels), or one subfolder a class (what lies deeper belongs to the class), or
-`train/` and `test/`, each of the one kind or the other. Without `test/` a tenth becomes the test part, chosen by a hash
-of each file's name, so that adding files moves none of the others.
+A folder holds images directly (no labels), or one subfolder a class (what is deeper belongs to the class), or
+`train/` and `test/`, each of them in one of these two forms. Without `test/` a tenth becomes the test split, chosen by
+a hash of each file's name, so that adding files moves none of the others.
 
-    no labels      classes a and b      parts, with or without classes
+    no labels      classes a and b      splits, with or without classes
     1.png          a/1.png              train/a/1.png
     2.png          b/more/2.png         test/a/2.png
 """
@@ -17,7 +17,7 @@ import numpy as np
 
 from ..errors import InputError
 from .holdout import by_hash
-from .source import PARTS
+from .source import SPLITS
 
 TEST_FRACTION = 0.1  # of a folder without test/
 
@@ -25,33 +25,33 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class PartLayout:
-    """The images of one part, as positions in the list of all names."""
+class SplitLayout:
+    """The images of one split, as positions in the list of all names."""
 
     positions: list[int]  # ascending
-    labels: list[int]  # one for each; -1 where there is none
+    labels: list[int]  # of each position; -1 where there is none
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where each image belongs."""
+    """The split and the class of every image."""
 
     class_names: list[str]  # in code point order; empty where there are no labels
-    train: PartLayout
-    test: PartLayout
+    train: SplitLayout
+    test: SplitLayout
 
 
 def read_layout(folder: str, names: Sequence[str]) -> Layout:
-    """Parts, classes and labels, from the names alone: paths relative to `folder` with `/` between their parts.
+    """Return splits, classes and labels, from the names alone: paths relative to `folder` with `/` as separator.
 
     Raises:
-        InputError: some images lie beside the classes, or a class is in the test part only.
+        InputError: some images are beside the classes, or a class is in the test split only.
     """
     tops = [_top(name) for name in names]
-    divided = set(PARTS) <= set(tops)
+    divided = set(SPLITS) <= set(tops)
     depth = 1 if divided or set(tops) == {"train"} else 0  # folders above the classes
     if divided:
-        train, test = ([i for i, top in enumerate(tops) if top == part] for part in PARTS)
+        train, test = ([i for i, top in enumerate(tops) if top == split] for split in SPLITS)
         if len(train) + len(test) < len(names):
             _log.warning("Warning: of %s only train/ and test/ are used", folder)
     else:
@@ -67,23 +67,27 @@ def read_layout(folder: str, names: Sequence[str]) -> Layout:
             do="rename or remove these folders",
         )
     label = {name: i for i, name in enumerate(classes)} | {"": -1}
-    return Layout(classes, *(PartLayout(part, [label[found[i]] for i in part]) for part in (train, test)))
+    return Layout(classes, *(SplitLayout(rows, [label[found[i]] for i in rows]) for rows in (train, test)))
 
 
 def _top(name: str) -> str:
-    """The first folder of a name; "" for a file directly in the set's folder."""
+    """Return the first folder of a name, case-folded; "" for a file directly in the set's folder."""
     top, slash, _ = name.partition("/")
     return top.casefold() if slash else ""
 
 
 def _class(name: str, depth: int) -> str:
-    """The folder that names its class, "" where there is none."""
+    """Return the folder of a name that is its class, "" where there is none."""
     folders = name.split("/")[depth:-1]
     return folders[0] if folders else ""
 
 
 def _classes(folder: str, found: Iterable[str]) -> list[str]:
-    """In code point order; empty where there are no labels."""
+    """Return the classes `found`, in code point order; none if there are no labels.
+
+    Raises:
+        InputError: some images have a class and some have none.
+    """
     names = sorted(set(found))
     if len(names) > 1 and "" in names:
         raise InputError(

@@ -1,4 +1,4 @@
-"""`glyphs`: the built-in labelled images, drawn by the program, the same pixels on every machine.
+"""The built-in labelled images `glyphs`, drawn by the program, the same pixels on every machine.
 
 The 16 hexadecimal digits in Pillow's own scalable font (Aileron), each turned, slanted, sized,
 thickened, moved and coloured at random over a dark background. Image i depends on (seed, i) only.
@@ -24,7 +24,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 CLASS_NAMES = tuple("0123456789ABCDEF")
 NUM_CLASSES = len(CLASS_NAMES)
-SIZE = 32  # height and width the set is drawn at unless asked otherwise, pixels
+SIZE = 32  # height and width of the set unless another size is requested, pixels
 TRAIN_COUNT = 20_000  # images 0 .. 19,999 of the seed
 TEST_COUNT = 2_000  # the 2,000 that follow
 SEED = 0
@@ -65,7 +65,7 @@ _EXACT = 2.0**14
 
 @dataclass(frozen=True)
 class _Looks:
-    """How each of n glyphs looks, drawn at random."""
+    """How each of n glyphs looks, chosen at random."""
 
     labels: np.ndarray  # int64 [n]
     strokes: np.ndarray  # int64 [n], 0 .. STROKES - 1
@@ -77,9 +77,9 @@ class _Looks:
 
 
 def draw_glyphs(count: int, *, seed: int = SEED, size: int = SIZE, start: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Images `start` .. `start + count - 1` of a seed: uint8 [count, 3, size, size], int64 [count].
+    """Return images `start` .. `start + count - 1` of a seed, uint8 [count, 3, size, size], and labels, int64 [count].
 
-    The labels index `CLASS_NAMES`; every 16 images that begin at a multiple of 16 hold each once.
+    The labels index `CLASS_NAMES`; every 16 images that begin at a multiple of 16 hold each class once.
     """
     looks = _looks(seed, start, count)
     cover = np.zeros((count, size, size), np.uint8)  # 255 where the pen covers the whole pixel
@@ -92,9 +92,9 @@ def draw_glyphs(count: int, *, seed: int = SEED, size: int = SIZE, start: int = 
 
 
 def draw_labels(count: int, *, seed: int = SEED, start: int = 0) -> np.ndarray:
-    """The labels `draw_glyphs` returns, without the drawing: int64 [count].
+    """Return the labels of `draw_glyphs` without drawing the images: int64 [count].
 
-    Each class once in every block of 16 images, in an order drawn for the block.
+    Every block of 16 images holds each class once, in a random order of its own.
     """
     first = start - start % NUM_CLASSES
     stop = -(-(start + count) // NUM_CLASSES) * NUM_CLASSES
@@ -103,51 +103,54 @@ def draw_labels(count: int, *, seed: int = SEED, start: int = 0) -> np.ndarray:
 
 
 def _looks(seed: int, start: int, count: int) -> _Looks:
+    """Choose how images `start` .. `start + count - 1` of a seed look."""
     words = _random_words(seed, start, count)
-    part = (words >> np.uint64(11)).astype(np.float64) * 2.0**-53  # uniform in [0, 1)
-    either_way = 2 * part - 1
+    uniforms = (words >> np.uint64(11)).astype(np.float64) * 2.0**-53  # in [0, 1)
+    either_way = 2 * uniforms - 1
     one, zero = np.ones(count), np.zeros(count)
     shear = _matrices(one, either_way[:, 4] * SHEAR, zero, one)
     return _Looks(
         labels=draw_labels(count, seed=seed, start=start),
-        strokes=(part[:, 1] * STROKES).astype(np.int64),
-        fill=FILL[0] + part[:, 2] * (FILL[1] - FILL[0]),
+        strokes=(uniforms[:, 1] * STROKES).astype(np.int64),
+        fill=FILL[0] + uniforms[:, 2] * (FILL[1] - FILL[0]),
         turn=_rotation(either_way[:, 3] * ANGLE) @ shear,
         shift=either_way[:, 5:7],
-        foreground=_colour(FOREGROUNDS, part[:, 7], either_way[:, 8:11] * FOREGROUND_JITTER),
-        background=_colour(BACKGROUNDS, part[:, 11], either_way[:, 12:15] * BACKGROUND_JITTER),
+        foreground=_colour(FOREGROUNDS, uniforms[:, 7], either_way[:, 8:11] * FOREGROUND_JITTER),
+        background=_colour(BACKGROUNDS, uniforms[:, 11], either_way[:, 12:15] * BACKGROUND_JITTER),
     )
 
 
 def _random_words(seed: int, start: int, count: int) -> np.ndarray:
-    """uint64 [count, _COLUMNS]: row i belongs to image `start + i`, whatever `start` and `count`."""
+    """Return uint64 [count, _COLUMNS]: row i depends on the seed and on `start + i`, the image's index, alone."""
     stream = np.random.PCG64(seed).advance(start * _COLUMNS)
     return np.asarray(stream.random_raw(count * _COLUMNS)).reshape(count, _COLUMNS)
 
 
 def _rotation(degrees: np.ndarray) -> np.ndarray:
-    """float64 [n, 2, 2], rounded so that the last bit of a machine's `cos` is gone."""
+    """Return rotations by `degrees` [n], float64 [n, 2, 2], rounded so that a machine's `cos` does not show."""
     radians = degrees * (np.pi / 180)
     cos, sin = _exact(np.cos(radians)), _exact(np.sin(radians))
     return _matrices(cos, -sin, sin, cos)
 
 
 def _matrices(*entries: np.ndarray) -> np.ndarray:
-    """Four arrays [n], row by row, as n matrices [n, 2, 2]."""
+    """Return four arrays [n], the entries row by row, as matrices [n, 2, 2]."""
     return np.stack(entries, axis=1).reshape(-1, 2, 2)
 
 
 def _exact(values: np.ndarray) -> np.ndarray:
+    """Round to multiples of 1 / _EXACT."""
     return np.rint(values * _EXACT) / _EXACT
 
 
 def _colour(palette: np.ndarray, choice: np.ndarray, jitter: np.ndarray) -> np.ndarray:
+    """Return colours [n, 3] of the palette, chosen by `choice` [n] in [0, 1), plus `jitter` [n, 3]."""
     chosen = palette[(choice * len(palette)).astype(np.int64)]
     return np.clip(chosen + np.rint(jitter).astype(np.int64), 0, 255)
 
 
 def _draw(looks: _Looks, i: int, size: int) -> np.ndarray:
-    """How much of each pixel the pen covers: uint8 [size, size]."""
+    """Draw glyph i: return how much of each pixel the pen covers, uint8 [size, size]."""
     master = _masters(size)[looks.labels[i]][looks.strokes[i]]
     canvas = size * _SUPERSAMPLE
     box = np.abs(looks.turn[i]) @ master.size  # width and height of the turned glyph, unscaled
@@ -156,21 +159,21 @@ def _draw(looks: _Looks, i: int, size: int) -> np.ndarray:
     centre = canvas / 2 + looks.shift[i] * room
     back = _exact(np.linalg.inv(looks.turn[i] * scale))  # canvas -> master, as Pillow wants it
     origin = _exact(np.array(master.size) / 2 - back @ centre)
-    numbers = (*back[0], origin[0], *back[1], origin[1])
-    placed = master.transform((canvas, canvas), Image.Transform.AFFINE, numbers, Image.Resampling.BILINEAR)
+    coefficients = (*back[0], origin[0], *back[1], origin[1])
+    placed = master.transform((canvas, canvas), Image.Transform.AFFINE, coefficients, Image.Resampling.BILINEAR)
     return np.asarray(placed.reduce(_SUPERSAMPLE))
 
 
 @lru_cache(maxsize=2)
 def _masters(size: int) -> list[list[Image.Image]]:
-    """[class][stroke]: a large upright glyph, white on black, cut to its box."""
+    """Return as [class][stroke] a large upright glyph, white on black, cut to its box."""
     height = size * _SUPERSAMPLE * _OVERDRAW  # of a capital letter, outline pixels
     font = _font(height)
     return [[_master(name, stroke, height, font) for stroke in range(STROKES)] for name in CLASS_NAMES]
 
 
 def _font(height: int) -> ImageFont.FreeTypeFont:
-    """The built-in font, its capitals about `height` pixels tall."""
+    """Return the built-in font, its capitals about `height` pixels tall."""
     font = ImageFont.load_default(size=round(height / 0.7))
     if not isinstance(font, ImageFont.FreeTypeFont):
         raise RuntimeError("this Pillow was built without FreeType, so it has no scalable font")

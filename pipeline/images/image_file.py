@@ -1,12 +1,12 @@
-"""Reads the file of an image, and tells a damaged file from a system that cannot read it at the moment.
+"""Reading the file of an image, and telling a damaged file from a system that cannot read it at the moment.
 
-A file is damaged where all its bytes could be read and Pillow makes no image of them. That stays so and may be cached.
-Whatever else goes wrong may pass: too many open files, a network mount that is away, no memory, missing permissions, a
+A file is damaged where all its bytes could be read and Pillow makes no image of them. That is final and may be cached.
+Every other error may pass: too many open files, a network mount that is away, no memory, missing permissions, a
 file that was removed after it was listed. It is tried again after a short while, and then it stops the run, so that no
 image is missing from the cache for a reason that has passed.
 
-Memory counts as the moment even where a damaged header asks for it: Pillow refuses absurd sizes before it allocates
-them (`DecompressionBombError`, which is the file's), and below those nobody can tell which it was.
+Lack of memory counts as such a passing error even where a damaged header asks for it: Pillow refuses absurd sizes
+before it allocates them (`DecompressionBombError`, an error of the file), and below those nobody can tell.
 """
 
 from __future__ import annotations
@@ -48,20 +48,21 @@ def read_or_broken(path: str, decode: Callable[[BinaryIO], _T]) -> _T | Broken:
 
 
 def _read_once(path: str, decode: Callable[[BinaryIO], _T]) -> _T | Broken:
-    """Raise OSError where the system could not read the bytes, MemoryError where there is no room for them."""
+    """Try once. Raise OSError if the system could not read the bytes, MemoryError if there is no memory for them."""
     with open(path, "rb") as file:
         data = file.read()
     try:
         return decode(io.BytesIO(data))
     except MemoryError:
         raise
-    except IMAGE_ERRORS as error:  # all bytes are here, so it is about what they say
-        if "out of memory" in str(error):  # how Pillow passes on what its libraries say
+    except IMAGE_ERRORS as error:  # all bytes are here, so they are at fault
+        if "out of memory" in str(error):  # how Pillow reports the same in a library under it
             raise MemoryError(str(error)) from error
         return Broken(why_unreadable(error))
 
 
 def _stopped(path: str, error: BaseException) -> InputError:
+    """Return the error that stops the run."""
     remedy = "make it readable or remove it, and run the same command again: nothing was stored"
     if isinstance(error, MemoryError):
         remedy = "free memory, or remove the file if it is damaged, and run the same command again: nothing was stored"

@@ -1,6 +1,6 @@
-"""Where images come from: `glyphs`, a torchvision set by name, or a folder; all end as an `ImageSet`.
+"""A set of images, prepared and split: from `glyphs`, a torchvision set by name, or a folder.
 
-N images, B in a batch, C channels, H' W' height and width in pixels.
+Legend: N images, B in a batch, C channels, H' W' height and width in pixels.
 """
 
 from __future__ import annotations
@@ -17,15 +17,12 @@ from ..errors import InputError
 from .cache import cache_folder, open_entry, read_images, write_images
 from .folder import folder_source
 from .glyphs import glyph_source
-from .holdout import held_out
 from .preprocessing import Preprocessing, to_float
-from .source import PARTS, Source, check_broken
+from .source import SPLITS, Source, check_broken
 from .torchvision_sets import TORCHVISION_SETS, torchvision_source
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-__all__ = ["IMAGE_SOURCES", "ImageSet", "ImageSplit", "held_out", "open_images", "split_of"]
 
 IMAGE_SOURCES = ("glyphs", *TORCHVISION_SETS)
 
@@ -34,17 +31,17 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ImageSplit:
-    """The images of one part of a set."""
+    """The images of one split of a set."""
 
     images: np.ndarray  # uint8 [N, C, H', W'], memory-mapped
     labels: np.ndarray  # int64 [N]; -1 where there is none
-    names: tuple[str, ...]  # N of them
+    names: tuple[str, ...]  # N
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def batch(self, indices: np.ndarray | Tensor) -> Tensor:
-        """The images at `indices` [B] as float32 [B, C, H', W'] in [0, 1]; one gather."""
+        """Return the images at `indices` [B] as float32 [B, C, H', W'] in [0, 1], by one gather."""
         import torch
 
         gathered = np.asarray(self.images[np.asarray(indices)])
@@ -60,8 +57,8 @@ class ImageSet:
     preprocessing: Preprocessing
     class_names: tuple[str, ...]  # labels index it; empty if there are none
     train: ImageSplit
-    test: ImageSplit  # may be empty, if the source holds one image only
-    broken: tuple[str, ...]  # names of the files that could not be read and are left out
+    test: ImageSplit  # empty if the source holds one image only
+    broken: tuple[str, ...]  # names of the files that could not be read and are skipped
 
 
 def open_images(
@@ -72,14 +69,14 @@ def open_images(
     data_root: str | None = None,
     multiple_of: int = 1,
 ) -> ImageSet:
-    """The images of `source`, each prepared once into a cache that later calls reuse.
+    """Return the images of `source`, each prepared once into a cache that later calls reuse.
 
     Args:
         source: one of IMAGE_SOURCES, or a folder (`./mnist` is the folder of that name).
         image_size: (height, width); by default the set's own, or 64x64 for a folder of images that are larger than 128
             or of several sizes, lowered to a multiple of `multiple_of`.
         channels: 1 grey, 3 RGB; by default 1 if every image is grey.
-        data_root: folder a torchvision set lies in or is downloaded to; by default in the cache.
+        data_root: folder a torchvision set is stored in or is downloaded to; by default in the cache.
         multiple_of: what height and width must be divisible by.
 
     Raises:
@@ -95,7 +92,7 @@ def open_images(
         lambda folder: _build(found, preprocessing, folder),
     )
     _warn_of(index["broken"])
-    train, test = (_open_split(folder, part, index[part]) for part in PARTS)
+    train, test = (_open_split(folder, split, index[split]) for split in SPLITS)
     return ImageSet(
         source=source_name(source),
         data_root=data_root,
@@ -117,17 +114,18 @@ def split_of(images: ImageSet, split: str) -> ImageSplit:
     chosen = images.train if split == "train" else images.test
     if len(chosen) == 0:
         raise InputError(
-            expected=f"images in the {split} part of {images.source}", got="none", do="use the other --split"
+            expected=f"images in the {split} split of {images.source}", got="none", do="use the other --split"
         )
     return chosen
 
 
 def _find(source: str, data_root: str | None) -> Source:
+    """Return what `source` names. Raise InputError if it names nothing, or `data_root` would do nothing."""
     if data_root is not None and source not in TORCHVISION_SETS:
         raise InputError(
             expected=f"a data root only with one of {', '.join(TORCHVISION_SETS)}",
             got=f"one with '{source}'",
-            do="leave out --data-root",
+            do="omit --data-root",
         )
     if source == "glyphs":
         return glyph_source()
@@ -149,6 +147,7 @@ def _absolute(source: str) -> str:
 def _preprocessing(
     found: Source, image_size: tuple[int, int] | None, channels: int | None, multiple_of: int
 ) -> Preprocessing:
+    """Return the requested preprocessing; what is not requested is as the images of the source are."""
     if image_size is None or channels is None:
         native = found.native()
         channels = native.channels if channels is None else channels
@@ -162,6 +161,7 @@ def _preprocessing(
 
 
 def _check_multiple(height: int, width: int, multiple_of: int) -> None:
+    """Raise InputError unless both sides are multiples of `multiple_of`."""
     if height % multiple_of == 0 and width % multiple_of == 0:
         return
     nearest = (max(1, (2 * side + multiple_of) // (2 * multiple_of)) * multiple_of for side in (height, width))
@@ -173,32 +173,33 @@ def _check_multiple(height: int, width: int, multiple_of: int) -> None:
 
 
 def _build(found: Source, preprocessing: Preprocessing, folder: Path) -> dict[str, Any]:
-    """Write the arrays of both parts; their index."""
+    """Write the arrays of both splits; return their index."""
     contents = found.contents()
-    parts = (contents.train, contents.test)
+    splits = (contents.train, contents.test)
     shape = (preprocessing.channels, preprocessing.height, preprocessing.width)
     broken: dict[str, str] = {}
     index: dict[str, Any] = {"class_names": list(contents.class_names), "broken": broken}
-    for name, part in zip(PARTS, parts, strict=True):
-        images = part.prepared(preprocessing)
-        kept, unread = write_images(folder / f"{name}.npy", images, len(part.names), shape)
+    for name, split in zip(SPLITS, splits, strict=True):
+        images = split.prepared(preprocessing)
+        kept, unread = write_images(folder / f"{name}.npy", images, len(split.names), shape)
         index[name] = {
-            "names": [part.names[i] for i in kept],
-            "labels": [int(part.labels[i]) for i in kept],
+            "names": [split.names[i] for i in kept],
+            "labels": [int(split.labels[i]) for i in kept],
         }
-        broken |= {part.names[i]: reason for i, reason in unread.items()}
-    check_broken(broken, sum(len(part.names) for part in parts), len(index["train"]["names"]))
+        broken |= {split.names[i]: reason for i, reason in unread.items()}
+    check_broken(broken, sum(len(split.names) for split in splits), len(index["train"]["names"]))
     return index
 
 
 def _warn_of(broken: dict[str, str]) -> None:
+    """Name the broken images, but at most ten of them, in warnings."""
     for name, reason in list(broken.items())[:10]:
         _log.warning("Warning: skipped the broken image %s: %s", name, reason)
     if len(broken) > 10:
         _log.warning("Warning: skipped %d more broken images", len(broken) - 10)
 
 
-def _open_split(folder: Path, part: str, index: dict[str, Any]) -> ImageSplit:
+def _open_split(folder: Path, split: str, index: dict[str, Any]) -> ImageSplit:
     labels = np.array(index["labels"], dtype=np.int64)
-    images = read_images(folder / f"{part}.npy", len(labels))
+    images = read_images(folder / f"{split}.npy", len(labels))
     return ImageSplit(images, labels, tuple(index["names"]))

@@ -1,4 +1,4 @@
-"""Pictures of pictures: many small images in one PNG that a person can look at."""
+"""Images to PNGs: one image, or a contact sheet of many small ones, enlarged so that a person can look at them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 GAP = 2  # white pixels between images, before enlarging
-SMALLEST_SIDE = 64  # images are enlarged, in whole steps, to about this many pixels
+SMALLEST_SIDE = 64  # pixels; images are enlarged by a whole factor to about this width
 
 
 def to_pillow(image: np.ndarray) -> Image.Image:
@@ -25,20 +25,20 @@ def to_pillow(image: np.ndarray) -> Image.Image:
 
 
 def save_png(image: Tensor, path: Path) -> None:
-    """Write one uint8 image [C,H,W] with 1 or 3 channels."""
+    """Write one uint8 image [C,H,W] with 1 or 3 channels as a PNG."""
     buffer = io.BytesIO()
     to_pillow(image.cpu().numpy()).save(buffer, format="PNG")
     write_atomic(path, buffer.getvalue())
 
 
 def save_grid(images: Tensor, path: Path, *, columns: int | None = None) -> None:
-    """Write uint8 images [n,C,H,W] in rows of `columns` (about a square by default), enlarged to be seen."""
+    """Write uint8 images [n,C,H,W] as an enlarged contact sheet of `columns` columns, by default about a square."""
     columns = columns or math.ceil(math.sqrt(len(images)))
     save_png(enlarge(tile(images, columns), images.shape[-1]), path)
 
 
 def tile(images: Tensor, columns: int) -> Tensor:
-    """uint8 images [n,C,H,W] -> one image [C,rows*(H+GAP)+GAP,columns*(W+GAP)+GAP] on white."""
+    """Return uint8 images [n,C,H,W] in one on white, [C,rows*(H+GAP)+GAP,columns*(W+GAP)+GAP]."""
     count, channels, height, width = images.shape
     rows = math.ceil(count / columns)
     sheet = images.new_full((channels, rows * (height + GAP) + GAP, columns * (width + GAP) + GAP), 255)
@@ -50,7 +50,7 @@ def tile(images: Tensor, columns: int) -> Tensor:
 
 
 def enlarge(sheet: Tensor, image_width: int) -> Tensor:
-    """Repeat each pixel of [C,H,W] so that images `image_width` wide come to about SMALLEST_SIDE."""
+    """Repeat each pixel of [C,H,W] so that images of width `image_width` become about SMALLEST_SIDE wide."""
     times = max(1, round(SMALLEST_SIDE / image_width))
     return sheet.repeat_interleave(times, dim=1).repeat_interleave(times, dim=2)
 

@@ -1,12 +1,11 @@
 """A folder of numbered PNGs, and the record that tells which files a run wrote into it.
 
 The folder is prepared when the first image is ready. From then on the record says that 0 images are finished, until
-`close`. After a kill it says so still, and every number that the run was going to write counts as written by it.
+`close`. After a kill it still says so, and every file that the run was going to write counts as written by it.
 """
 
 import json
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -14,18 +13,25 @@ from typing import Any
 from torch import Tensor
 
 from ..runtime.atomic_files import write_atomic
-from ..runtime.output_paths import OutputFiles, missing_folders, prepare_output, remove_files, remove_run
+from ..runtime.output_paths import (
+    OutputFiles,
+    missing_folders,
+    prepare_output,
+    remove_files,
+    remove_if_empty,
+    remove_run,
+)
 from .png import save_png
 
 
 class ImageFolder:
-    """Writes images into `folder` within `with`; unless `close` is called, what was written is removed at its end.
+    """Writes images into `folder` within `with`; if that ends without `close`, removes them again.
 
     Args:
-        folder: where `check_output_folder` found nothing in the way.
+        folder: one that `check_output_folder` has accepted.
         files: what the run is going to write.
         earlier: what earlier runs wrote, removed right before the first image is written.
-        record: number of finished images -> what the record says of them.
+        record: returns the content of the record, given the number of finished images.
     """
 
     def __init__(
@@ -40,13 +46,11 @@ class ImageFolder:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self, error_type: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._prepared and not self._closed:
             remove_run(self.folder, self.files)
-            for path in self._made:
-                with suppress(OSError):  # somebody else put something there
-                    path.rmdir()
+            remove_if_empty(self._made)
 
     def add(self, images: Iterable[Tensor]) -> None:
         """Write the next images, each uint8 [C,H',W']."""
@@ -65,6 +69,7 @@ class ImageFolder:
         write_atomic(self.folder / self.files.record, self.record(finished))
 
     def _prepare(self) -> None:
+        """Make the folder, remove the files of earlier runs, write the record."""
         inner = self.folder / self.files.subfolder
         self._made = missing_folders(inner)
         self._prepared = True
@@ -74,7 +79,7 @@ class ImageFolder:
 
 
 def read_record(path: Path) -> dict[str, Any] | None:
-    """Return the JSON object of a record that a run wrote, None if there is no such file."""
+    """Return the JSON object that a record holds, None if there is no such file or it holds none."""
     try:
         content = json.loads(path.read_bytes())
     except (OSError, ValueError):
@@ -83,9 +88,9 @@ def read_record(path: Path) -> dict[str, Any] | None:
 
 
 def written_count(finished: object, n: object) -> int | None:
-    """Return how many images a run may have written: all `n` if it was killed before it could record that it finished.
+    """Return how many images a run may have written: all `n` if it was killed before it recorded how many it finished.
 
-    None if the values are no numbers of images, so that the record is not one of ours.
+    None if the values are no numbers of images, so that no run wrote the record.
     """
     if not (isinstance(finished, int) and isinstance(n, int) and 0 <= finished <= n):
         return None

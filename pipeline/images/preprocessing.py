@@ -1,6 +1,6 @@
 """The one image transform of the project: any picture Pillow reads -> uint8 [C, H', W'].
 
-C channels (1 grey, 3 RGB); H' and W' height and width in pixels.
+Legend: C channels (1 grey, 3 RGB); H' and W' height and width in pixels.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ IMAGE_ERRORS = (
     Image.DecompressionBombError,
 )
 
-_TURNS = {  # EXIF orientation -> what sets the picture upright
+_TURNS = {  # EXIF orientation -> what turns the picture upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -49,7 +49,7 @@ _TURNS = {  # EXIF orientation -> what sets the picture upright
 
 @dataclass(frozen=True, kw_only=True)
 class Preprocessing:
-    """What every image becomes before a network sees it; `dataclasses.asdict` of it is JSON."""
+    """The form every image is brought into before a network sees it; `dataclasses.asdict` of it is JSON."""
 
     height: int  # H', pixels
     width: int  # W', pixels
@@ -71,15 +71,15 @@ class Preprocessing:
 
 
 def prepare(image: Image.Image, preprocessing: Preprocessing) -> np.ndarray:
-    """One picture as uint8 [C, H', W'].
+    """Return one picture as uint8 [C, H', W'].
 
-    The first frame, set upright by its EXIF orientation, transparency laid over white, turned into
-    grey or RGB, scaled until it covers H' x W' and cropped to its centre. A picture that already has
-    that size is not resampled. 16-bit grey (modes I and I;16) is scaled from 0 .. 65535; floating
-    point (mode F) from 0 .. 1, or from 0 .. 255 if any value is above 1; what lies outside is clipped.
+    The first frame is turned upright by its EXIF orientation, laid over white where it is transparent, converted to
+    grey or RGB, scaled until it covers H' x W' and cropped to its centre. A picture that already has that size is not
+    resampled. 16-bit grey (modes I and I;16) is scaled from 0 .. 65535; floating point (mode F) from 0 .. 1, or from
+    0 .. 255 if any value is above 1; values outside are clipped.
 
     Raises:
-        one of IMAGE_ERRORS: the file behind `image` is damaged, or Pillow cannot convert its mode.
+        One of IMAGE_ERRORS: the file behind `image` is damaged, or Pillow cannot convert its mode.
     """
     if image.tell() != 0:
         image.seek(0)
@@ -99,19 +99,19 @@ def read_image(file: str | Path | BinaryIO, preprocessing: Preprocessing) -> np.
 
 
 def why_unreadable(error: BaseException) -> str:
-    """One short line for a person, of one of IMAGE_ERRORS."""
+    """Return one short line for a person that says what one of IMAGE_ERRORS means."""
     if isinstance(error, UnidentifiedImageError):
         return "not an image Pillow can read"
     return " ".join(str(error).split()) or type(error).__name__
 
 
 def is_grey(image: Image.Image) -> bool:
-    """Whether the header says grey; a palette counts as colour."""
+    """Return whether the header says grey; a palette counts as colour."""
     return image.mode in ("1", "L", "LA", "La", "I", "F") or image.mode.startswith("I;16")
 
 
 def upright_size(image: Image.Image) -> tuple[int, int]:
-    """(height, width) once set upright; reads the header, decodes nothing. Raises like `prepare`."""
+    """Return (height, width) of the upright picture; read the header, decode nothing. Raises as `prepare` does."""
     width, height = _size(image)
     # Only where the EXIF block has been read already: Pillow's PNG reader would decode to look for one.
     turned = "exif" in image.info and _orientation(image) >= 5
@@ -119,23 +119,24 @@ def upright_size(image: Image.Image) -> tuple[int, int]:
 
 
 def to_float(images: Tensor) -> Tensor:
-    """uint8 images -> float32 in [0, 1], same shape."""
+    """Return uint8 images as float32 in [0, 1], in the same shape."""
     return images.float() / 255
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """float images -> uint8, same shape: clamped to [0, 1], times 255, rounded."""
+    """Return float images as uint8, in the same shape: clamped to [0, 1], times 255, rounded."""
     return images.clamp(0, 1).mul(255).round().byte()
 
 
 def _size(image: Image.Image) -> tuple[int, int]:
-    """(width, height)."""
+    """Return (width, height). Raise ValueError if one of them is 0."""
     if 0 in image.size:
         raise ValueError("it has no pixels")
     return image.size
 
 
 def _upright(image: Image.Image) -> Image.Image:
+    """Return the picture turned upright by its EXIF orientation."""
     # `ImageOps.exif_transpose` also writes the EXIF block back, which fails on blocks cameras do write.
     image.load()
     turn = _TURNS.get(_orientation(image))
@@ -143,16 +144,16 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def _orientation(image: Image.Image) -> int:
-    """1 .. 8; 1, upright, where there is none."""
+    """Return the EXIF orientation, 1 .. 8; 1, upright, where there is none."""
     try:
         value = image.getexif().get(ExifTags.Base.Orientation, 1)
-    except IMAGE_ERRORS:  # the pixels are good, and a damaged EXIF block does not say how to hold them
+    except IMAGE_ERRORS:  # the pixels are good, and a damaged EXIF block does not say which side is up
         return 1
     return value if value in _TURNS else 1
 
 
 def _eight_bit(image: Image.Image) -> Image.Image:
-    """Modes of more than 8 bits as L, LAB as RGB (Pillow has no way from it to L); others as they are."""
+    """Convert modes of more than 8 bits to L, LAB to RGB (from which Pillow can convert to L); others stay."""
     if image.mode == "LAB":
         return image.convert("RGB")
     if image.mode == "I" or image.mode.startswith("I;16"):
@@ -166,7 +167,7 @@ def _eight_bit(image: Image.Image) -> Image.Image:
 
 
 def _opaque(image: Image.Image) -> Image.Image:
-    """Transparency laid over white; an image without any as it is."""
+    """Lay a transparent image over white; others stay."""
     if not image.has_transparency_data:
         return image
     if image.mode == "La":  # premultiplied; Pillow converts it to LA only

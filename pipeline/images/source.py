@@ -1,6 +1,6 @@
-"""What each kind of image source tells `open_images`: what names it in the cache, its native size, its images.
+"""A source of images, before they are prepared: its identity in the cache, its native size, its images.
 
-C channels, H' W' height and width in pixels.
+Legend: C channels, H' W' height and width in pixels.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -13,39 +13,39 @@ from ..errors import InputError
 from .cache import Broken
 from .preprocessing import Preprocessing
 
-PARTS = ("train", "test")
-BROKEN_ONE_IN = 10  # more broken files than this, and nothing starts
+SPLITS = ("train", "test")
+BROKEN_ONE_IN = 10  # more broken files than one in this many are refused
 
 
 @dataclass(frozen=True)
-class Part:
-    """The images of one part, before they are prepared."""
+class SourceSplit:
+    """The images of one split, before they are prepared."""
 
     names: Sequence[str]
     labels: Sequence[int]  # -1 where there is none
-    prepared: Callable[[Preprocessing], Iterable[np.ndarray | Broken]]  # uint8 [C, H', W'] for each name, in order
+    prepared: Callable[[Preprocessing], Iterable[np.ndarray | Broken]]  # -> uint8 [C, H', W'] for each name, in order
 
 
 @dataclass(frozen=True)
 class Contents:
-    """What a set holds."""
+    """The classes and the splits of a source."""
 
     class_names: Sequence[str]
-    train: Part
-    test: Part
+    train: SourceSplit
+    test: SourceSplit
 
 
 @dataclass(frozen=True)
 class Source:
-    """What is known of a set before it is looked into."""
+    """A source of images; only its identity is known before it is read."""
 
     identity: dict[str, Any]  # JSON that differs whenever the images do
-    native: Callable[[], Preprocessing]  # what its images have unless asked otherwise
+    native: Callable[[], Preprocessing]  # what its images become unless another size or number of channels is requested
     contents: Callable[[], Contents]
 
 
 def check_broken(broken: Mapping[str, str], total: int, left: int) -> None:
-    """Refuse to go on with `broken` (name -> reason) of `total` files, and `left` to train on."""
+    """Raise InputError if too many of `total` files are `broken` (name -> reason), or none is `left` to train on."""
     if left > 0 and len(broken) * BROKEN_ONE_IN <= total:
         return
     named = ", ".join(list(broken)[:10]) + (", ..." if len(broken) > 10 else "")

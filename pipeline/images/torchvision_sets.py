@@ -1,4 +1,4 @@
-"""The sources torchvision knows by name, downloaded only where they are missing."""
+"""The data sets of torchvision as sources, downloaded only if they are missing."""
 
 from http.client import HTTPException
 from importlib.util import find_spec
@@ -8,7 +8,7 @@ import numpy as np
 
 from ..errors import InputError
 from .preprocessing import Preprocessing, prepare
-from .source import PARTS, Contents, Part, Source
+from .source import SPLITS, Contents, Source, SourceSplit
 
 TORCHVISION_SETS = {  # the name of the source -> torchvision's class
     "mnist": "MNIST",
@@ -21,7 +21,7 @@ TORCHVISION_SETS = {  # the name of the source -> torchvision's class
 
 
 def torchvision_source(name: str, root: str) -> Source:
-    """One of TORCHVISION_SETS that lies in the folder `root`, or is downloaded to it once its images are asked for."""
+    """Return one of TORCHVISION_SETS, stored in the folder `root` or downloaded to it once its images are needed."""
     grey = name.endswith("mnist")
     side = 28 if grey else 32
     return Source(
@@ -32,22 +32,22 @@ def torchvision_source(name: str, root: str) -> Source:
 
 
 def _contents(name: str, root: str) -> Contents:
-    train, test = (_data_set(name, root, part) for part in PARTS)
+    train, test = (_data_set(name, root, split) for split in SPLITS)
     digits = name in ("mnist", "svhn")  # torchvision has "0 - zero" for one, nothing for the other
-    return Contents("0123456789" if digits else train.classes, _part("train", train), _part("test", test))
+    return Contents("0123456789" if digits else train.classes, _split("train", train), _split("test", test))
 
 
-def _part(part: str, images: Any) -> Part:
+def _split(split: str, images: Any) -> SourceSplit:
     labels = images.labels if hasattr(images, "labels") else images.targets  # svhn; the others
-    return Part(
-        names=[f"{part}/{i:05d}" for i in range(len(images))],
+    return SourceSplit(
+        names=[f"{split}/{i:05d}" for i in range(len(images))],
         labels=np.asarray(labels).tolist(),
         prepared=lambda preprocessing: (prepare(images[i][0], preprocessing) for i in range(len(images))),
     )
 
 
-def _data_set(name: str, root: str, part: str) -> Any:
-    """The torchvision data set, downloaded only if it is not at `root`, which may be read-only."""
+def _data_set(name: str, root: str, split: str) -> Any:
+    """Return the torchvision data set, downloaded only if it is not at `root`, which may be read-only."""
     if name == "svhn" and find_spec("scipy") is None:
         raise InputError(
             expected="scipy, with which torchvision reads svhn's .mat files",
@@ -56,13 +56,13 @@ def _data_set(name: str, root: str, part: str) -> Any:
         )
     from torchvision import datasets  # here, because it imports torch
 
-    which = {"split": part} if name == "svhn" else {"train": part == "train"}
-    kind = getattr(datasets, TORCHVISION_SETS[name])
+    chosen_split = {"split": split} if name == "svhn" else {"train": split == "train"}
+    data_set = getattr(datasets, TORCHVISION_SETS[name])
     try:
         try:
-            return kind(root, **which)
-        except RuntimeError:  # torchvision's word for "not found"
-            return kind(root, download=True, **which)
+            return data_set(root, **chosen_split)
+        except RuntimeError:  # how torchvision says "not found"
+            return data_set(root, download=True, **chosen_split)
     except (OSError, RuntimeError, ValueError, AssertionError, HTTPException) as error:
         raise InputError(
             expected=f"{name} in {root}, or a network to download it from",

@@ -10,10 +10,10 @@ from ..errors import InputError
 
 
 def choose_device(name: str) -> torch.device:
-    """The device called `name` (auto, cpu, cuda, cuda:1, mps); auto takes the fastest there is.
+    """Return the device called `name` (auto, cpu, cuda, cuda:1, mps); auto chooses the fastest of this machine.
 
     Raises:
-        InputError: the device is not there.
+        InputError: there is no device of this name, or not on this machine.
     """
     if name == "auto":
         if torch.cuda.is_available():
@@ -50,7 +50,7 @@ def torch_seed(seed: int) -> int:
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
-    """The context to run a network in: bf16 autocast for `precision` bf16, plain float32 for fp32.
+    """Return the context to run a network in: bf16 autocast for `precision` bf16, plain float32 for fp32.
 
     auto is bf16 where the processor multiplies in bf16, and fp32 elsewhere.
     """
@@ -60,7 +60,7 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[obj
 
 
 def compile_networks(*networks: nn.Module) -> None:
-    """Compile the forward and backward of each, in place; the first steps take a minute, the names of weights stay.
+    """Compile forward and backward of each network, in place; the first steps take a minute, names of weights stay.
 
     What they compute stays the same, but for the rounding of fused operations.
     """
@@ -69,7 +69,7 @@ def compile_networks(*networks: nn.Module) -> None:
 
 
 def has_fast_bf16(device: torch.device) -> bool:
-    """Whether bf16 matrix products are faster than float32 ones on this device."""
+    """Return whether bf16 matrix products are faster than float32 ones on this device."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":

@@ -1,11 +1,11 @@
 """One writer a folder: a lock that ends with its process, whatever ends it.
 
 The lock is the system's, on the file `.codegrid.lock` in the folder (`flock`, or on Windows `msvcrt.locking`), and not
-the file itself: what a killed process leaves of it locks nothing, and the next writer takes it over and removes it.
+the file itself: a file that a killed process leaves locks nothing, and the next writer takes it over and removes it.
 
-What is guaranteed: on one machine, of all processes that write into a folder one at a time goes on. Machines that share
-a network folder see each other's locks where its file system carries them (NFS does, from version 4 on and earlier with
-its lock daemon; SMB does, as a rule). On a file system without locks a warning says so and nothing is guaranteed.
+What is guaranteed: on one machine, only one process at a time writes into a folder. Machines that share a network
+folder see each other's locks where its file system carries them (NFS does, from version 4 on and earlier with its lock
+daemon; SMB does, as a rule). On a file system without locks a warning says so and nothing is guaranteed.
 """
 
 import errno
@@ -19,10 +19,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..errors import InputError
+from .output_paths import missing_folders, remove_if_empty, unwritable
 
 LOCK = ".codegrid.lock"
 _HELD = {errno.EACCES, errno.EAGAIN, errno.EDEADLK}  # what the systems say if another process has the lock
-_LOCKED_BYTE = 2**20  # on Windows no other process can read what is locked, so it is not where the content is
+_LOCKED_BYTE = 2**20  # on Windows no other process can read a locked byte, so it is one behind the content
 
 _log = logging.getLogger(__name__)
 
@@ -34,7 +35,7 @@ def only_writer(folder: Path) -> Iterator[None]:
     Raises:
         InputError: another process holds the lock, or the folder cannot be made or written.
     """
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    made = missing_folders(folder)
     try:
         file = _acquire(folder)
         try:
@@ -42,7 +43,7 @@ def only_writer(folder: Path) -> Iterator[None]:
         finally:
             _release(folder / LOCK, file)
     finally:
-        _remove_empty(made)
+        remove_if_empty(made)
 
 
 def _acquire(folder: Path) -> int:
@@ -52,7 +53,7 @@ def _acquire(folder: Path) -> int:
         file = _open(path)
         try:
             _lock(file, path)
-            if _is_at(file, path):  # and not the file that another process removed as it let go
+            if _is_at(file, path):  # and is not a file that another process removed as it released its lock
                 os.ftruncate(file, 0)
                 os.write(file, json.dumps({"process": os.getpid(), "machine": socket.gethostname()}).encode())
                 return file
@@ -63,17 +64,16 @@ def _acquire(folder: Path) -> int:
 
 
 def _open(path: Path, attempts: int = 10) -> int:
+    """Open the lock's file, made with its folder if it is missing. Raise InputError if that cannot be done."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         return os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
-        if isinstance(error, FileNotFoundError) and attempts > 1:  # another process has just removed its empty folder
+        # Opening fails with the one, `mkdir` with the other, if another process removes its empty folder meanwhile.
+        may_pass = isinstance(error, (FileNotFoundError, FileExistsError))
+        if may_pass and attempts > 1:
             return _open(path, attempts - 1)
-        raise InputError(
-            expected=f"a folder that can be written at {path.parent}",
-            got=error.strerror or str(error),
-            do="name another folder or change its permissions",
-        ) from None
+        raise unwritable(path.parent, error) from None
 
 
 def _lock(file: int, path: Path) -> None:
@@ -92,10 +92,11 @@ def _lock(file: int, path: Path) -> None:
 
 
 def _holder(path: Path) -> str:
+    """Return in words which process wrote the lock's file."""
     try:
         content = json.loads(path.read_bytes())
         return f"process {int(content['process'])} on {content['machine']}"
-    except (OSError, ValueError, KeyError, TypeError):  # it is just writing this
+    except (OSError, ValueError, KeyError, TypeError):  # that process is writing it at this moment
         return "of an unknown process"
 
 
@@ -131,10 +132,3 @@ else:
                 os.unlink(path)  # first: once the lock is free, the file may be another's
         finally:
             os.close(file)
-
-
-def _remove_empty(folders: list[Path]) -> None:
-    """Remove those of `folders`, the innermost first, that hold nothing."""
-    for folder in folders:
-        with suppress(OSError):
-            folder.rmdir()

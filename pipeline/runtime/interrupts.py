@@ -8,10 +8,10 @@ from typing import Any, NoReturn
 
 
 class StopSignal:
-    """Within `with`, `requested` tells whether the user (SIGINT) or the system (SIGTERM) asked to stop."""
+    """Records within `with` whether the user (SIGINT) or the system (SIGTERM) asked to stop, in `requested`."""
 
     def __init__(self) -> None:
-        self.received = 0
+        self.received = 0  # the number of the signal
         self._before: dict[int, Any] = {}
 
     @property
@@ -26,13 +26,13 @@ class StopSignal:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self, error_type: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
     def exit(self, message: str) -> NoReturn:
-        """Raise what ends the program with the right status: 130 after SIGINT, 143 after SIGTERM."""
+        """Print `message`, and end the program with its signal's status: 130 after SIGINT, 143 after SIGTERM."""
         print(f"\n{message}", file=sys.stderr)
         if self.received == signal.SIGTERM:
             raise SystemExit(128 + signal.SIGTERM)

@@ -1,28 +1,29 @@
-"""Output paths: what cannot be written is refused before the work begins, and only files of ours are ever replaced.
+"""Output paths: what cannot be written is refused before the work begins, and only a run's own files are replaced.
 
-A command checks first where its results go (`check_output_folder`, `check_output_file`); nothing of a check stays. It
+A command checks first where its results go (`check_output_folder`, `check_output_file`); a check leaves no trace. It
 prepares the folder last, right before it writes into it (`prepare_output`). The record of a run, or the exact form of a
-name, tells which files are ours; a link or a folder in the place of such a file is the user's.
+name, tells which files are removable; a link or a folder in the place of such a file is the user's.
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryFile
 
 from ..errors import InputError
+from .atomic_files import TEMPORARY
 
-TEMPORARY = ".new"  # a file that is being written has this after its name
-Removable = Callable[[str], object]  # the name of a file relative to its folder, with "/" -> true if it is ours
+Removable = Callable[[str], object]  # the name of a file relative to its folder, with "/" -> true if it may be removed
 
 
 @dataclass(frozen=True, kw_only=True)
 class OutputFiles:
-    """The files that a run writes into its folder; all names are relative to it, with "/"."""
+    """Names the files that a run writes into its folder; all names are relative to it, with "/"."""
 
-    record: str  # tells which files the run wrote
-    numbered: str  # one for each index, such as images/{:05d}.png
+    record: str  # the file that tells which files the run wrote
+    numbered: str  # the pattern of one file for each index, such as images/{:05d}.png
     indices: range
     others: frozenset[str] = frozenset()
 
@@ -38,7 +39,7 @@ class OutputFiles:
 
     @property
     def subfolder(self) -> str:
-        """The folder of the numbered files, "" for none of their own."""
+        """The folder of the numbered files, "" if they have none of their own."""
         return "" if "/" not in self.numbered else str(PurePosixPath(self.numbered).parent)
 
     def from_position(self, first: int) -> "OutputFiles":
@@ -54,17 +55,18 @@ def check_output_folder(
     written: OutputFiles | None = None,
     earlier: Sequence[OutputFiles] = (),
 ) -> None:
-    """See that results may be written into `folder`, new or existing; nothing is made or removed.
+    """Check that results may be written into `folder`, new or existing; nothing is made or removed.
 
     Args:
-        folder: for the results.
-        force: it may hold files, and those of `earlier` runs may be replaced.
+        folder: where the results go.
+        force: whether it may hold files, of which those of `earlier` runs may be replaced.
         hint: another remedy than --force, for the message.
-        written: the files that are going to be written; with `force`, none of them may be in the way.
+        written: the files that are going to be written; even with `force`, no file of the user may have such a name.
         earlier: what earlier runs wrote into the folder, as their records say.
 
     Raises:
-        InputError: it holds something and `force` is off, it cannot be written, or a file of the user is in the way.
+        InputError: it holds something and `force` is off, it cannot be written, or a file of the user has a
+            name that will be written.
     """
     check_writable(folder)
     if not force and folder.is_dir() and any(folder.iterdir()):
@@ -74,17 +76,11 @@ def check_output_folder(
             do=f"name another folder, or use {hint}--force to replace what is there",
         )
     if written is not None:
-        _check_not_in_the_way(folder, written, earlier)
-
-
-def check_free(folder: Path, *, force: bool, hint: str = "") -> None:
-    """Make `folder` after `check_output_folder` has seen that it is empty, or may be used with `force`."""
-    check_output_folder(folder, force=force, hint=hint)
-    folder.mkdir(parents=True, exist_ok=True)
+        _check_nothing_foreign(folder, written, earlier)
 
 
 def check_output_file(path: Path, *, force: bool, option: str = "--out") -> None:
-    """See that `path` may be written; nothing is made or removed.
+    """Check that the file `path` may be written; nothing is made or removed.
 
     Raises:
         InputError: it exists and `force` is off, it is a folder, or its folder cannot be written.
@@ -104,11 +100,16 @@ def check_writable(folder: Path) -> None:
         with TemporaryFile(dir=_nearest_existing(folder)):
             pass
     except OSError as error:
-        raise InputError(
-            expected=f"a folder that can be written at {folder}",
-            got=error.strerror or str(error),
-            do="name another folder or change its permissions",
-        ) from None
+        raise unwritable(folder, error) from None
+
+
+def unwritable(folder: Path, error: OSError) -> InputError:
+    """Return the error that says why `folder` cannot be written."""
+    return InputError(
+        expected=f"a folder that can be written at {folder}",
+        got=error.strerror or str(error),
+        do="name another folder or change its permissions",
+    )
 
 
 def prepare_output(folder: Path, earlier: Sequence[OutputFiles]) -> None:
@@ -125,7 +126,7 @@ def remove_run(folder: Path, files: OutputFiles) -> None:
 
 
 def remove_files(folder: Path, removable: Removable, *, subfolder: str) -> None:
-    """Remove the `removable` files of `folder` and its `subfolder`, and temporary files of theirs that a kill left.
+    """Remove the `removable` files of `folder` and its `subfolder`, and temporary files of them that a kill left.
 
     Links are neither followed nor removed, and no folder is removed.
     """
@@ -139,7 +140,14 @@ def missing_folders(folder: Path) -> list[Path]:
     return [path for path in (folder, *folder.parents) if not path.exists()]
 
 
-def _check_not_in_the_way(folder: Path, written: OutputFiles, earlier: Sequence[OutputFiles]) -> None:
+def remove_if_empty(folders: Iterable[Path]) -> None:
+    """Remove those of `folders` that are empty, in this order."""
+    for folder in folders:
+        with suppress(OSError):  # it holds something
+            folder.rmdir()
+
+
+def _check_nothing_foreign(folder: Path, written: OutputFiles, earlier: Sequence[OutputFiles]) -> None:
     """Raise InputError if writing would replace something that none of the `earlier` runs wrote."""
     inner = folder / written.subfolder
     if inner != folder and (inner.is_symlink() or (inner.exists() and not inner.is_dir())):
@@ -161,7 +169,7 @@ def _is_of(runs: Sequence[OutputFiles], folder: Path, name: str) -> bool:
 
 
 def _names_in(folder: Path, subfolder: str) -> list[str]:
-    """Return the names of all that is in `folder` and, unless that is a link, in its `subfolder`."""
+    """Return the names of everything in `folder` and, unless that is a link, in its `subfolder`."""
     if not folder.is_dir():
         return []
     names = [path.name for path in folder.iterdir()]

@@ -1,6 +1,6 @@
 """Several processes of one command, on one machine or many, as `torchrun` starts them; without it there is one.
 
-They talk through gloo, which every build of torch has, and only about what to do: results go through files.
+They exchange messages through gloo, which every build of torch has, about what to do; results go through files.
 """
 
 import os
@@ -17,12 +17,12 @@ from ..errors import InputError
 
 T = TypeVar("T")
 
-PATIENCE = timedelta(days=7)  # a process waits this long for the others: their shares of the work differ
+PATIENCE = timedelta(days=7)  # how long a process waits for the others, whose shares of the work take different times
 
 
 @dataclass(frozen=True)
 class ProcessGroup:
-    """This process among `count`; the one of rank 0 is the main process."""
+    """This process among the `count` of the group; the one of rank 0 is the main process."""
 
     rank: int = 0
     count: int = 1
@@ -30,14 +30,15 @@ class ProcessGroup:
 
     @property
     def is_main(self) -> bool:
+        """Whether this is the main process."""
         return self.rank == 0
 
     def run_on_all(self, action: Callable[[], T]) -> T:
-        """Run `action` in each process, each of which must call this. Return the own result, once all have one.
+        """Run `action` in every process, each of which must call this. Return its own result, once all have one.
 
         Raises:
-            InputError: it failed with an InputError somewhere; the first one, in the main process.
-            OtherProcessError: in the other processes then, so that the line is printed once.
+            InputError: in the main process, if `action` raised one in any process: the first, by rank.
+            OtherProcessError: in the other processes in that case, so that the line is printed once.
         """
         result: Any = None
         failure: dict[str, str] | None = None
@@ -53,34 +54,34 @@ class ProcessGroup:
         return result
 
     def run_on_main(self, action: Callable[[], T]) -> T:
-        """Run `action` in the main process; return its result in each. Raises like `run_on_all`."""
+        """Run `action` in the main process; return its result in every process. Raises as `run_on_all` does."""
         result: Any = self.gather(self.run_on_all(lambda: action() if self.is_main else None))[0]
         return result
 
     def main_first(self, action: Callable[[], T]) -> T:
-        """Run `action` in one process of each machine, then in its others, which find what the first left on disk."""
+        """Run `action` in one process of each machine, then in its others, which find on disk what the first wrote."""
         first = self.run_on_all(lambda: action() if self.local_rank == 0 else None)
         others = self.run_on_all(lambda: None if self.local_rank == 0 else action())
         result: Any = first if self.local_rank == 0 else others
         return result
 
     def wait(self) -> None:
-        """Return once every process is here."""
+        """Return once every process has called this."""
         self.gather(None)
 
     def share(self, items: list[T]) -> list[T]:
-        """Return this process's share of `items`: each is in exactly one share, neighbours stay together."""
+        """Return this process's share of `items`: each item is in exactly one share, and a share is contiguous."""
         first, last = (len(items) * rank // self.count for rank in (self.rank, self.rank + 1))
         return items[first:last]
 
     def device(self, name: str) -> str:
-        """Return `name`, or, where it leaves open which GPU, the one of this process."""
+        """Return `name`, or the GPU of this process if `name` does not say which of several."""
         if self.count > 1 and name in ("auto", "cuda") and torch.cuda.is_available():
             return f"cuda:{self.local_rank % torch.cuda.device_count()}"
         return name
 
     def gather(self, value: T) -> list[T]:
-        """Return what each process gave, by rank. Raise InputError if one of them is lost."""
+        """Return the values of all processes, by rank. Raise InputError if one of them is lost."""
         if self.count == 1:
             return [value]
         values: list[Any] = [None] * self.count
@@ -88,7 +89,7 @@ class ProcessGroup:
             dist.all_gather_object(values, value)
         except RuntimeError as error:
             raise InputError(
-                expected=f"all {self.count} processes to go on",
+                expected=f"all {self.count} processes to continue",
                 got=f"one lost ({str(error).splitlines()[0]})",
                 do="run the same command again: what is written is kept",
             ) from None
@@ -96,7 +97,7 @@ class ProcessGroup:
 
 
 class OtherProcessError(SystemExit):
-    """Another process says what went wrong; this one ends with status 1 and says nothing."""
+    """Ends this process with status 1 and no message, because another one says what went wrong."""
 
     def __init__(self) -> None:
         super().__init__(1)

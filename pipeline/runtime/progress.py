@@ -1,4 +1,4 @@
-"""Progress on standard error: one bar for everything that takes long, of the same look everywhere."""
+"""Progress on standard error: one kind of bar for everything that takes long."""
 
 import sys
 from collections.abc import Callable, Generator, Iterable
@@ -9,11 +9,11 @@ from tqdm import tqdm
 Item = TypeVar("Item")
 Progress: TypeAlias = "tqdm[Any]"
 
-SECONDS_ON_A_TERMINAL, SECONDS_IN_A_FILE = 0.1, 15.0  # between two states of a bar; a log file needs no moving bar
+SECONDS_ON_A_TERMINAL, SECONDS_IN_A_FILE = 0.1, 15.0  # between two updates of a bar; a log file needs few
 
 
 def progress_bar(total: int, description: str | None, unit: str = "image", **options: Any) -> Progress:
-    """Return a bar that counts to `total`; `options` are those of tqdm. To be used in a `with`, which ends its line."""
+    """Return a bar that counts to `total`, to be used in `with`, which ends its line; `options` are those of tqdm."""
     seconds = SECONDS_ON_A_TERMINAL if sys.stderr.isatty() else SECONDS_IN_A_FILE
     return tqdm(total=total, desc=description, unit=unit, dynamic_ncols=True, mininterval=seconds, **options)
 
@@ -27,15 +27,15 @@ def with_progress(
     size: Callable[[Item], int] = lambda item: 1,
     **options: Any,
 ) -> Generator[Item, None, None]:
-    """Yield `items`, with a bar that counts each once it was used.
+    """Yield `items`, with a bar that counts each once the caller is done with it.
 
     Args:
-        items: to be yielded.
-        total: what the sizes of all items come to.
-        description: of the work.
-        unit: that the bar counts.
-        size: of an item, in that unit.
-        options: of tqdm.
+        items: what is yielded.
+        total: the sum of the sizes of all items.
+        description: what is done, shown before the bar.
+        unit: what the bar counts.
+        size: returns the size of an item, in that unit.
+        options: those of tqdm.
     """
     with progress_bar(total, description, unit, **options) as bar:
         for item in items:

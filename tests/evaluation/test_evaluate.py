@@ -362,7 +362,7 @@ def test_an_empty_test_split(tmp_path: Path) -> None:
     (tmp_path / "one").mkdir()
     Image.new("L", (WIDTH, HEIGHT)).save(tmp_path / "one" / "1.png")
     save_tokenizer(tmp_path / "tokenizer", brightness_tokenizer(), tmp_path / "one")
-    with pytest.raises(InputError, match=r"expected images in the test part of .*, got none; use the other --split"):
+    with pytest.raises(InputError, match=r"expected images in the test split of .*, got none; use the other --split"):
         evaluate(tmp_path / "tokenizer", device="cpu")
     assert evaluate(tmp_path / "tokenizer", split="train", device="cpu")["images"] == 1
 

@@ -1,4 +1,4 @@
-"""A cache entry is whole or absent, is reused, and errors name the way out."""
+"""A cache entry is complete or absent, is reused, and errors name the remedy."""
 
 import os
 import time
@@ -27,17 +27,17 @@ def build(folder: Path) -> dict[str, Any]:
 
 
 def refuse(folder: Path) -> dict[str, Any]:
-    raise AssertionError(f"built again in {folder}")
+    raise AssertionError(f"a second build in {folder}")
 
 
 def test_an_entry_is_built_once() -> None:
     folder, index = open_entry({"a": 1}, build)
-    again, same = open_entry({"a": 1}, refuse)
-    assert (again, index["answer"], same["answer"]) == (folder, 42, 42)
+    reopened, same = open_entry({"a": 1}, refuse)
+    assert (reopened, index["answer"], same["answer"]) == (folder, 42, 42)
     np.testing.assert_array_equal(read_images(folder / "train.npy", 3), np.full((3, *SHAPE), 7))
 
 
-def test_another_question_is_another_entry() -> None:
+def test_another_request_is_another_entry() -> None:
     assert open_entry({"a": 1}, build)[0] != open_entry({"a": 2}, build)[0]
 
 
@@ -51,7 +51,7 @@ def test_a_build_that_fails_leaves_nothing(cache: Path) -> None:
     assert list(cache.iterdir()) == []
 
 
-def test_what_a_killed_build_left_is_not_used_and_cleared_when_old(cache: Path) -> None:
+def test_what_a_killed_build_left_is_not_used_and_removed_when_old(cache: Path) -> None:
     old, young = cache / ".building-old", cache / ".building-young"
     for folder in (old, young):
         folder.mkdir(parents=True)
@@ -71,8 +71,8 @@ def test_a_damaged_entry_is_built_again(damage: str) -> None:
         array.unlink()
     else:
         (folder / "index.json").write_text("{")
-    again, index = open_entry({}, build)
-    assert (again, index["answer"]) == (folder, 42)
+    rebuilt, index = open_entry({}, build)
+    assert (rebuilt, index["answer"]) == (folder, 42)
     assert (read_images(array, 3) == 7).all()
 
 
@@ -85,7 +85,7 @@ def test_the_entry_another_process_finished_first_is_kept() -> None:
     assert open_entry({}, refuse)[1]["answer"] == 42
 
 
-def test_broken_images_leave_no_hole(tmp_path: Path) -> None:
+def test_broken_images_leave_no_gap(tmp_path: Path) -> None:
     images = [np.full(SHAPE, 1, np.uint8), Broken("torn"), np.full(SHAPE, 3, np.uint8)]
     kept, broken = write_images(tmp_path / "a.npy", images, 3, SHAPE)
     assert (kept, broken) == ([0, 2], {1: "torn"})
@@ -94,7 +94,7 @@ def test_broken_images_leave_no_hole(tmp_path: Path) -> None:
     assert stored[:, 0, 0, 0].tolist() == [1, 3]
 
 
-def test_an_empty_part(tmp_path: Path) -> None:
+def test_an_empty_split(tmp_path: Path) -> None:
     assert write_images(tmp_path / "a.npy", [], 0, SHAPE) == ([], {})
     assert read_images(tmp_path / "a.npy", 0).shape == (0, *SHAPE)
 

@@ -11,7 +11,7 @@ DIGEST = "6ab1762651a1ff0bc6cd3dd0f508351226ffa7ca4caa654213c8d62f2c15a399"
 
 
 def test_the_pixels_are_the_same_on_every_machine() -> None:
-    """If this fails after a change of the drawing, set the digest and add one to `glyphs.VERSION`."""
+    """If this fails after a change of the drawing, set the digest and add one to `glyph_drawing.VERSION`."""
     images, labels = draw_glyphs(48, seed=0)
     assert labels[:8].tolist() == [3, 8, 2, 6, 15, 4, 10, 9]
     assert hashlib.sha256(images.tobytes()).hexdigest() == DIGEST
@@ -19,10 +19,10 @@ def test_the_pixels_are_the_same_on_every_machine() -> None:
 
 def test_an_image_depends_on_its_seed_and_index_only() -> None:
     images, labels = draw_glyphs(40, seed=5)
-    some, some_labels = draw_glyphs(7, seed=5, start=21)
-    np.testing.assert_array_equal(some, images[21:28])
-    np.testing.assert_array_equal(some_labels, labels[21:28])
-    np.testing.assert_array_equal(draw_labels(7, seed=5, start=21), some_labels)
+    subset, subset_labels = draw_glyphs(7, seed=5, start=21)
+    np.testing.assert_array_equal(subset, images[21:28])
+    np.testing.assert_array_equal(subset_labels, labels[21:28])
+    np.testing.assert_array_equal(draw_labels(7, seed=5, start=21), subset_labels)
 
 
 def test_another_seed_draws_other_images() -> None:

@@ -1,4 +1,4 @@
-"""Which images are set aside, against the definition, name by name (`test_sources.py` has the rest)."""
+"""Which images are held out, against the definition, name by name (`test_image_set.py` has it for folders)."""
 
 import hashlib
 import unicodedata

@@ -1,4 +1,4 @@
-"""What is wrong with a file is remembered; what the system could not do at that moment is tried again, then said."""
+"""A damaged file is remembered; what the system could not do at the moment is tried again, then reported."""
 
 import builtins
 import errno
@@ -15,15 +15,16 @@ import pytest
 from PIL import Image
 
 from pipeline.errors import InputError
-from pipeline.images import folder as folder_source
+from pipeline.images import folder as folder_module
 from pipeline.images import image_file
 from pipeline.images.cache import Broken
 from pipeline.images.image_set import open_images
 from pipeline.images.preprocessing import Preprocessing
 
+from ..support import ROOT
 from .test_image_set import fill, names_of
 
-COUNT = 30  # images; one broken file of them would be left out without a word on standard error but a warning
+COUNT = 30  # images; with one broken file of them, a run continues with no more than a warning
 VICTIM = "07.png"
 ALL = [f"{i:02d}.png" for i in range(COUNT)]
 PASSING = (errno.EMFILE, errno.ENFILE, errno.ESTALE, errno.EIO, errno.ENOMEM, errno.EACCES, errno.ETIMEDOUT)
@@ -90,13 +91,13 @@ def entries_of(cache: Path) -> list[Path]:
     return list(cache.glob("*")) if cache.exists() else []
 
 
-# Once the system can, all images are there
+# Once the system can read the file, no image is missing
 
-HOW = [None, (4, 6)]  # whether the headers are read too, or only the images
+SIZES = [None, (4, 6)]  # without one, the headers are read too
 
 
 @pytest.mark.usefixtures("waits")
-@pytest.mark.parametrize("size", HOW)
+@pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("opened", [False, True])
 @pytest.mark.parametrize("number", PASSING)
 def test_an_error_that_passes_is_waited_for(
@@ -109,7 +110,7 @@ def test_an_error_that_passes_is_waited_for(
     assert (names_of(images), images.broken) == (ALL, ())
 
 
-@pytest.mark.parametrize("size", HOW)
+@pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("opened", [False, True])
 @pytest.mark.parametrize("number", PASSING)
 def test_an_error_that_stays_stops_and_nothing_is_stored(
@@ -154,20 +155,20 @@ def test_other_errors_of_the_moment_stop_too(
 @pytest.mark.usefixtures("waits")
 @pytest.mark.parametrize("error", [MemoryError(), OSError("out of memory error when reading image file")])
 @pytest.mark.parametrize("times", [1, 99])
-def test_no_memory_to_decode_is_the_moment_not_the_file(
+def test_no_memory_to_decode_is_no_damage_to_the_file(
     folder: Path, error: Exception, times: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As Pillow says it itself, and in the name of a library under it."""
+    """As Pillow reports it itself, and as it passes it on from a library under it."""
     with monkeypatch.context() as patch:
-        left, read = [times], folder_source.read_image
+        left, read = [times], folder_module.read_image
 
-        def failing(*given: Any) -> np.ndarray:
+        def failing(*arguments: Any) -> np.ndarray:
             if left[0] > 0:
                 left[0] -= 1
                 raise error
-            return read(*given)
+            return read(*arguments)
 
-        patch.setattr(folder_source, "read_image", failing)
+        patch.setattr(folder_module, "read_image", failing)
         if times > 1:
             with pytest.raises(InputError, match=r"free memory"):
                 open_images(str(folder), image_size=(4, 6))
@@ -179,15 +180,15 @@ def test_a_file_that_vanished_after_it_was_listed(
     folder: Path, cache: Path, waits: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The list that names the entry is no longer true, so the run stops; the next one lists anew."""
-    walk = folder_source._list_files
+    list_files = folder_module._list_files
 
-    def listed(where: str) -> Any:
-        files = walk(where)
+    def listed(path: str) -> Any:
+        files = list_files(path)
         (folder / VICTIM).unlink(missing_ok=True)
         return files
 
     with monkeypatch.context() as patch:
-        patch.setattr(folder_source, "_list_files", listed)
+        patch.setattr(folder_module, "_list_files", listed)
         with pytest.raises(InputError, match=rf"{VICTIM}.*No such file.*; .*run the same command again"):
             open_images(str(folder))
     assert entries_of(cache) == []
@@ -196,18 +197,19 @@ def test_a_file_that_vanished_after_it_was_listed(
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no resource limits")
 def test_no_open_file_left(folder: Path, cache: Path) -> None:
-    """A process of its own, which may open no file while it reads one image: in reality, not by a patch."""
+    """In a process of its own, whose limit lets it open no file while it reads one image."""
     code = """
 import json, os, resource, sys, time
 from concurrent.futures import ThreadPoolExecutor
-from pipeline.images import folder as folder_source, image_set as sources
+from pipeline.images import folder as folder_module
+from pipeline.images.image_set import open_images
 from pipeline.errors import InputError
 
 time.sleep = lambda seconds: None
-folder_source.ThreadPoolExecutor = lambda: ThreadPoolExecutor(1)
+folder_module.ThreadPoolExecutor = lambda: ThreadPoolExecutor(1)
 folder, victim = sys.argv[1:]
-limits, read = resource.getrlimit(resource.RLIMIT_NOFILE), folder_source._read
-sources.open_images(folder)  # loads what Pillow needs
+limits, read = resource.getrlimit(resource.RLIMIT_NOFILE), folder_module._read
+open_images(folder)  # loads what Pillow needs
 os.environ["CODEGRID_CACHE"] += "-2"
 
 def starved(file, preprocessing):
@@ -219,54 +221,54 @@ def starved(file, preprocessing):
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
-folder_source._read = starved
+folder_module._read = starved
 try:
-    sources.open_images(folder)
-    said = ""
+    open_images(folder)
+    message = ""
 except InputError as error:
-    said = str(error)
-folder_source._read = read
-images = sources.open_images(folder)
-print(json.dumps([said, len(images.train) + len(images.test), images.broken]))
+    message = str(error)
+folder_module._read = read
+images = open_images(folder)
+print(json.dumps([message, len(images.train) + len(images.test), images.broken]))
 """
     command = [sys.executable, "-c", code, str(folder), VICTIM]
-    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True)
-    said, count, broken = json.loads(done.stdout or f'["{done.stderr[-500:]!r}", 0, 0]')
-    assert f"{folder / VICTIM}" in said
-    assert os.strerror(errno.EMFILE) in said
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    message, count, broken = json.loads(done.stdout or f'["{done.stderr[-500:]!r}", 0, 0]')
+    assert f"{folder / VICTIM}" in message
+    assert os.strerror(errno.EMFILE) in message
     assert (count, broken) == (COUNT, [])
 
 
-# What is wrong with the file itself is not waited for
+# A damaged file is not waited for
 
 
-def test_damaged_files_are_left_out_at_once(folder: Path, waits: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_damaged_files_are_skipped_at_once(folder: Path, waits: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
     (folder / VICTIM).write_bytes((folder / VICTIM).read_bytes()[:-30])
     (folder / "08.png").write_bytes(b"no image")
     (folder / "09.png").write_bytes(b"")
-    for size in HOW:
+    for size in SIZES:
         images = open_images(str(folder), image_size=size, channels=3)
         assert images.broken == (VICTIM, "08.png", "09.png")
     assert waits == []
-    monkeypatch.setattr(folder_source, "read_image", lambda *_: pytest.fail("read again"))
-    assert open_images(str(folder), image_size=HOW[1], channels=3).broken == (VICTIM, "08.png", "09.png")
+    monkeypatch.setattr(folder_module, "read_image", lambda *_: pytest.fail("a second read"))
+    assert open_images(str(folder), image_size=SIZES[1], channels=3).broken == (VICTIM, "08.png", "09.png")
 
 
-@pytest.mark.filterwarnings("ignore")  # what Pillow says of damaged files
+@pytest.mark.filterwarnings("ignore")  # those of Pillow about damaged files
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".gif", ".tif", ".bmp", ".webp", ".tga", ".pcx", ".jp2", ".ico"])
-def test_no_damage_to_the_bytes_counts_as_the_moment(tmp_path: Path, waits: list[float], suffix: str) -> None:
+def test_no_damage_to_the_bytes_counts_as_an_error_that_passes(tmp_path: Path, waits: list[float], suffix: str) -> None:
     """Cut short anywhere, or with any byte replaced: read, or broken, and never a stop."""
     path, random = tmp_path / f"a{suffix}", np.random.default_rng(0)
-    file = folder_source._File(str(path), path.name, 0, 0)
+    file = folder_module._File(str(path), path.name, 0, 0)
     outcomes = set()
     Image.fromarray(random.integers(0, 256, (9, 7, 3), dtype=np.uint8)).save(path)
-    whole = path.read_bytes()
-    for place in random.integers(0, len(whole), 40).tolist():
-        changed = whole[:place] + random.bytes(1) + whole[place + 1 :]
-        for data in (whole[:place], changed):
+    intact = path.read_bytes()
+    for place in random.integers(0, len(intact), 40).tolist():
+        changed = intact[:place] + random.bytes(1) + intact[place + 1 :]
+        for data in (intact[:place], changed):
             path.write_bytes(data)
-            outcomes.add(type(folder_source._header(file)))
-            outcomes.add(type(folder_source._read(file, Preprocessing(height=4, width=6, channels=3))))
+            outcomes.add(type(folder_module._header(file)))
+            outcomes.add(type(folder_module._read(file, Preprocessing(height=4, width=6, channels=3))))
     assert outcomes == {Preprocessing, np.ndarray, Broken}
     assert waits == []
 

@@ -1,4 +1,4 @@
-"""Sources of images: layouts of folders, what is held out, the cache, and what is refused."""
+"""Sets of images: layouts of folders, what is held out, the cache, and what is refused."""
 
 import os
 import struct
@@ -14,12 +14,13 @@ import torch
 from PIL import Image
 
 from pipeline.errors import InputError
-from pipeline.images import folder as folder_source
-from pipeline.images import glyph_drawing as glyphs
-from pipeline.images import torchvision_sets as torchvision_source
+from pipeline.images import folder as folder_module
+from pipeline.images import glyph_drawing, torchvision_sets
 from pipeline.images.holdout import by_hash, held_out
 from pipeline.images.image_set import IMAGE_SOURCES, ImageSet, ImageSplit, open_images
 from pipeline.images.preprocessing import Preprocessing, read_image, to_float
+
+from ..support import ROOT
 
 WIDTH, HEIGHT = 6, 4
 
@@ -51,7 +52,7 @@ def names_of(images: ImageSet) -> list[str]:
 
 
 def refuse_to_read(*_: object) -> None:
-    raise AssertionError("an image was read again")
+    raise AssertionError("an image was read a second time")
 
 
 # What a set holds
@@ -69,7 +70,7 @@ def test_a_flat_folder_has_no_labels(folder: Path) -> None:
 
 def test_every_row_is_its_own_file_prepared(folder: Path) -> None:
     """One gather of the cache against the transform of each file, with its label by the name."""
-    fill(folder, [f"{kind}/{i}.png" for kind in ("b", "a", "c") for i in range(8)])
+    fill(folder, [f"{name}/{i}.png" for name in ("b", "a", "c") for i in range(8)])
     images = open_images(str(folder), image_size=(5, 8), channels=1)
     for split in (images.train, images.test):
         indices = np.random.default_rng(0).permutation(len(split))
@@ -83,7 +84,7 @@ def test_every_row_is_its_own_file_prepared(folder: Path) -> None:
     assert isinstance(images.train.images, np.memmap)
 
 
-def test_classes_are_in_code_point_order_and_hold_what_lies_deeper(folder: Path) -> None:
+def test_classes_are_in_code_point_order_and_hold_what_is_deeper(folder: Path) -> None:
     fill(folder, ["b/1.png", "a/deep/er/1.png", "Z/1.png", "ä b/1.png", "a/2.png"])
     images = open_images(str(folder))
     assert images.class_names == ("Z", "a", "b", "ä b")
@@ -94,7 +95,7 @@ def test_classes_are_in_code_point_order_and_hold_what_lies_deeper(folder: Path)
 
 
 @pytest.mark.parametrize("labelled", [False, True])
-def test_train_and_test_folders_are_the_parts(folder: Path, labelled: bool) -> None:
+def test_train_and_test_folders_are_the_splits(folder: Path, labelled: bool) -> None:
     inner = ["dog/", "cat/"] if labelled else ["", ""]
     fill(folder, [f"train/{inner[i % 2]}{i}.png" for i in range(4)] + [f"test/{inner[0]}9.png"])
     images = open_images(str(folder))
@@ -106,7 +107,7 @@ def test_train_and_test_folders_are_the_parts(folder: Path, labelled: bool) -> N
 
 
 def test_a_train_folder_alone_is_split_too(folder: Path) -> None:
-    fill(folder, [f"train/{kind}/{i}.png" for kind in "ab" for i in range(5)])
+    fill(folder, [f"train/{name}/{i}.png" for name in "ab" for i in range(5)])
     images = open_images(str(folder))
     assert images.class_names == ("a", "b")
     assert len(images.test) >= 1
@@ -148,7 +149,7 @@ def test_links_to_folders_are_followed_but_not_in_a_circle(folder: Path, tmp_pat
 # Which images are held out
 
 
-def test_the_test_part_depends_on_the_names_only(folder: Path, tmp_path: Path) -> None:
+def test_the_test_split_depends_on_the_names_only(folder: Path, tmp_path: Path) -> None:
     names = [f"{i:03d}.png" for i in range(60)]
     fill(folder, names)
     before = open_images(str(folder))
@@ -158,7 +159,7 @@ def test_the_test_part_depends_on_the_names_only(folder: Path, tmp_path: Path) -
     assert 1 <= len(before.test) < 20
 
 
-def test_held_out_names_are_about_the_fraction_and_independent_of_the_test_part() -> None:
+def test_held_out_names_are_about_the_fraction_and_independent_of_the_test_split() -> None:
     names = [f"train/{i:05d}" for i in range(20_000)]
     chosen = held_out(names)
     assert chosen.dtype == bool
@@ -180,7 +181,7 @@ def test_held_out_is_the_same_for_every_order_and_system() -> None:
 
 
 @pytest.mark.parametrize("count", [2, 3, 5, 8])
-def test_a_tiny_set_holds_out_exactly_one_of_each_kind(folder: Path, count: int) -> None:
+def test_a_tiny_set_holds_out_exactly_one_image(folder: Path, count: int) -> None:
     fill(folder, [f"{i}.png" for i in range(count)])
     images = open_images(str(folder))
     assert len(images.train) >= 1
@@ -213,7 +214,7 @@ def test_other_folders_become_64_by_64(folder: Path, sizes: list[tuple[int, int]
     assert open_images(str(folder)).train.images.shape[1:] == (3, 64, 64)
 
 
-def test_grey_stays_one_channel_unless_asked_or_one_image_has_colour(folder: Path) -> None:
+def test_grey_stays_one_channel_unless_another_number_is_requested_or_one_image_has_colour(folder: Path) -> None:
     fill(folder, ["1.png", "2.png"], mode="L")
     assert open_images(str(folder)).preprocessing.channels == 1
     assert open_images(str(folder), channels=3).preprocessing.channels == 3
@@ -222,14 +223,14 @@ def test_grey_stays_one_channel_unless_asked_or_one_image_has_colour(folder: Pat
 
 
 @pytest.mark.parametrize(
-    ("asked", "nearest"), [((30, 30), "32x32"), ((33, 50), "32x48"), ((1, 32), "8x32"), ((28, 27), "32x24")]
+    ("requested", "nearest"), [((30, 30), "32x32"), ((33, 50), "32x48"), ((1, 32), "8x32"), ((28, 27), "32x24")]
 )
 def test_a_size_that_is_no_multiple_is_refused_with_the_nearest(
-    folder: Path, asked: tuple[int, int], nearest: str
+    folder: Path, requested: tuple[int, int], nearest: str
 ) -> None:
     fill(folder, ["1.png", "2.png"])
-    with pytest.raises(InputError, match=f"multiples of 8, got {asked[0]}x{asked[1]}; use {nearest}, "):
-        open_images(str(folder), image_size=asked, multiple_of=8)
+    with pytest.raises(InputError, match=f"multiples of 8, got {requested[0]}x{requested[1]}; use {nearest}, "):
+        open_images(str(folder), image_size=requested, multiple_of=8)
 
 
 # The cache
@@ -239,12 +240,12 @@ def test_images_are_read_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
     fill(folder, [f"a/{i}.png" for i in range(5)])
     first = open_images(str(folder))
     size = (first.preprocessing.height, first.preprocessing.width)
-    monkeypatch.setattr(folder_source, "read_image", refuse_to_read)
+    monkeypatch.setattr(folder_module, "read_image", refuse_to_read)
     monkeypatch.setattr(Image, "open", refuse_to_read)
-    for again in (open_images(str(folder)), open_images(str(folder), image_size=size, channels=3)):
-        np.testing.assert_array_equal(again.train.images, first.train.images)
-        assert (again.train.names, again.class_names) == (first.train.names, first.class_names)
-        np.testing.assert_array_equal(again.train.labels, first.train.labels)
+    for reopened in (open_images(str(folder)), open_images(str(folder), image_size=size, channels=3)):
+        np.testing.assert_array_equal(reopened.train.images, first.train.images)
+        assert (reopened.train.names, reopened.class_names) == (first.train.names, first.class_names)
+        np.testing.assert_array_equal(reopened.train.labels, first.train.labels)
 
 
 def test_a_changed_file_a_new_one_and_another_size_are_read(folder: Path) -> None:
@@ -264,7 +265,7 @@ def test_a_changed_file_a_new_one_and_another_size_are_read(folder: Path) -> Non
 # Broken files
 
 
-def test_a_broken_file_is_named_and_left_out(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_broken_file_is_named_and_skipped(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     fill(folder, [f"{i:02d}.png" for i in range(30)])
     (folder / "07.png").write_bytes((folder / "07.png").read_bytes()[:-30])  # cut short
     (folder / "08.png").write_bytes(b"no image")
@@ -335,7 +336,7 @@ def test_a_class_in_test_only_is_refused(folder: Path) -> None:
 
 
 def test_a_data_root_acts_or_is_refused(folder: Path) -> None:
-    with pytest.raises(InputError, match=r"expected a data root only with one of mnist.*leave out --data-root"):
+    with pytest.raises(InputError, match=r"expected a data root only with one of mnist.*omit --data-root"):
         open_images("glyphs", data_root=str(folder))
 
 
@@ -343,28 +344,28 @@ def test_a_data_root_acts_or_is_refused(folder: Path) -> None:
 
 
 def test_glyphs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(glyphs, "TRAIN_COUNT", 48)
-    monkeypatch.setattr(glyphs, "TEST_COUNT", 16)
+    monkeypatch.setattr(glyph_drawing, "TRAIN_COUNT", 48)
+    monkeypatch.setattr(glyph_drawing, "TEST_COUNT", 16)
     images = open_images("glyphs")
-    expected, labels = glyphs.draw_glyphs(64)
+    expected, labels = glyph_drawing.draw_glyphs(64)
     np.testing.assert_array_equal(np.concatenate([images.train.images, images.test.images]), expected)
     np.testing.assert_array_equal(np.concatenate([images.train.labels, images.test.labels]), labels)
     assert (images.source, images.class_names) == ("glyphs", tuple("0123456789ABCDEF"))
     assert images.train.names[:2] == ("train/00000", "train/00001")
     large = open_images("glyphs", image_size=(40, 48), channels=1)
     assert large.train.images.shape == (48, 1, 40, 48)
-    monkeypatch.setattr(glyphs, "draw_glyphs", refuse_to_read)
+    monkeypatch.setattr(glyph_drawing, "draw_glyphs", refuse_to_read)
     assert len(open_images("glyphs").train) == 48
 
 
-def write_mnist(root: Path, part: str, count: int) -> np.ndarray:
-    """Files as torchvision expects them; the label of image i is i modulo 10."""
+def write_mnist(root: Path, split: str, count: int) -> np.ndarray:
+    """Write files as torchvision expects them; return the images. The label of image i is i modulo 10."""
     raw = root / "MNIST" / "raw"
     raw.mkdir(parents=True, exist_ok=True)
     pixels = np.random.default_rng(count).integers(0, 256, (count, 28, 28), dtype=np.uint8)
-    (raw / f"{part}-images-idx3-ubyte").write_bytes(struct.pack(">iiii", 2051, count, 28, 28) + pixels.tobytes())
+    (raw / f"{split}-images-idx3-ubyte").write_bytes(struct.pack(">iiii", 2051, count, 28, 28) + pixels.tobytes())
     labels = (np.arange(count) % 10).astype(np.uint8)
-    (raw / f"{part}-labels-idx1-ubyte").write_bytes(struct.pack(">ii", 2049, count) + labels.tobytes())
+    (raw / f"{split}-labels-idx1-ubyte").write_bytes(struct.pack(">ii", 2049, count) + labels.tobytes())
     return pixels
 
 
@@ -391,7 +392,7 @@ def test_a_torchvision_set_without_a_network(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_svhn_without_scipy_names_the_extra(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(torchvision_source, "find_spec", lambda _: None)
+    monkeypatch.setattr(torchvision_sets, "find_spec", lambda _: None)
     with pytest.raises(InputError, match=r"expected scipy, .*; run `pip install \"codegrid\[svhn\]\"`$"):
         open_images("svhn", data_root=str(tmp_path))
 
@@ -406,6 +407,6 @@ def test_a_batch_takes_rows_in_any_order_and_more_than_once() -> None:
     assert torch.equal(split.batch(np.array([5, 7, 5])), torch.from_numpy(images[[5, 7, 5]] / np.float32(255)))
 
 
-def test_importing_the_sources_is_cheap() -> None:
+def test_importing_the_image_set_is_cheap() -> None:
     code = "import sys, pipeline.images.image_set; sys.exit('torch' in sys.modules or 'torchvision' in sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

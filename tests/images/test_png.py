@@ -1,13 +1,14 @@
-"""Arrays to pictures, without torch where an array is all there is."""
+"""Arrays to Pillow images, without torch where an array is all there is."""
 
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from pipeline.images.png import to_pillow
+
+from ..support import ROOT
 
 
 @pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB")])
@@ -24,4 +25,4 @@ def test_an_array_as_a_pillow_image(channels: int, mode: str) -> None:
 
 def test_the_built_in_images_need_no_torch() -> None:
     code = "import sys, pipeline.images.glyphs; sys.exit('torch' in sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

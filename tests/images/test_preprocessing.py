@@ -1,4 +1,4 @@
-"""The image transform: every mode Pillow opens, set upright, covering the size asked, cropped to its centre."""
+"""The image transform: every mode Pillow opens, turned upright, scaled to cover the size, cropped to its centre."""
 
 import dataclasses
 import json
@@ -27,19 +27,19 @@ GREY = Preprocessing(height=HEIGHT, width=WIDTH, channels=1)
 
 
 def noise(channels: int, seed: int = 0) -> np.ndarray:
-    """uint8 [HEIGHT, WIDTH, channels], or [HEIGHT, WIDTH] for one."""
+    """Return random uint8 [HEIGHT, WIDTH, channels], or [HEIGHT, WIDTH] for one channel."""
     pixels = np.random.default_rng(seed).integers(0, 256, (HEIGHT, WIDTH, channels), dtype=np.uint8)
     return pixels[:, :, 0] if channels == 1 else pixels
 
 
 def luma(rgb: np.ndarray) -> np.ndarray:
-    """[C=3, H, W] -> [1, H, W], ITU-R 601 as Pillow does it."""
+    """Convert [3, H, W] to [1, H, W] by ITU-R 601 as Pillow does."""
     weights = np.array([19595, 38470, 7471])
     return ((rgb.astype(np.int64) * weights[:, None, None]).sum(0, keepdims=True) + 0x8000) >> 16
 
 
 def check(image: Image.Image, rgb: np.ndarray) -> None:
-    """`prepare` gives exactly `rgb` [3, H, W], and its luma where grey is asked for."""
+    """Assert that `prepare` returns exactly `rgb` [3, H, W], and its luma where grey is requested."""
     np.testing.assert_array_equal(prepare(image, RGB), rgb)
     np.testing.assert_array_equal(prepare(image, GREY), luma(rgb))
 
@@ -59,7 +59,7 @@ def test_formats_without_loss_give_what_was_saved(tmp_path: Path, suffix: str) -
     np.testing.assert_array_equal(read_image(tmp_path / f"a{suffix}", RGB), pixels.transpose(2, 0, 1))
 
 
-def test_grey_becomes_three_equal_channels_and_one_as_it_was() -> None:
+def test_grey_becomes_three_equal_channels_and_one_stays_as_it_was() -> None:
     pixels = noise(1)
     np.testing.assert_array_equal(prepare(Image.fromarray(pixels), RGB), np.stack([pixels] * 3))
     np.testing.assert_array_equal(prepare(Image.fromarray(pixels), GREY), pixels[None])
@@ -132,8 +132,8 @@ def test_other_colour_spaces(mode: str) -> None:
 @pytest.mark.parametrize("mode", ["I;16", "I;16B", "I"])
 def test_sixteen_bit_grey_spans_the_eight_bits(mode: str) -> None:
     values = np.resize([0, 257, 128 * 257, 65535, 40000], (HEIGHT, WIDTH))
-    kind = {"I;16": "<u2", "I;16B": ">u2", "I": "<i4"}[mode]
-    image = Image.frombytes(mode, (WIDTH, HEIGHT), values.astype(kind).tobytes())
+    dtype = {"I;16": "<u2", "I;16B": ">u2", "I": "<i4"}[mode]
+    image = Image.frombytes(mode, (WIDTH, HEIGHT), values.astype(dtype).tobytes())
     assert image.mode == mode
     np.testing.assert_array_equal(prepare(image, GREY)[0], np.resize([0, 1, 128, 255, 156], (HEIGHT, WIDTH)))
 
@@ -205,11 +205,11 @@ def test_any_size(size: tuple[int, int]) -> None:
 
 
 def test_a_file_cut_short_raises_what_callers_catch(tmp_path: Path) -> None:
-    whole = tmp_path / "a.png"
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)).save(whole)
-    whole.write_bytes(whole.read_bytes()[:2000])
+    path = tmp_path / "a.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)).save(path)
+    path.write_bytes(path.read_bytes()[:2000])
     with pytest.raises(IMAGE_ERRORS, match="truncated"):
-        read_image(whole, RGB)
+        read_image(path, RGB)
 
 
 def test_grey_by_the_header() -> None:

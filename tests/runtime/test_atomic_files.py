@@ -13,7 +13,7 @@ from pipeline.errors import InputError
 from pipeline.models import checkpoint
 from pipeline.models.checkpoint import CheckpointInfo, TrainingState, load_training, read_info
 from pipeline.models.loading import load_tokenizer
-from pipeline.runtime import atomic_files as files
+from pipeline.runtime import atomic_files
 from pipeline.runtime.atomic_files import current, to_json, write_atomic, write_together
 
 from ..support import bits_of, brightness_tokenizer, save_tokenizer
@@ -47,7 +47,7 @@ def killed_at(touch: int, *, halfway: bool = False) -> Iterator[list[str]]:
         return touch_or_die
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(files, "_write_flushed", dying("write", files._write_flushed))
+        patch.setattr(atomic_files, "_write_flushed", dying("write", atomic_files._write_flushed))
         patch.setattr(os, "replace", dying("rename", os.replace))
         patch.setattr(Path, "unlink", dying("unlink", Path.unlink))
         yield touches
@@ -56,7 +56,7 @@ def killed_at(touch: int, *, halfway: bool = False) -> Iterator[list[str]]:
 def every_kill(
     prepare: Callable[[], object], write: Callable[[], object], check: Callable[[], None], *, halfway: bool
 ) -> int:
-    """`prepare`, `write` up to each possible kill, `check`; returns how many kills there were."""
+    """Run `prepare`, `write` up to each possible kill, and `check`; return how many kills there were."""
     for touch in itertools.count():
         prepare()
         with killed_at(touch, halfway=halfway):
@@ -116,7 +116,7 @@ def test_files_that_belong_together_are_all_old_or_all_new(tmp_path: Path, halfw
     assert seen == sorted(seen, key=lambda contents: contents == NEW)  # old up to one moment, new from then on
     assert OLD in seen
     assert NEW in seen
-    assert {path.name for path in tmp_path.iterdir()} == set(NEW)  # nothing is left beside them
+    assert {path.name for path in tmp_path.iterdir()} == set(NEW)  # no temporary file is left
 
 
 @both
@@ -144,19 +144,19 @@ def test_a_kill_while_the_next_writer_completes_what_a_kill_left(tmp_path: Path,
 
 
 @both
-def test_a_first_write_is_there_whole_or_not_at_all(tmp_path: Path, halfway: bool) -> None:
+def test_a_first_write_is_complete_or_absent(tmp_path: Path, halfway: bool) -> None:
     seen = []
 
     def check() -> None:
         seen.append([current(tmp_path, name).exists() for name in NEW])
 
     every_kill(lambda: fresh(tmp_path, {}), lambda: write_together(tmp_path, NEW), check, halfway=halfway)
-    assert seen == sorted(seen)  # absent up to one moment, there from then on
+    assert seen == sorted(seen)  # absent up to one moment, complete from then on
     assert {tuple(found) for found in seen} == {(False,) * 3, (True,) * 3}
 
 
 def test_a_commit_makes_current_only_what_it_names(tmp_path: Path) -> None:
-    """A kill leaves half of c.bin.new without a commit; a later commit of the others must not bring it to light."""
+    """A kill leaves half of c.bin.new without a commit; a later commit of the others must not make it current."""
     fresh(tmp_path, OLD)
     with killed_at(2, halfway=True), pytest.raises(Killed):
         write_together(tmp_path, NEW)
@@ -173,7 +173,7 @@ def test_a_commit_makes_current_only_what_it_names(tmp_path: Path) -> None:
 
 
 def save(folder: Path, seed: int) -> CheckpointInfo:
-    """A checkpoint whose three files all tell which one it is."""
+    """Save a checkpoint whose three files all tell which one it is."""
     torch.manual_seed(seed)
     model = brightness_tokenizer()
     with torch.no_grad():
@@ -183,12 +183,12 @@ def save(folder: Path, seed: int) -> CheckpointInfo:
 
 
 def seed_of(folder: Path) -> int:
-    """Which checkpoint a reader sees, by each of its files."""
+    """Return which checkpoint a reader sees, by each of its files."""
     info, state = read_info(folder, "tokenizer"), load_training(folder)
     model = load_tokenizer(folder)
     seeds = {int(model.decoder.layers[0].bias[0]), int(state.values["step"]), int(state.tensors["random/cpu"][0])}
     assert len(seeds) == 1
-    assert files.sha256(current(folder, "model.safetensors").read_bytes()) == info.fingerprint
+    assert atomic_files.sha256(current(folder, "model.safetensors").read_bytes()) == info.fingerprint
     return seeds.pop()
 
 
@@ -211,8 +211,8 @@ def checkpoint_files() -> tuple[str, str, str]:
     return checkpoint.MODEL, checkpoint.CONFIG, checkpoint.TRAINING
 
 
-def test_a_reader_between_any_two_touches_of_a_writer_sees_a_whole_checkpoint(tmp_path: Path) -> None:
-    """No kill: the reader loads while the writer stands just before each of its touches."""
+def test_a_reader_between_any_two_touches_of_a_writer_sees_a_complete_checkpoint(tmp_path: Path) -> None:
+    """No kill: the reader loads just before each rename of the writer."""
     save(tmp_path, 1)
     seen = []
     real = os.replace
@@ -247,7 +247,7 @@ def test_a_reader_that_a_writer_overtakes_reads_again(tmp_path: Path, monkeypatc
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
-def test_a_reader_whose_file_is_renamed_under_it_reads_again(
+def test_a_reader_whose_file_is_renamed_meanwhile_reads_again(
     tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The reader has chosen NAME.new; before it opens it, the writer renames it to NAME."""
@@ -261,7 +261,7 @@ def test_a_reader_whose_file_is_renamed_under_it_reads_again(
 
     def renamed_then_opened(path: Path) -> bytes:
         if path.name == f"{name}.new":
-            files._complete(tmp_path)
+            atomic_files._complete(tmp_path)
         return real(path)
 
     monkeypatch.setattr(Path, "read_bytes", renamed_then_opened)
@@ -270,18 +270,18 @@ def test_a_reader_whose_file_is_renamed_under_it_reads_again(
 
 def test_what_is_renamed_is_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A rename that reaches the disk before the data leaves an empty file after a power cut."""
-    events: list[tuple[str, int, int]] = []  # what, of which file, of how many bytes by then
+    events: list[tuple[str, int, int]] = []  # what was done, to which file, of how many bytes by then
     real = os.replace
 
-    def note(what: str, found: os.stat_result) -> None:
-        events.append((what, found.st_ino, found.st_size))
+    def record(what: str, status: os.stat_result) -> None:
+        events.append((what, status.st_ino, status.st_size))
 
-    def noted(source: Path, target: Path) -> None:
-        note("rename", os.stat(source))
+    def recorded_rename(source: Path, target: Path) -> None:
+        record("rename", os.stat(source))
         real(source, target)
 
-    monkeypatch.setattr(os, "fsync", lambda descriptor: note("flush", os.fstat(descriptor)))
-    monkeypatch.setattr(os, "replace", noted)
+    monkeypatch.setattr(os, "fsync", lambda descriptor: record("flush", os.fstat(descriptor)))
+    monkeypatch.setattr(os, "replace", recorded_rename)
     write_together(tmp_path, NEW)
     renames = [event for event in events if event[0] == "rename"]
     assert len(renames) == len(NEW) + 1
@@ -297,7 +297,7 @@ def test_saving_again_gives_the_same_bytes(tmp_path: Path) -> None:
     assert bits_of(load_tokenizer(tmp_path / "a")) == bits_of(load_tokenizer(tmp_path / "b"))
 
 
-def test_json_is_readable_utf8_and_refuses_what_json_has_not() -> None:
+def test_json_is_readable_utf8_and_refuses_what_json_has_no_form_for() -> None:
     assert to_json({"é": [1]}) == '{\n  "é": [\n    1\n  ]\n}\n'.encode()
     with pytest.raises(ValueError, match="JSON"):
         to_json(float("nan"))

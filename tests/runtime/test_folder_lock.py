@@ -17,7 +17,8 @@ from pipeline.errors import InputError
 from pipeline.runtime import folder_lock
 from pipeline.runtime.folder_lock import LOCK, only_writer
 
-ROOT = Path(__file__).parents[2]
+from ..support import ROOT
+
 HOLD = """
 import sys, time
 from pathlib import Path
@@ -30,8 +31,8 @@ with only_writer(Path(sys.argv[1])):
 
 
 @contextmanager
-def holder(folder: Path) -> Iterator["subprocess.Popen[str]"]:
-    """Another process that holds the lock until its standard input ends."""
+def another_holder(folder: Path) -> Iterator["subprocess.Popen[str]"]:
+    """Yield another process, which holds the lock until its standard input ends."""
     command = [sys.executable, "-c", HOLD, str(folder)]
     with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -42,13 +43,13 @@ def holder(folder: Path) -> Iterator["subprocess.Popen[str]"]:
             process.kill()
 
 
-def test_the_second_process_is_refused_and_named_the_first(tmp_path: Path) -> None:
-    with holder(tmp_path) as other:
+def test_the_second_process_is_refused_and_told_the_first(tmp_path: Path) -> None:
+    with another_holder(tmp_path) as other:
         line = rf"into {tmp_path}, got another export that writes into it, process {other.pid} on .*; wait until"
         with pytest.raises(InputError, match=line) as refused, only_writer(tmp_path):
             pass
         assert "\n" not in str(refused.value)
-        assert (tmp_path / LOCK).exists(), "the other's, which still counts"
+        assert (tmp_path / LOCK).exists(), "the lock of the other process is still there"
         with pytest.raises(InputError), only_writer(tmp_path):
             pass
         other.communicate("")
@@ -58,8 +59,8 @@ def test_the_second_process_is_refused_and_named_the_first(tmp_path: Path) -> No
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL")
-def test_what_a_killed_process_left_locks_nothing_and_goes(tmp_path: Path) -> None:
-    with holder(tmp_path) as other:
+def test_what_a_killed_process_left_locks_nothing_and_is_removed(tmp_path: Path) -> None:
+    with another_holder(tmp_path) as other:
         os.kill(other.pid, signal.SIGKILL)
         other.wait()
         assert (tmp_path / LOCK).exists()
@@ -113,7 +114,7 @@ def test_a_file_that_was_removed_between_opening_and_locking(tmp_path: Path, mon
         assert (tmp_path / LOCK).stat().st_ino == opened[1]
 
 
-def test_of_many_at_once_never_two(tmp_path: Path) -> None:
+def test_of_many_at_once_never_two_hold_the_lock(tmp_path: Path) -> None:
     """They come and go at once, and each that gets the lock is alone as long as it has it."""
     folder, start = tmp_path / "codes", threading.Barrier(6)
     inside: list[int] = []

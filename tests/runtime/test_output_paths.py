@@ -1,4 +1,4 @@
-"""Output paths: which names are ours, and what a check finds and leaves."""
+"""Output paths: which names belong to a run, and what a check finds and leaves."""
 
 import itertools
 import os
@@ -23,7 +23,7 @@ CHARACTERS = "019/x.-٣"
 
 @pytest.mark.parametrize("numbered", ["{:05d}.png", "images/{:05d}.png", "a{:05d}b"])
 @pytest.mark.parametrize("indices", [range(0), range(3), range(7, 12), range(99_998, 100_002)])
-def test_the_names_of_a_run_are_those_that_it_writes_and_no_others(numbered: str, indices: range) -> None:
+def test_the_names_of_a_run_are_those_it_writes_and_no_others(numbered: str, indices: range) -> None:
     """Against the list of them; the others are one character more, less or different."""
     files = OutputFiles(record="r.json", numbered=numbered, indices=indices, others=frozenset({"grid.png"}))
     names = {"r.json", "grid.png", *(numbered.format(index) for index in indices)}
@@ -45,7 +45,7 @@ def test_the_files_from_a_position_on() -> None:
 
 def test_a_check_leaves_nothing_and_touches_nothing(tmp_path: Path) -> None:
     """Also of a folder that is not there, several levels deep, and where a probe of an earlier version has a name."""
-    (tmp_path / ".writable").write_bytes(b"mine")
+    (tmp_path / ".writable").write_bytes(b"user")
     changed = tmp_path.stat().st_mtime_ns
     for force in (False, True):
         check_output_folder(tmp_path / "a" / "b", force=force)
@@ -53,7 +53,7 @@ def test_a_check_leaves_nothing_and_touches_nothing(tmp_path: Path) -> None:
         check_output_file(tmp_path / "c.png", force=force)
     check_output_folder(tmp_path, force=True)
     assert [path.name for path in tmp_path.iterdir()] == [".writable"]
-    assert (tmp_path / ".writable").read_bytes() == b"mine"
+    assert (tmp_path / ".writable").read_bytes() == b"user"
     if sys.platform == "linux":
         assert tmp_path.stat().st_mtime_ns == changed
 
@@ -67,7 +67,7 @@ def test_places_that_cannot_be_written(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows lets few users make links")
 def test_links_as_destinations(tmp_path: Path) -> None:
-    """One to a folder is that folder, as the user named it; one to nowhere is no place, and a file is not followed."""
+    """A link to a folder is that folder; a dangling one is no place for a folder, and as a file it is not followed."""
     (tmp_path / "folder").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "folder")
     (tmp_path / "dangling").symlink_to(tmp_path / "nosuch")
@@ -97,11 +97,11 @@ def test_the_record_is_removed_last(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         (tmp_path / name).write_bytes(b"")
     removed, unlink = [], Path.unlink
 
-    def noted(path: Path, missing_ok: bool = False) -> None:
+    def recorded(path: Path, missing_ok: bool = False) -> None:
         removed.append(path.relative_to(tmp_path).as_posix())
         unlink(path, missing_ok)
 
-    monkeypatch.setattr(Path, "unlink", noted)
+    monkeypatch.setattr(Path, "unlink", recorded)
     prepare_output(tmp_path, [files])
     assert sorted(removed) == ["a", "in/00000.png", "in/00001.png", "r.json", "z"]
     assert removed[-1] == "r.json"
