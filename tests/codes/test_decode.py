@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from pipeline.codes.dataset import CodeDataset
-from pipeline.codes.decode import PICTURED, decode_codes
+from pipeline.codes.decode import SHEET_IMAGES, decode_codes
 from pipeline.codes.manifest import read_manifest, write_manifest
 from pipeline.errors import InputError
 from pipeline.images.image_set import open_images
@@ -101,10 +101,10 @@ def test_many_by_eye(tmp_path: Path, many: Path) -> None:
         out = tmp_path / f"{start}.npy"
         assert decode_codes(many / "codes", many / "tokenizer", out, start=start) == len(expected) - start
         np.testing.assert_array_equal(np.load(out, allow_pickle=False), expected[start:])
-    assert decode_codes(many / "codes", many / "tokenizer", tmp_path / "a.PNG") == PICTURED < len(expected)
-    same_picture(tmp_path / "a.PNG", expected[:PICTURED])
-    assert decode_codes(many / "codes", many / "tokenizer", tmp_path / "b.png", n=PICTURED + 1) == PICTURED + 1
-    same_picture(tmp_path / "b.png", expected[: PICTURED + 1])
+    assert decode_codes(many / "codes", many / "tokenizer", tmp_path / "a.PNG") == SHEET_IMAGES < len(expected)
+    same_picture(tmp_path / "a.PNG", expected[:SHEET_IMAGES])
+    assert decode_codes(many / "codes", many / "tokenizer", tmp_path / "b.png", n=SHEET_IMAGES + 1) == SHEET_IMAGES + 1
+    same_picture(tmp_path / "b.png", expected[: SHEET_IMAGES + 1])
 
 
 def test_the_array_is_the_file_that_numpy_writes(tmp_path: Path, trained: Trained, again: np.ndarray) -> None:
@@ -147,7 +147,7 @@ def test_a_start_before_the_first_row(tmp_path: Path, trained: Trained) -> None:
 
 def test_codes_of_which_none_is_written_yet(tmp_path: Path, many: Path) -> None:
     write_manifest(tmp_path, replace(read_manifest(many / "codes"), count=0, shards=[]))
-    with pytest.raises(InputError, match="got none yet; run the export-codes that began it again"):
+    with pytest.raises(InputError, match="got none yet; run the same export-codes again"):
         decode_codes(tmp_path, many / "tokenizer", tmp_path / "out.npy")
 
 

@@ -288,7 +288,7 @@ def finished(monkeypatch: pytest.MonkeyPatch) -> set[Path]:
 
 @pytest.fixture(params=[0.0, 1e9], ids=["counted at once", "counted at the end"])
 def counting(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(code_writer, "QUIET", request.param)
+    monkeypatch.setattr(code_writer, "UPDATE_PAUSE", request.param)
 
 
 @pytest.mark.usefixtures("counting")
@@ -420,7 +420,7 @@ def test_an_entry_whose_files_are_damaged_is_never_counted(
         with pytest.raises(Killed):
             export_codes(tokenizer, out, **given)
     (out / f"shard-{len(manifest.shards) - 1:05d}.json").write_text(json.dumps(asdict(last)))
-    monkeypatch.setattr(code_writer, "QUIET", 0)
+    monkeypatch.setattr(code_writer, "UPDATE_PAUSE", 0)
     counted = []
     write = code_writer.write_shard
     monkeypatch.setattr(code_writer, "write_shard", lambda *a, **b: counted.append(whole_shards(out)) or write(*a, **b))
@@ -452,7 +452,7 @@ def test_a_finished_export_is_left_as_it_is(
     outcome = codegrid(*command)
     assert (outcome.status, encoded) == (0, [])
     count = read_manifest(tmp_path).count
-    assert f"{count} grids are there already, {count} in all: {tmp_path}" in outcome.out
+    assert f"{count} of {count} grids exist already: {tmp_path}" in outcome.out
     assert digest_of(tmp_path) == before
 
 
@@ -480,7 +480,7 @@ def test_ctrl_c_ends_with_130_and_says_how_to_go_on(
         outcome = codegrid(*command, *(["--force"] if force else []))
     assert outcome.status == 130
     again = "the same command without --force" if force else "the same command"
-    assert outcome.error_lines == [f"stopped; finished shards are kept, and {again} continues"]
+    assert outcome.error_lines == [f"stopped; finished shards are kept, and {again} resumes"]
     assert 0 < len(whole_shards(out)) < len(list((tmp_path / "undisturbed").glob("codes-*")))
     assert codegrid(*command).status == 0
     assert digest_of(out) == digest_of(tmp_path / "undisturbed")

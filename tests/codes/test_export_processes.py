@@ -238,8 +238,8 @@ def test_any_of_two_killed_at_any_moment(
 ) -> None:
     """The other one tells that it is alone; then one process, or three, go on."""
     export_codes(tokenizer, tmp_path / "undisturbed", shard_size=3, device="cpu")
-    monkeypatch.setattr(code_writer, "QUIET", 0)
-    monkeypatch.setattr(code_writer, "SEEN_WITHIN", 0)
+    monkeypatch.setattr(code_writer, "UPDATE_PAUSE", 0)
+    monkeypatch.setattr(code_writer, "VISIBLE_WITHIN", 0)
     deadline = Deadline(monkeypatch)
     for moment in range(1000):
         deadline.left, out = moment, tmp_path / f"killed-{moment}"
@@ -281,7 +281,7 @@ def test_a_shard_of_another_machine_that_never_shows(
     tmp_path: Path, tokenizer: Path, team: Team, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As with --out folders that only look like one."""
-    monkeypatch.setattr(code_writer, "SEEN_WITHIN", 0)
+    monkeypatch.setattr(code_writer, "VISIBLE_WITHIN", 0)
     write = code_writer.write_atomic
 
     def elsewhere(path: Path, data: bytes) -> None:

@@ -331,7 +331,7 @@ def test_the_numbers_of_the_card_are_those_of_numpy(tmp_path: Path, num_codes: i
     shares = counts / counts.sum()
     entropy = -(shares * np.log2(shares)).sum()
     assert facts_of(text) == {
-        "grids": "10, of the test part of here \\| there",
+        "grids": "10, of the test split of here \\| there",
         "grid": f"3x5 codes, each from 0 to {num_codes - 1:,} (K = {num_codes:,})",
         "images": "6x10 pixels, grey",
         "mirrored": "no",

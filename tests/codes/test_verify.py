@@ -437,7 +437,7 @@ def test_an_export_that_was_stopped(tmp_path: Path, codegrid: Codegrid, stopped_
     count = read_manifest(tmp_path).count
     assert count <= stopped_at
     assert outcome.status == 1
-    assert outcome.out == f"unfinished: {count} of 10 grids; the same export-codes goes on\n"
+    assert outcome.out == f"unfinished: {count} of 10 grids; the same export-codes resumes\n"
     (tmp_path / "notes.txt").touch()
     assert checked(codegrid, tmp_path).out.splitlines()[1:] == ["notes.txt is not of this data set"]
     (tmp_path / "notes.txt").unlink()
