@@ -111,8 +111,8 @@ class CodeDataset(Dataset[tuple[Tensor, int]]):
         return np.concatenate([shard.labels for shard in self._shards] or [np.empty(0, dtype=np.int64)])
 
     @property
-    def where(self) -> str:
-        """The folders, for messages."""
+    def location(self) -> str:
+        """The names of the folders, for messages."""
         return ", ".join(str(folder) for folder in self.folders)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -152,7 +152,7 @@ class CodeDataset(Dataset[tuple[Tensor, int]]):
         if codes.size and not 0 <= codes.min() <= codes.max() < self.manifest.num_codes:
             wrong = codes.max() if codes.max() >= self.manifest.num_codes else codes.min()
             raise InputError(
-                expected=f"codes from 0 to {self.manifest.num_codes - 1} in {self.where}",
+                expected=f"codes from 0 to {self.manifest.num_codes - 1} in {self.location}",
                 got=str(wrong),
                 do="find the damaged shard with verify-codes",
             )

@@ -94,7 +94,7 @@ def _check_start(codes: CodeDataset, start: int) -> None:
     """Raise InputError unless there is a row `start`."""
     if len(codes) == 0:
         raise InputError(
-            expected=f"grids in {codes.where}", got="none yet", do="run the same export-codes again, which resumes"
+            expected=f"grids in {codes.location}", got="none yet", do="run the same export-codes again, which resumes"
         )
     if not 0 <= start < len(codes):
         raise InputError(expected=f"a --start from 0 to {len(codes) - 1}", got=str(start), do="choose another")
