@@ -1,4 +1,4 @@
-"""What exporting, continuing and reading code grids costs. See benchmarks/README.md.
+"""The cost of exporting, resuming and reading code data sets. See benchmarks/README.md.
 
     python -m benchmarks.codes export --tokenizer DIR --data SOURCE
     python -m benchmarks.codes killed --tokenizer DIR --data SOURCE
@@ -6,8 +6,8 @@
     python -m benchmarks.codes read --grids 10_000_000
     python -m benchmarks.codes sparse --grids 1_000_000_000
 
-`export` and `killed` need a trained tokenizer; `sizes` encodes noise with an untrained one. `read` makes grids of
-random codes through the writer of export-codes; the grids of `sparse` are zero and take no room on most disks.
+`export` and `killed` need a trained tokenizer; `sizes` encodes noise with an untrained one. `read` writes random codes
+as export-codes writes grids; the grids of `sparse` are zero and take no room on most disks.
 """
 
 import hashlib
@@ -51,6 +51,7 @@ source_options = [
 
 
 def with_source(command: Callable[..., None]) -> Callable[..., None]:
+    """Add the options that name a tokenizer and images."""
     for option in reversed(source_options):
         command = option(command)
     return command
@@ -64,7 +65,7 @@ def cli() -> None:
 
 @cli.command()
 @with_source
-@click.option("--n", default=20_000, show_default=True, help="Images of the training part.")
+@click.option("--n", default=20_000, show_default=True, help="Images of the training split.")
 @click.option("--rounds", default=3, show_default=True)
 def export(tokenizer: Path, data: str | None, n: int, rounds: int) -> None:
     """Images a second: export-codes against the encoder alone on the same batches, in one run."""
@@ -75,60 +76,61 @@ def export(tokenizer: Path, data: str | None, n: int, rounds: int) -> None:
 
     def alone() -> None:
         with torch.no_grad():
-            for part in floats.split(BATCH):
-                model.encoder(part)
+            for batch in floats.split(BATCH):
+                model.encoder(batch)
 
     def alone_in_blocks() -> None:
         for _ in in_blocks(model, model.encoder, lambda start, stop: floats[start:stop], count, batch_size=BATCH):
             pass
 
-    def whole() -> None:
+    def complete_export() -> None:
         with tempfile.TemporaryDirectory() as folder:
             export_codes(tokenizer, Path(folder) / "codes", data=data, device="cpu")
 
-    times = paired({"alone": alone, "in blocks": alone_in_blocks, "export": whole}, CPU, burn_in=1, rounds=rounds)
+    actions = {"alone": alone, "in blocks": alone_in_blocks, "export": complete_export}
+    times = paired(actions, CPU, burn_in=1, rounds=rounds)
     counts = {"alone": count, "in blocks": count, "export": len(images.train)}
     print("| what | images/s | against the encoder alone |\n|---|---|---|")
-    for name, words in {
+    for name, description in {
         "alone": f"encoder alone, batches of {BATCH} in memory, all threads on a batch",
         "in blocks": "encoder alone, in blocks, one thread each",
         "export": "export-codes: read, encode, search, hash, write; opening included",
     }.items():
         each = [seconds / counts[name] for seconds in times[name]]
         reference = [seconds / count for seconds in times["alone"]]
-        print(f"| {words} | {1 / statistics.median(each):,.0f} | {1 / ratio(each, reference):.2f} |")
+        print(f"| {description} | {1 / statistics.median(each):,.0f} | {1 / ratio(each, reference):.2f} |")
 
 
 @cli.command()
 @with_source
-@click.option("--kills", default=10, show_default=True, help="At most so many.")
+@click.option("--kills", default=10, show_default=True, help="At most this many.")
 @click.option("--shard-size", default=2_000, show_default=True)
 @click.option("--seed", default=0, show_default=True)
 def killed(tokenizer: Path, data: str | None, kills: int, shard_size: int, seed: int) -> None:
-    """SIGKILL at random moments, and two processes: are the bytes those of an undisturbed run?"""
-    chance = random.Random(seed)
+    """Kill exports at random moments, and run two processes: are the bytes those of an undisturbed run?"""
+    generator = random.Random(seed)
     with tempfile.TemporaryDirectory() as folder:
         arguments = ["export-codes", "--tokenizer", str(tokenizer), "--shard-size", str(shard_size), "--device", "cpu"]
         arguments += ["--data", data] if data else []
-        quiet, interrupted, shared = (Path(folder) / name for name in ("quiet", "interrupted", "shared"))
-        whole = timed(lambda: run([sys.executable, "cli.py", *arguments, "--out", str(quiet)]))
-        print(f"undisturbed: {whole:.1f} s, {count_of(quiet):,} grids")
+        undisturbed, interrupted, shared = (Path(folder) / name for name in ("undisturbed", "interrupted", "shared"))
+        undisturbed_time = timed(lambda: run([sys.executable, "cli.py", *arguments, "--out", str(undisturbed)]))
+        print(f"undisturbed: {undisturbed_time:.1f} s, {count_of(undisturbed):,} grids")
         done = 0
         for _ in range(kills):
             process = start([sys.executable, "cli.py", *arguments, "--out", str(interrupted)])
             try:
-                process.wait(timeout=chance.uniform(0.3, 1) * whole)
+                process.wait(timeout=generator.uniform(0.3, 1) * undisturbed_time)
                 break
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
             done += 1
-            print(f"kill {done}: {count_of(interrupted):,} grids are whole")
+            print(f"kill {done}: {count_of(interrupted):,} grids are kept")
         last = timed(lambda: run([sys.executable, "cli.py", *arguments, "--out", str(interrupted)]))
-        print(f"the last run: {last:.1f} s; after {done} kills {verdict(quiet, interrupted)}")
+        print(f"the last run: {last:.1f} s; after {done} kills {verdict(undisturbed, interrupted)}")
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "cli.py"]
         both = timed(lambda: run([*torchrun, *arguments, "--out", str(shared)]))
-        print(f"two processes: {both:.1f} s; {verdict(quiet, shared)}")
+        print(f"two processes: {both:.1f} s; {verdict(undisturbed, shared)}")
 
 
 @cli.command()
@@ -152,38 +154,38 @@ def sizes(n: int) -> None:
 @cli.command()
 @click.option("--grids", default=1_000_000_000, show_default=True)
 def sparse(grids: int) -> None:
-    """Opening and gathering as many 8x8 grids as nobody has room for."""
+    """Open and gather more 8x8 grids than the disk has room for."""
     with tempfile.TemporaryDirectory() as temporary:
-        place = Path(temporary)
-        manifest = write_sparse(place, grids)
-        size = (place / MANIFEST).stat().st_size
+        folder = Path(temporary)
+        manifest = write_sparse(folder, grids)
+        size = (folder / MANIFEST).stat().st_size
         print(f"{grids:,} grids in {len(manifest.shards):,} shards, a manifest of {size:,} bytes")
         torch.set_num_threads(1)
-        dataset = open_it(place)
-        chance = np.random.default_rng(0)
-        batches = [chance.integers(0, len(dataset), 16_384) for _ in range(4)]
+        dataset = open_timed(folder)
+        generator = np.random.default_rng(0)
+        batches = [generator.integers(0, len(dataset), 16_384) for _ in range(4)]
 
         def once() -> None:
             for rows in batches:
                 dataset.batch(rows)
 
-        once()  # the pages are made
+        once()  # so that the pages are in memory
         print(f"random batches of 16,384, pages in memory: {len(batches) * 16_384 / timed(once):,.0f} grids/s")
 
 
-def write_sparse(place: Path, grids: int) -> CodeManifest:
-    """A data set of zeros: headers, then nothing, which most file systems do not store."""
+def write_sparse(folder: Path, grids: int) -> CodeManifest:
+    """Write a data set of zeros: headers, then nothing, which most file systems do not store. Return its manifest."""
     shards = []
     for index, first in enumerate(range(0, grids, SHARD_SIZE)):
         count = min(SHARD_SIZE, grids - first)
         arrays = {"codes": ((count, 8, 8), np.uint16), "labels": ((count,), np.int64)}
         names = {f"names-{index:05d}.json": "0" * 64}
-        for kind, (shape, dtype) in arrays.items():
-            np.lib.format.open_memmap(place / f"{kind}-{index:05d}.npy", "w+", dtype, shape)
-        files = {f"{kind}-{index:05d}.npy": "0" * 64 for kind in arrays}
+        for stem, (shape, dtype) in arrays.items():
+            np.lib.format.open_memmap(folder / f"{stem}-{index:05d}.npy", "w+", dtype, shape)
+        files = {f"{stem}-{index:05d}.npy": "0" * 64 for stem in arrays}
         shards.append(ShardEntry(first, count, files | names))
     manifest = replace(random_manifest(grids, 512, 8), count=grids, shards=shards)
-    write_manifest(place, manifest)
+    write_manifest(folder, manifest)
     return manifest
 
 
@@ -193,19 +195,19 @@ def write_sparse(place: Path, grids: int) -> CodeManifest:
 @click.option("--side", default=8, show_default=True, help="Of a grid.")
 @click.option("--folder", type=click.Path(path_type=Path), help="Keep the codes there.  [default: a temporary one]")
 def read(grids: int, num_codes: int, side: int, folder: Path | None) -> None:
-    """A simulated export of random codes: time, memory, sizes; then opening, gathering, loaders, and a prior's wait."""
+    """Measure an export of random codes: time, memory, sizes; then opening, gathering, loaders, a step of a prior."""
     with tempfile.TemporaryDirectory() as temporary:
-        place = folder or Path(temporary) / "codes"
-        write_random(place, grids, num_codes, side)
+        out = folder or Path(temporary) / "codes"
+        write_random(out, grids, num_codes, side)
         torch.set_num_threads(1)
-        dataset = open_it(place)
+        dataset = open_timed(out)
         gather(dataset)
         loaders(dataset)
         waiting(dataset)
 
 
 class RandomRows:
-    """Rows of random codes, in place of an encoder."""
+    """Random codes with labels and names, in place of encoded images."""
 
     def __init__(self, count: int, num_codes: int, side: int) -> None:
         self.count, self.num_codes, self.side = count, num_codes, side
@@ -225,6 +227,7 @@ class RandomRows:
 
 
 def random_manifest(grids: int, num_codes: int, side: int) -> CodeManifest:
+    """Return the manifest to request for random rows."""
     return CodeManifest(
         count=0,
         total=grids,
@@ -241,39 +244,41 @@ def random_manifest(grids: int, num_codes: int, side: int) -> CodeManifest:
     )
 
 
-def write_random(place: Path, grids: int, num_codes: int, side: int) -> None:
-    asked = random_manifest(grids, num_codes, side)
+def write_random(folder: Path, grids: int, num_codes: int, side: int) -> None:
+    """Write a data set of random rows; print time, memory and sizes."""
+    requested = random_manifest(grids, num_codes, side)
     before = peak()
-    seconds = timed(lambda: write_codes(place, asked, RandomRows(grids, num_codes, side), ProcessGroup()))
+    seconds = timed(lambda: write_codes(folder, requested, RandomRows(grids, num_codes, side), ProcessGroup()))
     print(f"{grids:,} random grids of {side}x{side}, K = {num_codes}: written in {seconds:.1f} s,")
-    print(f"  {peak() - before:,.0f} MB above {before:,.0f} MB before, {len(list(place.iterdir())):,} files")
-    for kind in ("codes-*.npy", "labels-*.npy", "names-*.json", "manifest.json"):
-        print(f"  {kind:14} {sum(path.stat().st_size for path in place.glob(kind)):15,} bytes")
+    print(f"  {peak() - before:,.0f} MB above {before:,.0f} MB before, {len(list(folder.iterdir())):,} files")
+    for pattern in ("codes-*.npy", "labels-*.npy", "names-*.json", "manifest.json"):
+        print(f"  {pattern:14} {sum(path.stat().st_size for path in folder.glob(pattern)):15,} bytes")
 
 
-def open_it(place: Path) -> CodeDataset:
+def open_timed(folder: Path) -> CodeDataset:
+    """Return the data set; print the time, memory and open files that opening takes."""
     before, files = private(), open_files()
-    seconds = timed(lambda: CodeDataset(place))
-    dataset = CodeDataset(place)
+    seconds = timed(lambda: CodeDataset(folder))
+    dataset = CodeDataset(folder)
     print(f"opened in {seconds * 1e3:.0f} ms, {private() - before:.1f} MB, {open_files() - files} files held open")
     return dataset
 
 
 def gather(dataset: CodeDataset) -> None:
-    """Random batches on one core, the pages once touched."""
-    chance = np.random.default_rng(0)
-    epoch = chance.permutation(len(dataset))
+    """Measure random batches on one core, with all pages in memory."""
+    generator = np.random.default_rng(0)
+    epoch = generator.permutation(len(dataset))
     before = private()
 
-    def whole_epoch() -> None:
+    def one_epoch() -> None:
         for rows in np.array_split(epoch, max(1, len(epoch) // 4096)):
             dataset.batch(rows)
 
-    seconds = timed(whole_epoch)
+    seconds = timed(one_epoch)
     print(f"an epoch in random batches of 4,096: {seconds:.1f} s, {private() - before:+.1f} MB private")
-    print(f"  ({mapped():,.0f} MB of mapped pages are counted to this process; they are the system's, and reclaimed)")
+    print(f"  ({mapped():,.0f} MB of mapped pages are counted to this process; the system reclaims them)")
     for size in (32, 256, 1024, 4096, 16384):
-        batches = [chance.integers(0, len(dataset), size) for _ in range(max(10, 500_000 // size))]
+        batches = [generator.integers(0, len(dataset), size) for _ in range(max(10, 500_000 // size))]
 
         def once(batches: list[np.ndarray] = batches) -> None:
             for rows in batches:
@@ -284,7 +289,7 @@ def gather(dataset: CodeDataset) -> None:
 
 
 def loaders(dataset: CodeDataset) -> None:
-    """What a worker of a DataLoader adds to memory of its own."""
+    """Measure the private memory that a worker of a DataLoader takes."""
     for method in ("fork", "spawn"):
         used: list[float] = []
         loader = DataLoader(
@@ -296,7 +301,7 @@ def loaders(dataset: CodeDataset) -> None:
 
 
 class _WithMemory(torch.utils.data.Dataset[float]):
-    """Fetches the rows of a batch in the worker, and gives the private memory of that process instead of them."""
+    """Fetches the rows of a batch in the worker, and returns the private memory of that process in their place."""
 
     def __init__(self, dataset: CodeDataset) -> None:
         self.dataset = dataset
@@ -310,24 +315,24 @@ class _WithMemory(torch.utils.data.Dataset[float]):
 
 
 def _maxima(loader: "DataLoader[float]") -> Iterator[float]:
-    """The largest of the first and of the last ten batches."""
+    """Yield the largest value of the first and that of the last ten batches."""
     found = [float(batch[0]) for batch in loader]
     yield max(found[:10])
     yield max(found[-10:])
 
 
 def waiting(dataset: CodeDataset) -> None:
-    """The share of a step of the default prior that goes into fetching its batch."""
+    """Measure the share of a step of the default prior that fetching its batch takes."""
     torch.set_num_threads(os.cpu_count() or 1)
     config = PriorConfig(num_codes=dataset.manifest.num_codes, num_classes=10)
     stage = PriorStage(GatedPixelCNN(config), dataset, np.arange(len(dataset)) % 20 == 0)
-    chance = np.random.default_rng(0)
+    generator = np.random.default_rng(0)
 
     def fetch() -> None:
-        dataset.batch(stage.train_rows[chance.integers(0, stage.num_items, 32)])
+        dataset.batch(stage.train_rows[generator.integers(0, stage.num_items, 32)])
 
     def step() -> None:
-        stage.losses(chance.integers(0, stage.num_items, 32))["loss"].backward()
+        stage.losses(generator.integers(0, stage.num_items, 32))["loss"].backward()
 
     times = paired({"fetch": fetch, "step": step}, CPU)
     fetching, stepping = (statistics.median(times[name]) for name in ("fetch", "step"))
@@ -344,37 +349,38 @@ def run(command: Sequence[str]) -> None:
 
 
 def count_of(folder: Path) -> int:
+    """Return how many grids the manifest counts, 0 without one."""
     return read_manifest(folder).count if (folder / MANIFEST).exists() else 0
 
 
 def verdict(expected: Path, folder: Path) -> str:
-    """Whether two folders hold the same files."""
-    ours, theirs = (
-        {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in place.iterdir()}
-        for place in (expected, folder)
+    """Return whether two folders hold the same files, in words."""
+    first, second = (
+        {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in compared.iterdir()}
+        for compared in (expected, folder)
     )
-    return "every file is the same" if ours == theirs else "the files DIFFER"
+    return "every file is the same" if first == second else "the files DIFFER"
 
 
 def timed(action: Callable[[], object]) -> float:
-    """Seconds."""
+    """Return how long `action` takes, in seconds."""
     begin = time.perf_counter()
     action()
     return time.perf_counter() - begin
 
 
 def peak() -> float:
-    """The most memory this process ever held, in MB."""
+    """Return the most memory that this process ever held, in MB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def private() -> float:
-    """Memory of this process alone, in MB (Linux)."""
+    """Return the memory of this process alone, in MB (Linux)."""
     return _status("RssAnon")
 
 
 def mapped() -> float:
-    """Pages of files that are mapped and present, in MB (Linux)."""
+    """Return the size of the mapped pages of files that are in memory, in MB (Linux)."""
     return _status("RssFile")
 
 

@@ -1,4 +1,4 @@
-"""The dataset card: the `README.md` in a folder of codes that tells a person what it is and how to read it."""
+"""The dataset card: the `README.md` of a code data set, which tells people what it holds and how to read it."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ from ..runtime.atomic_files import write_atomic
 from .manifest import CARD, MANIFEST, CodeManifest, code_dtype
 from .statistics import packed_bits, packed_bytes
 
-CARD_MARK = "<!-- written by codegrid export-codes -->"  # a README.md without it is somebody else's
+CARD_MARK = "<!-- written by codegrid export-codes -->"  # a README.md without it is the user's own
 
 FRONT = """---
 configs:
@@ -20,7 +20,7 @@ INTRODUCTION = f"""{CARD_MARK}
 
 # Code grids
 
-Images as grids of discrete codes, made by the encoder of a VQ-VAE. Code [0,0] of a grid stands for the top left corner
+Images as grids of discrete codes, made by the encoder of a VQ-VAE. Code [0,0] of a grid is that of the top left corner
 of its image. To get images back, the tokenizer with the fingerprint below is needed.
 
 | | |
@@ -67,30 +67,32 @@ CHECKING = """## Checking it, and back to images
 
 
 def write_card(folder: Path, manifest: CodeManifest) -> None:
+    """Write the card into the folder of a data set."""
     write_atomic(folder / CARD, card(manifest).encode("utf-8", "replace"))
 
 
 def card(manifest: CodeManifest) -> str:
-    """The text, Markdown; the same manifest gives the same text."""
-    parts = [
-        FRONT.format(split=manifest.split) if _has(manifest, ".parquet") else "",
+    """Return the text of the card, Markdown; the same manifest gives the same text."""
+    sections = [
+        FRONT.format(split=manifest.split) if _has_table(manifest, ".parquet") else "",
         INTRODUCTION,
         "".join(f"| {name} | {_cell(value)} |\n" for name, value in _facts(manifest).items()),
         _classes(manifest),
         READING.format(shards=len(manifest.shards), manifest=MANIFEST),
-        PARQUET.format(split=manifest.split) if _has(manifest, ".parquet") else "",
-        NPZ if _has(manifest, ".npz") else "",
+        PARQUET.format(split=manifest.split) if _has_table(manifest, ".parquet") else "",
+        NPZ if _has_table(manifest, ".npz") else "",
         CHECKING,
     ]
-    return "\n".join(part for part in parts if part)
+    return "\n".join(section for section in sections if section)
 
 
 def _facts(manifest: CodeManifest) -> dict[str, str]:
+    """Return the rows of the table."""
     (height, width), image, statistics = manifest.grid, manifest.image, manifest.statistics
     size = manifest.count * height * width * code_dtype(manifest.num_codes).itemsize
     half = manifest.count // 2
     return {
-        "grids": f"{manifest.count:,}, of the {manifest.split} part of {manifest.source}",
+        "grids": f"{manifest.count:,}, of the {manifest.split} split of {manifest.source}",
         "grid": f"{height}x{width} codes, each from 0 to {manifest.num_codes - 1:,} (K = {manifest.num_codes:,})",
         "images": f"{image['height']}x{image['width']} pixels, {'grey' if image['channels'] == 1 else 'RGB'}",
         "mirrored": f"rows from {half:,} on are those before them, mirrored left to right" if manifest.flips else "no",
@@ -105,15 +107,17 @@ def _facts(manifest: CodeManifest) -> dict[str, str]:
 
 
 def _cell(text: str) -> str:
-    """`text` in a table of Markdown."""
+    """Return `text` as a cell of a Markdown table."""
     return " ".join(text.splitlines()).replace("|", "\\|")
 
 
-def _has(manifest: CodeManifest, suffix: str) -> bool:
+def _has_table(manifest: CodeManifest, suffix: str) -> bool:
+    """Return whether there is a copy in the format with this suffix."""
     return any(name.endswith(suffix) for name in manifest.tables)
 
 
 def _classes(manifest: CodeManifest) -> str:
+    """Return the list of class names, "" without classes."""
     if not manifest.class_names:
         return ""
     return "Classes, by label:\n\n" + "".join(f"{label}. {name}\n" for label, name in enumerate(manifest.class_names))

@@ -1,6 +1,6 @@
 """Code grids as a data set that torch reads: memory-mapped, from one folder or several.
 
-n rows in a batch, H W grid of codes.
+Legend: N rows in all, n in a batch, H W grid of codes.
 """
 
 import logging
@@ -26,10 +26,10 @@ class CodeDataset(Dataset[tuple[Tensor, int]]):
     """The code grids of a folder, memory-mapped: `[i] -> (codes [H,W] int64, label int)`, label -1 for none.
 
     Opening reads the manifest and the headers of the shards. A copy in another process, forked or spawned, maps the
-    same files again: nothing but their names travels, and the pages are the system's, once for all processes.
+    same files again: a pickle holds only their names, and the system keeps the pages once for all processes.
 
     Args:
-        folders: what export-codes wrote; of several folders the rows follow each other.
+        folders: one or several that export-codes wrote; the rows of several follow each other.
 
     Raises:
         InputError: a folder is no code data set, a shard is missing or is not what the manifest says, or the folders
@@ -37,17 +37,17 @@ class CodeDataset(Dataset[tuple[Tensor, int]]):
     """
 
     def __init__(self, folders: str | Path | Sequence[str | Path]) -> None:
-        chosen = [folders] if isinstance(folders, (str, Path)) else list(folders)
-        if not chosen:
+        listed = [folders] if isinstance(folders, (str, Path)) else list(folders)
+        if not listed:
             raise InputError(expected="at least one folder of codes", got="none", do="name one")
-        self.folders = [Path(folder) for folder in chosen]
+        self.folders = [Path(folder) for folder in listed]
         self._manifests = [read_manifest(folder) for folder in self.folders]
         self.manifest = _merged(self.folders, self._manifests)
-        self._map()
+        self._map_shards()
         for folder, manifest in zip(self.folders, self._manifests, strict=True):
             if not manifest.complete:
                 _log.warning(
-                    "Warning: %s holds %d of %d grids; the export-codes that wrote it goes on when it is run again",
+                    "Warning: %s holds %d of %d grids; the export-codes that wrote it resumes when it is run again",
                     folder,
                     manifest.count,
                     manifest.total,
@@ -60,23 +60,23 @@ class CodeDataset(Dataset[tuple[Tensor, int]]):
         if not -len(self) <= index < len(self):
             raise IndexError(f"expected an index from {-len(self)} to {len(self) - 1}, got {index}")
         index = int(index) % len(self)
-        place = np.searchsorted(self._ends, index, side="right")
-        row, shard = index - self._starts[place], self._shards[place]
+        shard_index = np.searchsorted(self._ends, index, side="right")
+        row, shard = index - self._starts[shard_index], self._shards[shard_index]
         codes = shard.codes[row]
         self._check_range(codes)
         return torch.from_numpy(codes.astype(np.int64)), int(shard.labels[row])
 
     def __getitems__(self, indices: Sequence[int]) -> list[tuple[Tensor, int]]:
-        """The rows of a batch, for `DataLoader`, in one gather."""
+        """Return the rows of a batch, gathered at once; `DataLoader` calls this."""
         codes, labels = self.batch(np.asarray(indices, dtype=np.int64))
         return list(zip(codes, labels.tolist(), strict=True))
 
     def batch(self, indices: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Codes [n,H,W] and labels [n], both int64, of the rows `indices` [n].
+        """Return codes [n,H,W] and labels [n], both int64, of the rows `indices` [n].
 
         Raises:
-            IndexError: a row that is not there.
-            InputError: a code that is not below K.
+            IndexError: there is no such row.
+            InputError: a stored code is not in [0, K).
         """
         if len(indices) and not -len(self) <= indices.min() <= indices.max() < len(self):
             raise IndexError(f"expected indices from {-len(self)} to {len(self) - 1}, got {indices}")
@@ -90,11 +90,11 @@ class CodeDataset(Dataset[tuple[Tensor, int]]):
         return torch.from_numpy(codes), torch.from_numpy(labels)
 
     def shards(self) -> Iterator[Shard]:
-        """The mapped arrays, shard by shard, in the order of the rows."""
+        """Return the shards, mapped, in the order of the rows."""
         return iter(self._shards)
 
     def names(self) -> Iterator[str]:
-        """The names of the images, in the order of the rows. Raises InputError if a file of names is damaged."""
+        """Yield the names of the images, in the order of the rows. Raise InputError if a file of names is damaged."""
         for shard in self._shards:
             names = read_names(shard.names_file)
             if len(names) != len(shard.labels):
@@ -107,12 +107,12 @@ class CodeDataset(Dataset[tuple[Tensor, int]]):
 
     @property
     def labels(self) -> np.ndarray:
-        """All labels [N] int64, in memory."""
+        """The labels [N] int64 of all rows, in memory."""
         return np.concatenate([shard.labels for shard in self._shards] or [np.empty(0, dtype=np.int64)])
 
     @property
-    def where(self) -> str:
-        """The folders, for messages."""
+    def location(self) -> str:
+        """The names of the folders, for messages."""
         return ", ".join(str(folder) for folder in self.folders)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -120,9 +120,10 @@ class CodeDataset(Dataset[tuple[Tensor, int]]):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._map()
+        self._map_shards()
 
-    def _map(self) -> None:
+    def _map_shards(self) -> None:
+        """Map the arrays of all shards, and note the row where each starts and that where it ends."""
         self._shards = [
             open_shard(folder, entry, manifest)
             for folder, manifest in zip(self.folders, self._manifests, strict=True)
@@ -133,40 +134,40 @@ class CodeDataset(Dataset[tuple[Tensor, int]]):
         self._starts = self._ends - counts
 
     def _gather(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Codes [n,H,W] as they are stored, and labels [n], of ascending rows: each shard is asked once."""
+        """Return codes [n,H,W] as they are stored, and labels [n], of ascending rows; each shard is read once."""
         codes = np.empty((len(rows), *self.manifest.grid), dtype=self.manifest.dtype)
         labels = np.empty(len(rows), dtype=np.int64)
-        places = np.searchsorted(self._ends, rows, side="right")
-        rows = rows - self._starts[places]
-        cuts = np.flatnonzero(np.diff(places, prepend=-1)).tolist()
+        shard_indices = np.searchsorted(self._ends, rows, side="right")
+        rows = rows - self._starts[shard_indices]
+        cuts = np.flatnonzero(np.diff(shard_indices, prepend=-1)).tolist()
         for first, last in pairwise([*cuts, len(rows)]):
-            shard, part = self._shards[places[first]], rows[first:last]
-            # In range already; numpy writes into `out` without a buffer only when told that it need not check.
-            shard.codes.take(part, axis=0, out=codes[first:last], mode="clip")
-            shard.labels.take(part, out=labels[first:last], mode="clip")
+            shard, shard_rows = self._shards[shard_indices[first]], rows[first:last]
+            # The rows are in range; numpy writes into `out` without a buffer only with another mode than "raise".
+            shard.codes.take(shard_rows, axis=0, out=codes[first:last], mode="clip")
+            shard.labels.take(shard_rows, out=labels[first:last], mode="clip")
         return codes, labels
 
     def _check_range(self, codes: np.ndarray) -> None:
-        """A wrong code would be an index out of range far from here, in an embedding on the GPU."""
+        """Raise InputError for a code out of range, which would fail far from here, in an embedding on the GPU."""
         if codes.size and not 0 <= codes.min() <= codes.max() < self.manifest.num_codes:
             wrong = codes.max() if codes.max() >= self.manifest.num_codes else codes.min()
             raise InputError(
-                expected=f"codes from 0 to {self.manifest.num_codes - 1} in {self.where}",
+                expected=f"codes from 0 to {self.manifest.num_codes - 1} in {self.location}",
                 got=str(wrong),
                 do="find the damaged shard with verify-codes",
             )
 
 
 def _merged(folders: Sequence[Path], manifests: Sequence[CodeManifest]) -> CodeManifest:
-    """The manifest of all rows together. Raises InputError where the folders do not fit together."""
+    """Return the manifest of the rows of all folders. Raise InputError if the folders do not fit together."""
     first = manifests[0]
     for folder, manifest in zip(folders[1:], manifests[1:], strict=True):
-        for what in ("tokenizer_fingerprint", "num_codes", "grid", "image", "class_names"):
-            ours, theirs = getattr(first, what), getattr(manifest, what)
-            if ours != theirs:
+        for name in ("tokenizer_fingerprint", "num_codes", "grid", "image", "class_names"):
+            expected, found = getattr(first, name), getattr(manifest, name)
+            if expected != found:
                 raise InputError(
-                    expected=f"the same {what.replace('_', ' ')} in {folders[0]} and {folder}",
-                    got=f"{ours} and {theirs}",
+                    expected=f"the same {name.replace('_', ' ')} in {folders[0]} and {folder}",
+                    got=f"{expected} and {found}",
                     do="export both with one tokenizer, from images with the same classes",
                 )
     if len(manifests) == 1:

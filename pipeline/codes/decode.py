@@ -1,4 +1,4 @@
-"""Code grids back to images: a contact sheet, a PNG each, or one array."""
+"""Decoding a code data set into images: a contact sheet, a PNG each, or one array."""
 
 import os
 from collections.abc import Iterator
@@ -22,17 +22,17 @@ from ..runtime.output_paths import OutputFiles, check_output_file, check_output_
 from ..runtime.progress import with_progress
 from .dataset import CodeDataset
 
-PICTURED = 64  # images in a contact sheet, if not told otherwise
+SHEET_IMAGES = 64  # in a contact sheet, by default
 RECORD = "decode.json"
 
 
 @dataclass(frozen=True, kw_only=True)
 class DecodeRecord:
-    """What RECORD says of a folder of decoded images; the names of its fields are its keys."""
+    """The content of RECORD in a folder of decoded images; its fields are the keys."""
 
     start: int  # the first row
-    n: int  # rows that were to be decoded
-    finished: int  # of them; 0 while they are being written
+    n: int  # rows to decode
+    finished: int  # rows of them that are written; 0 until the run ends
     tokenizer_fingerprint: str  # of the tokenizer that made the codes and decoded them
 
 
@@ -54,9 +54,9 @@ def decode_codes(
         out: FILE.png for a contact sheet, FILE.npy for an array uint8 [n,C,H',W'], or a folder for a PNG each, named by
             row, and a record of which rows they are.
         start: first row.
-        n: how many; by default all to the end, and for a picture at most PICTURED.
+        n: how many; by default all to the end, and for a contact sheet at most SHEET_IMAGES.
         device: where to compute.
-        force: replace the file, or in a folder what its record names; a file that it does not name stays, and is
+        force: replace the file, or in a folder what its record names; a file that it does not name is kept, and
             refused if it is in the way.
 
     Raises:
@@ -64,11 +64,11 @@ def decode_codes(
     """
     codes = CodeDataset(folder)
     _check_start(codes, start)
-    kind, left = out.suffix.lower(), len(codes) - start
-    n = min(left, n if n is not None else PICTURED if kind == ".png" else left)
+    suffix, remaining = out.suffix.lower(), len(codes) - start
+    n = min(remaining, n if n is not None else SHEET_IMAGES if suffix == ".png" else remaining)
     if n < 1:
         raise ValueError(f"n: expected at least 1 image, got {n}")
-    if kind in (".png", ".npy"):
+    if suffix in (".png", ".npy"):
         check_output_file(out, force=force)
     else:
         check_output_folder(out, force=force, written=_files(start, n), earlier=_earlier(out))
@@ -81,9 +81,9 @@ def decode_codes(
 
     record = DecodeRecord(start=start, n=n, finished=0, tokenizer_fingerprint=tokenizer.info.fingerprint)
     with closing(with_progress(decode(tokenizer.model, rows, n), n, "decoding", size=len)) as images:
-        if kind == ".png":
+        if suffix == ".png":
             save_grid(torch.cat(list(images)), out)
-        elif kind == ".npy":
+        elif suffix == ".npy":
             _write_array(images, n, out)
         else:
             _write_folder(images, out, record)
@@ -94,14 +94,14 @@ def _check_start(codes: CodeDataset, start: int) -> None:
     """Raise InputError unless there is a row `start`."""
     if len(codes) == 0:
         raise InputError(
-            expected=f"grids in {codes.where}", got="none yet", do="run the export-codes that began it again"
+            expected=f"grids in {codes.location}", got="none yet", do="run the same export-codes again, which resumes"
         )
     if not 0 <= start < len(codes):
         raise InputError(expected=f"a --start from 0 to {len(codes) - 1}", got=str(start), do="choose another")
 
 
 def _write_array(images: Iterator[Tensor], n: int, out: Path) -> None:
-    """Write batch by batch into a temporary file, renamed once it is complete and on the disk; else it is removed."""
+    """Write batch by batch into a temporary file, which is renamed once complete and on the disk, or else removed."""
     first = next(images)
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(f"{out.name}.new")
@@ -119,7 +119,7 @@ def _write_array(images: Iterator[Tensor], n: int, out: Path) -> None:
 
 
 def _write_folder(images: Iterator[Tensor], out: Path, record: DecodeRecord) -> None:
-    """Write a PNG each; those that are written when something goes wrong are kept, and the record counts them."""
+    """Write a PNG each; those that are written before a failure are kept, and the record counts them."""
 
     def content(finished: int) -> bytes:
         return to_json(asdict(replace(record, finished=finished)))

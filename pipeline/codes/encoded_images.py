@@ -1,6 +1,6 @@
-"""The rows of an export: images of a split, run through the encoder as they are asked for.
+"""The rows of an export: the images of a split, encoded when they are requested.
 
-n rows in a batch, H W grid of codes.
+Legend: n rows, H W grid of codes.
 """
 
 import hashlib
@@ -33,7 +33,7 @@ class EncodedImages:
         self.tokenizer, self.split, self.batch_size, self.bar = tokenizer, split, batch_size, bar
         self._len = len(split) * (2 if flips else 1)
         self._dtype = code_dtype(tokenizer.config.num_codes)
-        self._last: tuple[int, np.ndarray] | None = None  # the block computed last: its first row, its codes
+        self._last: tuple[int, np.ndarray] | None = None  # first row and codes of the block computed last
 
     def __len__(self) -> int:
         return self._len
@@ -41,16 +41,16 @@ class EncodedImages:
     def codes(self, start: int, stop: int) -> np.ndarray:
         """Return the codes [n,H,W] of rows start .. stop - 1."""
         first, last = start - start % BLOCK, min(stop - stop % -BLOCK, len(self))
-        known = [self._last[1]] if self._last is not None and self._last[0] == first else []
+        cached = [self._last[1]] if self._last is not None and self._last[0] == first else []
         batches, done = [], first
-        with closing(self._computed(first + sum(map(len, known)), last)) as computed:
-            for batch in chain(known, computed):
+        with closing(self._computed(first + sum(map(len, cached)), last)) as computed:
+            for batch in chain(cached, computed):
                 batches.append(batch)
                 self.bar.update(max(0, min(done + len(batch), stop) - max(done, start)))
                 done += len(batch)
         codes = np.concatenate(batches)
-        tail = (len(codes) - 1) // BLOCK * BLOCK
-        self._last = (first + tail, codes[tail:].copy())
+        last_block = (len(codes) - 1) // BLOCK * BLOCK
+        self._last = (first + last_block, codes[last_block:].copy())
         return codes[start - first : stop - first]
 
     def labels(self, start: int, stop: int) -> np.ndarray:
@@ -73,12 +73,14 @@ class EncodedImages:
             yield codes.numpy().astype(self._dtype)
 
     def _rows(self, start: int, stop: int) -> np.ndarray:
+        """Return the rows of the split whose images are rows start .. stop - 1."""
         return np.arange(start, stop) % len(self.split)
 
     def _images(self, start: int, stop: int) -> Tensor:
+        """Return the images of rows start .. stop - 1."""
         images = self.split.batch(self._rows(start, stop))
-        mirrored = max(0, len(self.split) - start)  # from there on
-        images[mirrored:] = images[mirrored:].flip(-1)
+        first_mirrored = max(0, len(self.split) - start)
+        images[first_mirrored:] = images[first_mirrored:].flip(-1)
         return images
 
 

@@ -1,6 +1,6 @@
-"""Images to code grids: runs the encoder over a data set and writes a code data set (`code_writer.py`).
+"""Exporting codes: encodes the images of a split and writes them as a code data set (`writer.py`).
 
-What can be refused is refused before images are prepared, which may take minutes; only what depends on the images
+What can be refused is refused before images are prepared, which may take minutes. Only what depends on the images
 themselves (how many, their classes, their hash) is compared with an existing export afterwards.
 """
 
@@ -30,7 +30,7 @@ from .writer import write_codes
 
 SHARD_SIZE = 65_536  # grids a shard
 BATCH = 256  # images read at a time
-FROM_IMAGES = {"total", "class_names", "rows_sha256"}  # fields of the manifest that only prepared images tell
+FROM_IMAGES = {"total", "class_names", "rows_sha256"}  # fields of the manifest that are known once images are prepared
 
 
 def export_codes(
@@ -50,9 +50,8 @@ def export_codes(
     """Write the codes of every image of a split of `data` (by default what the tokenizer was trained on) into `out`.
 
     What an earlier call with the same arguments wrote into `out` is kept, and only the rest is written. Processes that
-    torchrun started share the work. The bytes depend on neither, nor on `batch_size`.
-
-    The main process holds the lock of `out` (`folder_lock.py`) meanwhile, for all processes of the export.
+    torchrun started share the work. The bytes depend on neither, nor on `batch_size`. Meanwhile the main process holds
+    the lock of `out` (`folder_lock.py`) for all processes of the export.
 
     Args:
         tokenizer_folder: what train-tokenizer wrote.
@@ -63,7 +62,7 @@ def export_codes(
         flips: also write every image mirrored left to right, as further rows after all others.
         shard_size: grids a file.
         batch_size: images read at a time.
-        to: "npz" or "parquet" to also write the whole in that format.
+        to: "npz" or "parquet" to also write all codes in that format.
         device: where to compute.
         force: replace what `out` holds.
 
@@ -79,13 +78,13 @@ def export_codes(
         known = _known_before_images(info, tokenizer, source, split=split, flips=flips, shard_size=shard_size)
         with _locked(out, group):
             group.run_on_main(lambda: check_destination(out, known, force=force, unknown=FROM_IMAGES))
-            images = group.main_first(lambda: images_of(info, data=data, data_root=data_root))
-            part = group.run_on_all(lambda: split_of(images, split))
-            requested = _request(known, images, part)
+            image_set = group.main_first(lambda: images_of(info, data=data, data_root=data_root))
+            images = group.run_on_all(lambda: split_of(image_set, split))
+            requested = _request(known, image_set, images)
             requests = group.gather(requested)
-            group.run_on_all(lambda: _check_same_in_all(requests))
+            group.run_on_all(lambda: _check_same_requests(requests))
             group.run_on_all(lambda: check_table(to, requested))
-            manifest = _encode(tokenizer, part, out, requested, group, batch_size=batch_size, force=force)
+            manifest = _encode(tokenizer, images, out, requested, group, batch_size=batch_size, force=force)
             if to is not None:
                 manifest = group.run_on_main(lambda: add_table(out, to))
         if group.is_main:
@@ -103,7 +102,7 @@ def _locked(out: Path, group: ProcessGroup) -> Iterator[None]:
 
 def _encode(
     tokenizer: VQVAE,
-    part: ImageSplit,
+    images: ImageSplit,
     out: Path,
     requested: CodeManifest,
     group: ProcessGroup,
@@ -111,23 +110,23 @@ def _encode(
     batch_size: int,
     force: bool,
 ) -> CodeManifest:
-    """Write the codes of all images, with a progress bar."""
+    """Write the codes of all images, with a progress bar; return the manifest."""
     with _progress(requested.split, group) as bar:
 
-        def on_start(own: int, existing: int) -> None:
-            bar.reset(own)
+        def on_start(to_write: int, existing: int) -> None:
+            bar.reset(to_write)
             if existing and group.is_main:
-                bar.write(f"{existing:,} grids are there already, {requested.total:,} in all: {out}")
+                bar.write(f"{existing:,} of {requested.total:,} grids exist already: {out}")
 
-        rows = EncodedImages(tokenizer, part, flips=requested.flips, batch_size=batch_size, bar=bar)
-        with _explained_when_stopped(bar, group, force=force):
+        rows = EncodedImages(tokenizer, images, flips=requested.flips, batch_size=batch_size, bar=bar)
+        with _explain_interrupt(bar, group, force=force):
             return write_codes(out, requested, rows, group, force=force, on_start=on_start)
 
 
 def _known_before_images(
     info: CheckpointInfo, tokenizer: VQVAE, source: str, *, split: str, flips: bool, shard_size: int
 ) -> CodeManifest:
-    """Return the manifest that is requested, but for FROM_IMAGES."""
+    """Return the manifest that is requested, without the fields FROM_IMAGES."""
     size, num_codes = info.preprocessing, tokenizer.config.num_codes
     versions = library_versions()
     return CodeManifest(
@@ -150,18 +149,18 @@ def _known_before_images(
     )
 
 
-def _request(known: CodeManifest, images: ImageSet, part: ImageSplit) -> CodeManifest:
-    """Return the manifest before anything is written: what is requested."""
+def _request(known: CodeManifest, image_set: ImageSet, images: ImageSplit) -> CodeManifest:
+    """Return the manifest that is requested, as it is before anything is written."""
     return replace(
         known,
-        total=len(part) * (2 if known.flips else 1),
-        class_names=list(images.class_names),
-        rows_sha256=rows_sha256(part),
+        total=len(images) * (2 if known.flips else 1),
+        class_names=list(image_set.class_names),
+        rows_sha256=rows_sha256(images),
     )
 
 
-def _check_same_in_all(requests: Sequence[CodeManifest]) -> None:
-    """See that every process is about to write the same; only where the images lie may be its machine's affair."""
+def _check_same_requests(requests: Sequence[CodeManifest]) -> None:
+    """Raise InputError unless every process is about to write the same; only the paths of the images may differ."""
     for name in (field.name for field in fields(CodeManifest) if field.name != "source"):
         values = [getattr(request, name) for request in requests]
         other = next((rank for rank, value in enumerate(values) if value != values[0]), None)
@@ -178,17 +177,18 @@ def _device_name(device: torch.device) -> str:
 
 
 def _progress(split: str, group: ProcessGroup) -> Progress:
-    share = f" (process {group.rank + 1} of {group.count})" if group.count > 1 else ""
-    return progress_bar(0, f"encoding {split}{share}", disable=not group.is_main)
+    """Return a progress bar, which the main process alone shows."""
+    process = f" (process {group.rank + 1} of {group.count})" if group.count > 1 else ""
+    return progress_bar(0, f"encoding {split}{process}", disable=not group.is_main)
 
 
 @contextmanager
-def _explained_when_stopped(bar: Progress, group: ProcessGroup, *, force: bool) -> Iterator[None]:
-    """On Ctrl-C, say that nothing is lost."""
+def _explain_interrupt(bar: Progress, group: ProcessGroup, *, force: bool) -> Iterator[None]:
+    """Print on Ctrl-C that finished shards are kept, and how to resume."""
     try:
         yield
     except KeyboardInterrupt:
         if group.is_main:
             command = "the same command without --force" if force else "the same command"
-            bar.write(f"stopped; finished shards are kept, and {command} continues", file=sys.stderr)
+            bar.write(f"stopped; finished shards are kept, and {command} resumes", file=sys.stderr)
         raise

@@ -1,10 +1,10 @@
-"""What a folder of code grids says of itself: `manifest.json`, and the names of the files beside it.
+"""The manifest of a code data set: `manifest.json`, which describes the folder and names its other files.
 
     manifest.json       counts, K, grid, class names, split, tokenizer fingerprint, hash of every file
     codes-00000.npy     [n,H,W] uint8 if K <= 256, uint16 if K <= 65,536, else int32
     labels-00000.npy    [n] int64, -1 where there is no label
     names-00000.json    [n] names of the images, in the order of the rows
-    README.md           the same for people, once all is written
+    README.md           the dataset card, once all grids are written
 
 Rows are numbered through all shards. Where the images were also exported mirrored (`flips`), the second half of the
 rows is the first half again, each image mirrored left to right, with the same labels and names.
@@ -32,9 +32,9 @@ _PLAIN_NAME = re.compile(r"\w[\w.-]*", re.ASCII)  # of a file inside the folder,
 
 @dataclass(frozen=True)
 class ShardEntry:
-    """What the manifest says of one shard."""
+    """The entry of one shard in the manifest."""
 
-    start: int  # row of its first grid in the whole data set
+    start: int  # row of its first grid
     count: int  # grids in it, at least 1
     files: dict[str, str]  # {file name: SHA-256}, in the order of SHARD_FILES
 
@@ -44,23 +44,23 @@ _ENTRY_TYPES = get_type_hints(ShardEntry)
 
 @dataclass(frozen=True, kw_only=True)
 class CodeManifest:
-    """What `manifest.json` says."""
+    """The content of `manifest.json`; its fields are the keys."""
 
-    count: int  # grids that are written
+    count: int  # grids that are written so far
     num_codes: int  # K
     grid: tuple[int, int]  # H, W
     dtype: str  # of the codes in the shards
     class_names: list[str]  # label i is class_names[i]; empty without labels
-    split: str  # of the source: "train" or "test"
-    source: str  # the images
+    split: str  # of the images: "train" or "test"
+    source: str  # of the images
     image: dict[str, int]  # height, width, channels that the tokenizer decodes to
     tokenizer_fingerprint: str
     shards: list[ShardEntry]  # in the order of rows
-    total: int | None = None  # grids when all is written; None means `count`
+    total: int | None = None  # grids of the complete data set; None means `count`
     shard_size: int | None = None  # grids a shard, but for the last one
     flips: bool = False  # whether the second half of the rows is mirrored
     rows_sha256: str = ""  # of the names, labels and pixels of all images
-    made_with: dict[str, str] = field(default_factory=dict)  # the device and the versions that decide a rounding
+    made_with: dict[str, str] = field(default_factory=dict)  # the device and the versions, on which rounding depends
     statistics: dict[str, float] = field(default_factory=dict)  # of all codes: the fields of `CodeStatistics`
     tables: dict[str, str] = field(default_factory=dict)  # {file name: SHA-256} of copies in other formats
     format_version: int = FORMAT_VERSION
@@ -79,12 +79,12 @@ def code_dtype(num_codes: int) -> np.dtype[Any]:
 
 
 def write_manifest(folder: Path, manifest: CodeManifest) -> None:
-    """Replace `manifest.json` as a whole."""
+    """Write `manifest.json` atomically."""
     write_atomic(folder / MANIFEST, to_json(asdict(manifest)))
 
 
 def read_manifest(folder: str | Path) -> CodeManifest:
-    """Read `manifest.json`, and check every field and every entry of a shard.
+    """Return the content of `manifest.json`; every field and every entry of a shard is checked.
 
     Raises:
         InputError: no code data set there, another format version, or a manifest that contradicts itself.
@@ -97,7 +97,7 @@ def read_manifest(folder: str | Path) -> CodeManifest:
             expected=f"a code data set in {folder}", got=f"no {MANIFEST}", do="make one with export-codes"
         ) from None
     except (OSError, ValueError, RecursionError) as error:
-        raise _not_ours(path, str(error)) from None
+        raise _invalid(path, str(error)) from None
     version = content.get("format_version") if isinstance(content, dict) else None
     if isinstance(version, int) and version != FORMAT_VERSION:
         raise InputError(
@@ -108,16 +108,16 @@ def read_manifest(folder: str | Path) -> CodeManifest:
     try:
         return _parse(content)
     except (AttributeError, TypeError, KeyError, ValueError) as error:
-        raise _not_ours(path, str(error)) from None
+        raise _invalid(path, str(error)) from None
 
 
 def shard_entry(content: Any, index: int, *, start: int | None = None) -> ShardEntry:
-    """Return the entry of the shard that is number `index`, from its JSON.
+    """Return the entry of shard number `index`, from its JSON.
 
     Args:
         content: JSON.
         index: for messages.
-        start: where the shard starts if `content` does not say, as the first version of the format did not.
+        start: first row, if `content` does not name it; the first version of the format did not.
 
     Raises:
         ValueError: a field is missing or of another type.
@@ -147,7 +147,7 @@ def short(value: Any) -> str:
 
 
 def _parse(content: Any) -> CodeManifest:
-    """Raise one of several built-in errors, whose text says what is wrong, if `content` is no manifest."""
+    """Return the manifest with this content. Raise a built-in error, which says what is wrong, if it is none."""
     known = {item.name for item in fields(CodeManifest)}
     chosen = {name: value for name, value in content.items() if name in known}
     manifest = CodeManifest(**{**chosen, "grid": tuple(content["grid"]), "shards": []})
@@ -159,6 +159,7 @@ def _parse(content: Any) -> CodeManifest:
 
 
 def _parse_shards(content: Any, shard_size: int | None) -> list[ShardEntry]:
+    """Return the entries of all shards. Raise ValueError if they are none."""
     if not isinstance(content, list):
         raise ValueError(f"the {type(content).__name__} {short(content)} as shards")
     if shard_size is not None and shard_size < 1:
@@ -171,12 +172,13 @@ def _parse_shards(content: Any, shard_size: int | None) -> list[ShardEntry]:
 
 
 def _check_grid(grid: tuple[Any, ...]) -> None:
+    """Raise ValueError unless `grid` is a height and a width."""
     if len(grid) != 2 or not all(_is_a(side, int) and side >= 1 for side in grid):
         raise ValueError(f"the grid {short(list(grid))}")
 
 
 def _check_types(manifest: CodeManifest) -> None:
-    """Raise ValueError for a field that holds another kind of value than it should."""
+    """Raise ValueError for a field that holds a value of another type than it should."""
     for name, hint in get_type_hints(CodeManifest).items():
         value = getattr(manifest, name)
         if not _is_a(value, hint):
@@ -184,7 +186,7 @@ def _check_types(manifest: CodeManifest) -> None:
 
 
 def _check_consistency(manifest: CodeManifest) -> None:
-    """Raise ValueError for what cannot be true of any data set."""
+    """Raise ValueError for what cannot be true of any data set: fields that contradict each other."""
     written = sum(shard.count for shard in manifest.shards)
     if written != manifest.count:
         raise ValueError(f"a count of {manifest.count} over shards of {written} grids")
@@ -198,6 +200,7 @@ def _check_consistency(manifest: CodeManifest) -> None:
 
 
 def _check_tables(tables: Mapping[str, str]) -> None:
+    """Raise ValueError for a file outside the folder."""
     for name in tables:
         if not _PLAIN_NAME.fullmatch(name):
             raise ValueError(f"a table in the file {name!r}, which is not in the folder")
@@ -205,19 +208,19 @@ def _check_tables(tables: Mapping[str, str]) -> None:
 
 def _is_a(value: Any, hint: Any) -> bool:
     """Return whether `value`, which JSON gave, is of the type `hint`; True is no int, and an int is a float."""
-    kind, inner = get_origin(hint) or hint, get_args(hint)
-    if kind is UnionType:
+    outer, inner = get_origin(hint) or hint, get_args(hint)
+    if outer is UnionType:
         return any(_is_a(value, allowed) for allowed in inner)
-    if kind is float:
+    if outer is float:
         return type(value) in (int, float)
-    if type(value) is not kind:
+    if type(value) is not outer:
         return False
-    if kind is dict:
+    if outer is dict:
         return all(_is_a(key, inner[0]) and _is_a(item, inner[1]) for key, item in value.items())
-    if kind is list:
+    if outer is list:
         return all(_is_a(item, inner[0]) for item in value)
     return True
 
 
-def _not_ours(path: Path, got: str) -> InputError:
+def _invalid(path: Path, got: str) -> InputError:
     return InputError(expected=f"the manifest of a code data set in {path}", got=got, do="export the codes again")

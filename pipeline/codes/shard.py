@@ -1,6 +1,6 @@
-"""One shard of a code data set: written whole, mapped into memory to be read.
+"""One shard of a code data set: written atomically, mapped into memory to be read.
 
-n grids of H x W codes.
+Legend: n grids of H x W codes.
 """
 
 import io
@@ -22,25 +22,25 @@ from .manifest import SHARD_FILES, CodeManifest, ShardEntry
 
 @dataclass(frozen=True)
 class Shard:
-    """The arrays of a shard, mapped and not read."""
+    """The arrays of a shard, mapped; nothing is read before it is used."""
 
     codes: np.ndarray  # [n,H,W], of the type in the manifest
     labels: np.ndarray  # [n] int64
-    names_file: Path  # JSON, n names
+    names_file: Path  # JSON, a list of n names
 
 
 def write_shard(
     folder: Path, index: int, codes: np.ndarray, labels: np.ndarray, names: Sequence[str], *, start: int = 0
 ) -> ShardEntry:
-    """Write one shard, each file as a whole or not at all. Return its entry in the manifest.
+    """Write one shard, each file atomically. Return its entry in the manifest.
 
     Args:
-        folder: made if it is missing.
-        index: number of the shard.
+        folder: created if it is missing.
+        index: number of the shard, from 0.
         codes: [n,H,W], of the type that the manifest will name.
         labels: [n].
-        names: n of them.
-        start: the row of its first grid in the whole data set.
+        names: of the n images.
+        start: the row of its first grid in the data set.
     """
     contents = (npy_bytes(codes), npy_bytes(labels.astype(np.int64)), to_json(list(names)))
     files = {pattern.format(index): data for pattern, data in zip(SHARD_FILES, contents, strict=True)}
@@ -50,7 +50,7 @@ def write_shard(
 
 
 def open_shard(folder: Path, entry: ShardEntry, manifest: CodeManifest) -> Shard:
-    """Map the arrays of one entry of the manifest.
+    """Return the shard of one entry of the manifest, mapped.
 
     Raises:
         InputError: a file is missing, damaged, short, or of another type or shape than the manifest says.
@@ -64,7 +64,7 @@ def open_shard(folder: Path, entry: ShardEntry, manifest: CodeManifest) -> Shard
 
 
 def read_names(path: Path) -> list[str]:
-    """The names of one shard. Raises InputError if the file cannot be read."""
+    """Return the names of one shard. Raise InputError if the file cannot be read."""
     try:
         names: list[str] = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
@@ -75,12 +75,12 @@ def read_names(path: Path) -> list[str]:
 
 
 def map_npy(path: Path, shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
-    """The array of a .npy file, mapped: `numpy.load(path, mmap_mode="r")`, but no file stays open.
+    """Return the array of a .npy file, mapped like `numpy.load(path, mmap_mode="r")`, but no file is kept open.
 
-    numpy holds one open file for each array, and systems allow 256 or 1,024 of them to a process.
+    numpy keeps a file open for each array, and systems allow a process 256 or 1,024 of them.
 
     Raises:
-        InputError: no such file, or not an array of this shape and type, whole; or the system maps no more.
+        InputError: the file is missing, or is not a complete array of this shape and type; or the system maps no more.
     """
     try:
         with open(path, "rb") as file:
@@ -94,8 +94,9 @@ def map_npy(path: Path, shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndar
             got=f"{found_dtype} {list(found_shape)}{' by columns' if fortran else ''}",
             do="export the codes again",
         )
-    if size != offset + int(np.prod(shape)) * dtype.itemsize:
-        raise _unusable(path, f"{size:,} bytes, which is not its whole")
+    complete_size = offset + int(np.prod(shape)) * dtype.itemsize
+    if size != complete_size:
+        raise _unusable(path, f"{size:,} bytes in place of {complete_size:,}")
     try:
         mapped: np.ndarray = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8).numpy()
     except RuntimeError as error:
@@ -109,14 +110,14 @@ def map_npy(path: Path, shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndar
 
 
 def npy_bytes(array: np.ndarray) -> bytes:
-    """The content of the `.npy` file of an array."""
+    """Return the content of the `.npy` file of an array."""
     buffer = io.BytesIO()
     np.save(buffer, array, allow_pickle=False)
     return buffer.getvalue()
 
 
 def _read_header(file: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
-    """Shape, whether by columns, and type of a .npy file, which is left at its first number. Raises ValueError."""
+    """Return shape, whether by columns, and type of a .npy file; the numbers follow. Raise ValueError if it is none."""
     version = np.lib.format.read_magic(file)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     try:

@@ -1,6 +1,6 @@
-"""How often each code occurs in a data set, and what follows from it.
+"""How often each code occurs in a data set, and what follows from it: perplexity, entropy, packed size.
 
-K codes in the codebook.
+Legend: K codes in the codebook, H W grid.
 """
 
 import math
@@ -10,14 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-COUNTED_AT_ONCE = 2**20  # codes; numpy counts 8 bytes each
+COUNTED_AT_ONCE = 2**20  # codes; `numpy.bincount` takes 8 bytes for each
 
 
 @dataclass(frozen=True)
 class CodeStatistics:
-    """What the manifest of a code data set says of all its codes."""
+    """The statistics of all codes of a data set, as its manifest holds them."""
 
-    codes_used: int  # codes that occur
+    codes_used: int  # how many of the K codes occur
     perplexity: float  # 1 to K
     entropy_bits_per_code: float  # order 0
 
@@ -30,7 +30,7 @@ class CodeStatistics:
 def count_codes(codes: np.ndarray, num_codes: int) -> Tensor:
     """Return how often each of K codes occurs among `codes` of any shape: int64 [K].
 
-    Memory stays flat however many there are.
+    The memory that it takes does not grow with their number.
     """
     histogram, flat = np.zeros(num_codes, dtype=np.int64), codes.reshape(-1)
     for start in range(0, flat.size, COUNTED_AT_ONCE):
@@ -39,7 +39,7 @@ def count_codes(codes: np.ndarray, num_codes: int) -> Tensor:
 
 
 def perplexity(histogram: Tensor) -> float:
-    """Return exp of the entropy of a histogram of codes [K]: how many equally frequent codes would spread as far."""
+    """Return exp of the entropy of a histogram of codes [K]: the number of equally frequent codes that have it."""
     shares = histogram.double() / histogram.sum().clamp_min(1)
     return float(torch.special.entr(shares).sum().exp())
 
@@ -50,7 +50,7 @@ def entropy_bits(histogram: Tensor) -> float:
 
 
 def packed_bits(num_codes: int) -> int:
-    """Return the bits of a code when all take the same: ceil(log2 K), at least 1."""
+    """Return the bits of a code when all codes take as many: ceil(log2 K), at least 1."""
     return max(1, (num_codes - 1).bit_length())
 
 

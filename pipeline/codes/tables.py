@@ -1,9 +1,9 @@
-"""Copies of a code data set in the formats that other programs read: one `codes.npz`, or Parquet, a file a shard.
+"""Tables: copies of a code data set in formats that other programs read, one `codes.npz`, or Parquet, a file a shard.
 
     codes.npz            arrays codes [N,H,W], labels [N], names [N], class_names [classes], and flipped [N] bool
     codes-00000.parquet  columns codes (a list of H lists of W numbers), label, class_name, name, flipped
 
-n grids of H x W codes; N in all.
+Legend: n grids of H x W codes; N in all.
 """
 
 import io
@@ -11,7 +11,6 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
-from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,17 +30,17 @@ LARGEST_NPZ = 2**32  # bytes of codes; a .npz is made and read in memory
 ROW_GROUP = 2**24  # codes written at a time; the lists of one group can hold 2**31 of them
 
 
-def check_table(to: str | None, asked: CodeManifest | None = None) -> None:
-    """See that the format can be written, and holds all that is `asked` for. Raises InputError."""
+def check_table(to: str | None, requested: CodeManifest | None = None) -> None:
+    """Raise InputError unless the format `to` can be written, and can hold all codes of the `requested` manifest."""
     if to not in (None, "npz", "parquet"):
         raise InputError(expected="npz or parquet as --to", got=str(to), do="choose one of them")
     if to == "parquet" and find_spec("pyarrow") is None:
         raise InputError(
             expected="the library pyarrow for --to parquet", got="none", do="pip install 'codegrid[parquet]'"
         )
-    if to == "npz" and asked is not None:
-        count = asked.count if asked.total is None else asked.total
-        size = count * math.prod(asked.grid) * np.dtype(asked.dtype).itemsize
+    if to == "npz" and requested is not None:
+        count = requested.count if requested.total is None else requested.total
+        size = count * math.prod(requested.grid) * np.dtype(requested.dtype).itemsize
         if size > LARGEST_NPZ:
             raise InputError(
                 expected=f"at most {LARGEST_NPZ:,} bytes of codes for --to npz", got=f"{size:,}", do="use --to parquet"
@@ -49,10 +48,10 @@ def check_table(to: str | None, asked: CodeManifest | None = None) -> None:
 
 
 def add_table(folder: Path, to: str) -> CodeManifest:
-    """Write the codes of a finished folder once more, as `to`, and name the files in its manifest and card.
+    """Write a copy of a finished data set in the format `to`, name its files in manifest and card, return the manifest.
 
     Raises:
-        InputError: the format is not known or its library is missing, or the codes are too many for it.
+        InputError: the format is not known, its library is missing, or the codes are too many for it.
     """
     manifest = read_manifest(folder)
     check_table(to, manifest)
@@ -68,11 +67,12 @@ def add_table(folder: Path, to: str) -> CodeManifest:
 
 
 def flipped(manifest: CodeManifest, start: int, stop: int) -> np.ndarray:
-    """Whether rows start .. stop - 1 are of mirrored images: bool [n]."""
+    """Return whether rows start .. stop - 1 are of mirrored images: bool [n]."""
     return np.arange(start, stop) >= (manifest.count // 2 if manifest.flips else manifest.count)
 
 
 def _npz(folder: Path, manifest: CodeManifest) -> Iterator[tuple[str, bytes]]:
+    """Yield the name and the content of the one file."""
     codes = CodeDataset(folder)
     buffer = io.BytesIO()
     np.savez_compressed(  # with fixed dates inside, so that the same codes give the same bytes
@@ -87,13 +87,13 @@ def _npz(folder: Path, manifest: CodeManifest) -> Iterator[tuple[str, bytes]]:
 
 
 def _parquet(folder: Path, manifest: CodeManifest) -> Iterator[tuple[str, bytes]]:
-    starts = accumulate((entry.count for entry in manifest.shards), initial=0)
-    for index, (entry, start) in enumerate(zip(manifest.shards, starts, strict=False)):
-        yield f"codes-{index:05d}.parquet", _parquet_bytes(open_shard(folder, entry, manifest), start, manifest)
+    """Yield the name and the content of the file of each shard."""
+    for index, entry in enumerate(manifest.shards):
+        yield f"codes-{index:05d}.parquet", _parquet_bytes(open_shard(folder, entry, manifest), entry.start, manifest)
 
 
 def _parquet_bytes(shard: Shard, start: int, manifest: CodeManifest) -> bytes:
-    """The content of the file of a shard whose first row is `start`."""
+    """Return the content of the file of a shard whose first row is `start`."""
     import pyarrow
     from pyarrow import parquet
 
@@ -117,12 +117,12 @@ def _parquet_bytes(shard: Shard, start: int, manifest: CodeManifest) -> bytes:
 
 
 def _unicode(texts: Sequence[str]) -> list[str]:
-    """With "?" for the bytes of file names that are no Unicode."""
+    """Return `texts` with "?" for each byte of a file name that is no Unicode."""
     return [text.encode("utf-8", "replace").decode() for text in texts]
 
 
 def _lists(codes: np.ndarray) -> "pyarrow.ListArray":
-    """Grids [n,H,W] as n lists of H lists of W numbers."""
+    """Return grids [n,H,W] as n lists of H lists of W numbers."""
     import pyarrow
 
     column = pyarrow.array(np.ascontiguousarray(codes).ravel())

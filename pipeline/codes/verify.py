@@ -1,6 +1,6 @@
-"""Is a folder of codes what its manifest says? Every file is read.
+"""Verifying that a folder of codes is what its manifest says; every file is read.
 
-n grids of H x W codes.
+Legend: n grids of H x W codes, K codes in the codebook.
 """
 
 import hashlib
@@ -23,11 +23,11 @@ from .encoded_images import rows_sha256
 from .manifest import CARD, MANIFEST, CodeManifest, ShardEntry, read_manifest
 from .shard import map_npy, read_names
 from .statistics import CodeStatistics, count_codes
-from .unfinished import OUR_FILES
+from .unfinished import EXPORT_FILES
 
-NAMED = 5  # problems in the one line of the error; all are printed
+NAMED = 5  # problems that the one line of the error names at most; all are printed
 READ_AT_ONCE = 2**20  # bytes
-ROUNDING = 1e-9  # by which two machines may differ in a statistic
+ROUNDING = 1e-9  # relative difference that a statistic may have on another machine
 _SHA256 = re.compile("[0-9a-f]{64}")
 
 
@@ -39,34 +39,37 @@ def verify_codes(
     Args:
         folder: what export-codes wrote.
         tokenizer_folder: the tokenizer that should have made the codes.
-        data: the source of the images that they should be of; without it, names, labels and pixels are not compared.
+        data: the source of the images that were encoded; without it, names, labels and pixels are not compared.
         data_root: folder of a torchvision set, with `data`.
 
+    Returns:
+        the manifest.
+
     Raises:
-        InputError: something is not as it should be, after a line on standard output for each such thing.
+        InputError: there are problems, each of which is printed first.
     """
     manifest = read_manifest(folder)
     if tokenizer_folder is not None:
         fingerprint = read_info(tokenizer_folder, "tokenizer").fingerprint
         remedy = "name the tokenizer that made them, or export them again"
         check_same_tokenizer(fingerprint, manifest.tokenizer_fingerprint, f"codes in {folder}", remedy)
-    split = _images_of(folder, manifest, data, data_root)
+    images = _named_images(folder, manifest, data, data_root)
     problems = []
-    for problem in _problems(folder, manifest, split):
+    for problem in _problems(folder, manifest, images):
         print(problem)
         problems.append(problem)
     if problems:
-        more = f"; and {len(problems) - NAMED} more" if len(problems) > NAMED else ""
+        others = f"; and {len(problems) - NAMED} more" if len(problems) > NAMED else ""
         raise InputError(
             expected=f"{folder} as its manifest says",
-            got="; ".join(problems[:NAMED]) + more,
+            got="; ".join(problems[:NAMED]) + others,
             do="export the codes again, or restore the folder from a copy",
         )
     return manifest
 
 
-def _images_of(folder: Path, manifest: CodeManifest, data: str | None, data_root: str | None) -> ImageSplit | None:
-    """Return the images that the codes should be of, prepared as the tokenizer takes them; None if none are named."""
+def _named_images(folder: Path, manifest: CodeManifest, data: str | None, data_root: str | None) -> ImageSplit | None:
+    """Return the images to compare with, prepared as the tokenizer takes them; None without `data`."""
     if data is None:
         if data_root is not None:
             raise InputError(expected="--data-root only with --data", got="it alone", do="name the images with --data")
@@ -82,15 +85,16 @@ def _images_of(folder: Path, manifest: CodeManifest, data: str | None, data_root
     return split_of(open_images(data, image_size=size, channels=channels, data_root=data_root), manifest.split)
 
 
-def _problems(folder: Path, manifest: CodeManifest, split: ImageSplit | None) -> Iterator[str]:
+def _problems(folder: Path, manifest: CodeManifest, images: ImageSplit | None) -> Iterator[str]:
+    """Yield a line for each problem."""
     if not manifest.complete:
-        yield f"unfinished: {manifest.count:,} of {manifest.total:,} grids; the same export-codes goes on"
+        yield f"unfinished: {manifest.count:,} of {manifest.total:,} grids; the same export-codes resumes"
     if manifest.shard_size is not None:
         yield from _gaps(manifest, manifest.shard_size)
     histogram, intact = torch.zeros(manifest.num_codes, dtype=torch.int64), True
     for entry in with_progress(manifest.shards, len(manifest.shards), "verifying", "shard"):
         problems = [*_changed(folder, entry.files)]
-        if not problems:  # a file whose bytes are wrong is reported once
+        if not problems:  # so that a file of wrong bytes is reported once
             problems = [*_wrong_content(folder, entry, manifest)]
         yield from problems
         intact = intact and not problems
@@ -98,24 +102,24 @@ def _problems(folder: Path, manifest: CodeManifest, split: ImageSplit | None) ->
             histogram += _count(folder, entry, manifest)
     if intact:
         yield from _wrong_statistics(manifest, histogram)
-    yield from _wrong_rows(manifest, split)
+    yield from _wrong_rows(manifest, images)
     yield from _changed(folder, manifest.tables)
     yield from _missing_or_foreign(folder, manifest)
 
 
 def _missing_or_foreign(folder: Path, manifest: CodeManifest) -> Iterator[str]:
-    """Say which files are there that should not be, and whether the card is missing."""
+    """Yield a line for each file that is not of the data set, and if the card is missing."""
     expected = {MANIFEST, CARD, LOCK, *manifest.tables}.union(*(entry.files for entry in manifest.shards))
     if manifest.complete and manifest.shard_size is not None and not (folder / CARD).exists():
         yield f"{CARD} is missing"
     for name in sorted(path.name for path in folder.iterdir()):
-        coming = not manifest.complete and OUR_FILES.fullmatch(name.removesuffix(".new"))
-        if name not in expected and not coming:
+        in_progress = not manifest.complete and EXPORT_FILES.fullmatch(name.removesuffix(".new"))
+        if name not in expected and not in_progress:
             yield f"{name.encode('utf-8', 'replace').decode()} is not of this data set"
 
 
 def _gaps(manifest: CodeManifest, shard_size: int) -> Iterator[str]:
-    """Say which rows no shard holds, or two do."""
+    """Yield a line for each shard that does not hold the rows it should."""
     for index, entry in enumerate(manifest.shards):
         end = entry.start + entry.count
         last = end == manifest.total
@@ -131,34 +135,34 @@ def _count(folder: Path, entry: ShardEntry, manifest: CodeManifest) -> Tensor:
 
 
 def _wrong_statistics(manifest: CodeManifest, histogram: Tensor) -> Iterator[str]:
-    """Say where the statistics are not those of the codes. The first version wrote none."""
+    """Yield a line for each statistic that is not that of the codes. The first version wrote none."""
     if not manifest.statistics:
         if manifest.complete and manifest.shard_size is not None:
             yield "the statistics are missing; the same export-codes adds them"
         return
-    for name, true in asdict(CodeStatistics.of(histogram)).items():
+    for name, actual in asdict(CodeStatistics.of(histogram)).items():
         stated = manifest.statistics.get(name)
-        if stated is None or not math.isclose(stated, true, rel_tol=ROUNDING, abs_tol=ROUNDING):
-            yield f"the statistics say {name} {stated}, the codes have {true}"
+        if stated is None or not math.isclose(stated, actual, rel_tol=ROUNDING, abs_tol=ROUNDING):
+            yield f"the statistics say {name} {stated}, the codes have {actual}"
 
 
-def _wrong_rows(manifest: CodeManifest, split: ImageSplit | None) -> Iterator[str]:
-    """Say whether the codes are of other images than `split`, as far as that can be known."""
+def _wrong_rows(manifest: CodeManifest, images: ImageSplit | None) -> Iterator[str]:
+    """Yield a line if the codes cannot be of these images, or their hash is none."""
     if manifest.rows_sha256 and not _SHA256.fullmatch(manifest.rows_sha256):
         yield f"rows_sha256 is {manifest.rows_sha256!r} in {MANIFEST}, which is no SHA-256 of 64 hex digits"
-    elif split is not None:
+    elif images is not None:
         total = manifest.count if manifest.total is None else manifest.total
         count = total // 2 if manifest.flips else total
-        if len(split) != count:
-            yield f"the codes are of {count} images, the {manifest.split} part of the named images has {len(split)}"
-        elif (found := rows_sha256(split)) != manifest.rows_sha256:
+        if len(images) != count:
+            yield f"the codes are of {count} images, the {manifest.split} split of the named images has {len(images)}"
+        elif (found := rows_sha256(images)) != manifest.rows_sha256:
             yield (
                 f"rows_sha256 is {manifest.rows_sha256}, the names, labels and pixels of the named images have {found}"
             )
 
 
 def _changed(folder: Path, files: Mapping[str, str]) -> Iterator[str]:
-    """Say which files are missing or have another hash than in `files`."""
+    """Yield a line for each file that is missing or has another hash than in `files`."""
     for name, digest in files.items():
         try:
             found, size = _hash_and_size(folder / name)
@@ -172,17 +176,17 @@ def _changed(folder: Path, files: Mapping[str, str]) -> Iterator[str]:
 
 
 def _hash_and_size(path: Path) -> tuple[str, int]:
-    """Return the SHA-256 and the bytes of a file, which may be larger than the memory."""
+    """Return the SHA-256 and the size in bytes of a file, which may be larger than the memory."""
     digest, size = hashlib.sha256(), 0
     with open(path, "rb") as file:
-        while part := file.read(READ_AT_ONCE):
-            digest.update(part)
-            size += len(part)
+        while chunk := file.read(READ_AT_ONCE):
+            digest.update(chunk)
+            size += len(chunk)
     return digest.hexdigest(), size
 
 
 def _wrong_content(folder: Path, entry: ShardEntry, manifest: CodeManifest) -> Iterator[str]:
-    """Say what the right bytes hold that cannot be: then the export itself, or the manifest, was wrong."""
+    """Yield a line for each file whose hash is right and whose content is not: the export or the manifest was wrong."""
     for name, check in zip(entry.files, (_wrong_codes, _wrong_labels, _wrong_names), strict=True):
         try:
             problem = check(folder / name, entry.count, manifest)
@@ -193,6 +197,7 @@ def _wrong_content(folder: Path, entry: ShardEntry, manifest: CodeManifest) -> I
 
 
 def _wrong_codes(path: Path, count: int, manifest: CodeManifest) -> str | None:
+    """Return what is wrong with the codes of a shard, if anything."""
     codes = _map_codes(path, count, manifest)
     lowest, highest = codes.min(), codes.max()
     if 0 <= lowest <= highest < manifest.num_codes:
@@ -208,6 +213,7 @@ def _map_codes(path: Path, count: int, manifest: CodeManifest) -> np.ndarray:
 
 
 def _wrong_labels(path: Path, count: int, manifest: CodeManifest) -> str | None:
+    """Return what is wrong with the labels of a shard, if anything."""
     labels = map_npy(path, (count,), np.dtype(np.int64))
     possible = len(manifest.class_names) - 1
     if -1 <= labels.min() <= labels.max() <= possible:
@@ -216,5 +222,6 @@ def _wrong_labels(path: Path, count: int, manifest: CodeManifest) -> str | None:
 
 
 def _wrong_names(path: Path, count: int, manifest: CodeManifest) -> str | None:
+    """Return what is wrong with the names of a shard, if anything."""
     names = read_names(path)
     return f"holds {len(names)} names for {count} grids" if len(names) != count else None

@@ -1,14 +1,14 @@
-"""Writing a code data set so that it can be stopped at any moment, continued, and divided over processes.
+"""Writing a code data set so that it can be stopped at any moment, resumed, and divided over processes.
 
 A shard counts from the moment its entry, `shard-00003.json`, is written, after its files. The main process moves
-entries into the manifest as they come; once all shards are there the manifest gets its statistics and the folder its
-card, and no entry is left. So a kill leaves complete shards, and a manifest that counts no others; the same request
-finds them (`unfinished.py`), checks their hashes, and writes what is missing. The bytes depend on the rows and the
-shard size alone.
+entries into the manifest as they appear; once all shards are written it adds the statistics to the manifest and the
+card to the folder, and no entry is left. So a kill leaves complete shards, and a manifest that counts no others; the
+same request finds them (`unfinished.py`), checks their hashes, and writes what is missing. The bytes depend on the rows
+and the shard size alone.
 
-Whoever calls `write_codes` from two programs at once sees to it that one of them has the folder (`folder_lock.py`).
+The caller holds the lock of the folder (`folder_lock.py`): two programs must not write into it at once.
 
-n grids of H x W codes.
+Legend: n grids of H x W codes.
 """
 
 import time
@@ -28,25 +28,25 @@ from .dataset import CodeDataset
 from .manifest import CodeManifest, write_manifest
 from .shard import write_shard
 from .statistics import CodeStatistics, count_codes
-from .unfinished import ENTRY, count_entries, prepare_destination, remove_leftovers
+from .unfinished import ENTRY, collect_entries, prepare_destination, remove_leftovers
 
-QUIET = 20  # the manifest is written again no sooner than this many times as long as the last writing took
-SEEN_WITHIN = 30.0  # seconds, for files that another machine wrote
+UPDATE_PAUSE = 20  # after an update of the manifest, in multiples of the time that it took
+VISIBLE_WITHIN = 30.0  # seconds until a file that another machine wrote is visible here
 
 
 class Rows(Protocol):
-    """What is to be written: any rows from `start` on, before `stop`, whatever was asked for before."""
+    """The rows to write; any range of them can be requested, in any order."""
 
     def __len__(self) -> int: ...
 
     def codes(self, start: int, stop: int) -> np.ndarray:
-        """[n,H,W] of the type that the manifest names."""
+        """Return the codes [n,H,W] of rows start .. stop - 1, of the type in the manifest."""
 
     def labels(self, start: int, stop: int) -> np.ndarray:
-        """[n] int64, -1 for none."""
+        """Return the labels [n] int64 of rows start .. stop - 1; -1 for none."""
 
     def names(self, start: int, stop: int) -> Sequence[str]:
-        """n of them."""
+        """Return the names of the n images of rows start .. stop - 1."""
 
 
 def write_codes(
@@ -56,7 +56,7 @@ def write_codes(
     group: ProcessGroup,
     *,
     force: bool = False,
-    on_start: Callable[[int, int], None] = lambda own, existing: None,
+    on_start: Callable[[int, int], None] = lambda to_write, existing: None,
 ) -> CodeManifest:
     """Write `rows` into `folder`, or what is missing of them; each process of the group calls this and does its share.
 
@@ -64,15 +64,15 @@ def write_codes(
         folder: new, empty, or left by the same request.
         requested: the manifest, without results; `shard_size` and `total` are set.
         rows: `requested.total` of them, the same in each process.
-        group: processes that share the work, and see one folder.
+        group: processes that share the work and the folder.
         force: clear what is in the folder first.
-        on_start: called with the number of rows that this process will write, and of those that exist.
+        on_start: called with the number of rows that this process will write, and of all rows that exist.
 
     Returns:
         the manifest as written.
 
     Raises:
-        InputError: the folder holds something else, a shard cannot be found that another process wrote.
+        InputError: the folder holds something else, or a shard that another process wrote does not appear.
     """
     starts = range(0, len(rows), requested.shard_size or 1)
     manifest = group.run_on_main(lambda: prepare_destination(folder, requested, force=force))
@@ -93,18 +93,18 @@ def write_codes(
 
 
 class _Ledger:
-    """The manifest while shards are coming in; the main process keeps it."""
+    """The manifest while shards are coming in, kept by the main process."""
 
     def __init__(self, folder: Path, manifest: CodeManifest) -> None:
         self.folder, self.manifest = folder, manifest
         self._next = 0.0
 
     def update(self) -> None:
-        """Count the shards that were finished since, unless that was done a moment ago."""
+        """Count the shards that were finished since the last update, unless that was a moment ago."""
         begin = time.monotonic()
         if begin >= self._next:
-            self.manifest = count_entries(self.folder, self.manifest)
-            self._next = time.monotonic() + QUIET * (time.monotonic() - begin)
+            self.manifest = collect_entries(self.folder, self.manifest)
+            self._next = time.monotonic() + UPDATE_PAUSE * (time.monotonic() - begin)
 
     def finish(self) -> CodeManifest:
         """Complete the manifest with statistics, write the card, and return the manifest."""
@@ -117,9 +117,9 @@ class _Ledger:
         return self.manifest
 
     def _wait_for_all(self) -> None:
-        """Count the entries until none is missing. Raise InputError if one never shows."""
-        deadline = time.monotonic() + SEEN_WITHIN
-        self.manifest = count_entries(self.folder, self.manifest)
+        """Count the entries until none is missing. Raise InputError if one does not appear within VISIBLE_WITHIN."""
+        deadline = time.monotonic() + VISIBLE_WITHIN
+        self.manifest = collect_entries(self.folder, self.manifest)
         while not self.manifest.complete:
             if time.monotonic() > deadline:
                 raise InputError(
@@ -128,7 +128,7 @@ class _Ledger:
                     do="give them one --out folder that all machines share, and run the same command again",
                 )
             time.sleep(0.2)
-            self.manifest = count_entries(self.folder, self.manifest)
+            self.manifest = collect_entries(self.folder, self.manifest)
 
 
 def _statistics(codes: CodeDataset) -> dict[str, float]:

@@ -122,7 +122,7 @@ def _open_codes(run: RunFolder, saved: CheckpointInfo | None, settings: PriorSet
     codes = CodeDataset(folders)
     _check_learnable(codes)
     if saved is not None:
-        _check_resumable(saved, codes.manifest.tokenizer_fingerprint, f"codes in {codes.where}")
+        _check_resumable(saved, codes.manifest.tokenizer_fingerprint, f"codes in {codes.location}")
     return codes
 
 
@@ -131,16 +131,16 @@ def _check_learnable(codes: CodeDataset) -> None:
     manifest = codes.manifest
     if not manifest.complete:
         raise InputError(
-            expected=f"all {manifest.total:,} grids in {codes.where}",
+            expected=f"all {manifest.total:,} grids in {codes.location}",
             got=f"{manifest.count:,}",
             do="run the export-codes that was interrupted once more: it continues",
         )
     if not len(codes):
-        raise InputError(expected=f"at least one grid in {codes.where}", got="none", do="export the codes of images")
+        raise InputError(expected=f"at least one grid in {codes.location}", got="none", do="export the codes of images")
     highest = max(int(shard.labels.max()) for shard in codes.shards())
     if manifest.class_names and highest >= len(manifest.class_names):
         raise InputError(
-            expected=f"labels below {len(manifest.class_names)}, the number of class names in {codes.where}",
+            expected=f"labels below {len(manifest.class_names)}, the number of class names in {codes.location}",
             got=str(highest),
             do="find the damaged shard with verify-codes",
         )
@@ -172,7 +172,7 @@ def _check_made_by(tokenizer: TrainedTokenizer, codes: CodeDataset) -> None:
     """Raise InputError unless the tokenizer made the codes."""
     folder, made_by = tokenizer.folder, codes.manifest.tokenizer_fingerprint
     remedy = f"export them again with export-codes --tokenizer {folder}, or name the tokenizer that made them"
-    check_same_tokenizer(tokenizer.info.fingerprint, made_by, f"codes in {codes.where}", remedy)
+    check_same_tokenizer(tokenizer.info.fingerprint, made_by, f"codes in {codes.location}", remedy)
 
 
 def _optional_tokenizer(folder: Path, codes: CodeDataset, device: torch.device) -> TrainedTokenizer | None:

@@ -1,4 +1,4 @@
-"""Code data sets of given arrays, as export-codes leaves them but made without images; and how numpy reads one."""
+"""Code data sets made from arrays, without images, as export-codes would write them; and how numpy alone reads one."""
 
 import json
 from collections.abc import Sequence
@@ -11,6 +11,8 @@ from pipeline.codes.manifest import CodeManifest, code_dtype
 from pipeline.codes.writer import write_codes
 from pipeline.runtime.process_group import ProcessGroup
 
+from ..training.training_runs import Killed
+
 GRID = (3, 5)
 CLASS_NAMES = ("disc", "été", "線")
 FINGERPRINT = "0123456789abcdef" * 4
@@ -18,7 +20,7 @@ FINGERPRINT = "0123456789abcdef" * 4
 
 @dataclass(frozen=True)
 class Rows:
-    """What a data set holds, in memory."""
+    """The rows of a data set, in memory."""
 
     all_codes: np.ndarray  # [N,H,W]
     all_labels: np.ndarray  # [N]
@@ -37,8 +39,20 @@ class Rows:
         return self.all_names[start:stop]
 
 
+@dataclass(frozen=True)
+class StoppedRows(Rows):
+    """Rows at one of which the export is killed."""
+
+    stop_at: int
+
+    def codes(self, start: int, stop: int) -> np.ndarray:
+        if start == self.stop_at:
+            raise Killed
+        return super().codes(start, stop)
+
+
 def random_rows(count: int, num_codes: int = 16, *, labelled: bool = True, seed: int = 0) -> Rows:
-    """Grids that hold the codes 0 and K - 1, names with accents; among the labels, -1 too."""
+    """Return grids that hold the codes 0 and K - 1, names with accents, and labels of which some are -1."""
     random = np.random.default_rng(seed)
     codes = random.integers(0, num_codes, (count, *GRID))
     codes[0, 0, 1], codes[-1, -1, 0] = 0, num_codes - 1
@@ -49,7 +63,7 @@ def random_rows(count: int, num_codes: int = 16, *, labelled: bool = True, seed:
 def request(
     rows: Rows, num_codes: int = 16, *, shard_size: int = 4, split: str = "train", flips: bool = False
 ) -> CodeManifest:
-    """What is asked of `write_codes` so that it writes `rows`."""
+    """Return the manifest to request of `write_codes`, so that it writes `rows`."""
     return CodeManifest(
         count=0,
         total=len(rows),
@@ -68,13 +82,13 @@ def request(
     )
 
 
-def finished(folder: Path, rows: Rows, asked: CodeManifest | None = None) -> CodeManifest:
-    """`rows` as a data set in `folder`."""
-    return write_codes(folder, asked or request(rows), rows, ProcessGroup())
+def write_rows(folder: Path, rows: Rows, requested: CodeManifest | None = None) -> CodeManifest:
+    """Write `rows` as a data set into `folder`."""
+    return write_codes(folder, requested or request(rows), rows, ProcessGroup())
 
 
 def read_by_numpy(folder: Path) -> Rows:
-    """The shards of a folder, by their documented names and nothing else of ours."""
-    codes, labels = ([np.load(path) for path in sorted(folder.glob(f"{kind}-*.npy"))] for kind in ("codes", "labels"))
+    """Return the rows of a folder, read by the documented names of the files and without this program."""
+    codes, labels = ([np.load(path) for path in sorted(folder.glob(f"{stem}-*.npy"))] for stem in ("codes", "labels"))
     names = [json.loads(path.read_text("utf-8")) for path in sorted(folder.glob("names-*.json"))]
-    return Rows(np.concatenate(codes), np.concatenate(labels), [name for part in names for name in part])
+    return Rows(np.concatenate(codes), np.concatenate(labels), [name for shard in names for name in shard])

@@ -43,7 +43,7 @@ def tokenizer(tmp_path: Path, grey_folder: Path) -> Path:
 
 @pytest.mark.parametrize("split", ["train", "test"])
 @pytest.mark.parametrize("shard_size", [1, 4, 1000])
-def test_every_row_is_its_own_picture_with_its_label_and_name(
+def test_every_row_is_of_its_own_image_with_its_label_and_name(
     tmp_path: Path, tokenizer: Path, grey_folder: Path, split: str, shard_size: int
 ) -> None:
     """C2 and C4: the codes of each file by an oracle that reads the file itself; the labels from the folder's name."""
@@ -79,7 +79,7 @@ def test_one_distinct_corner_lands_in_its_own_corner(tmp_path: Path, corner: tup
     ("num_codes", "dtype"), [(2, "uint8"), (256, "uint8"), (257, "uint16"), (65_536, "uint16"), (65_537, "int32")]
 )
 def test_the_largest_code_survives(tmp_path: Path, num_codes: int, dtype: str) -> None:
-    """C3, from the picture to the item: a white cell is code K - 1."""
+    """C3, from the image to the item: a white cell is code K - 1."""
     white = np.full(GRID, LEVELS - 1)
     white[1, 2] = 0
     for name in ("a.png", "b.png"):
@@ -98,26 +98,26 @@ def test_the_largest_code_survives(tmp_path: Path, num_codes: int, dtype: str) -
     np.testing.assert_array_equal(codes, np.where(white == 0, 0, num_codes - 1))
 
 
-def test_five_pictures_are_enough_for_the_whole_way(tmp_path: Path) -> None:
+def test_five_images_are_enough_for_export_and_training(tmp_path: Path) -> None:
     """C5: export and a step of the prior."""
     images = fill_with_cells(tmp_path / "images", [f"{i}.png" for i in range(5)])
     save_tokenizer(tmp_path / "tokenizer", brightness_tokenizer(), images)
     manifest = export_codes(tmp_path / "tokenizer", tmp_path / "codes", device="cpu")
     assert manifest.count + export_codes(tmp_path / "tokenizer", tmp_path / "t", split="test", device="cpu").count == 5
-    given = {"codes": str(tmp_path / "codes"), "steps": 1, "channels": 2, "num_layers": 1, "precision": "fp32"}
-    info = train_prior(RunFolder(out=tmp_path / "prior", device="cpu"), given, tmp_path / "tokenizer")
+    overrides = {"codes": str(tmp_path / "codes"), "steps": 1, "channels": 2, "num_layers": 1, "precision": "fp32"}
+    info = train_prior(RunFolder(out=tmp_path / "prior", device="cpu"), overrides, tmp_path / "tokenizer")
     assert info.config["num_classes"] == 0
     assert info.tokenizer_fingerprint == manifest.tokenizer_fingerprint
 
 
 def test_the_export_is_what_encode_says_in_float32(trained: Trained) -> None:
-    """D5: of a real network, and so much the same that other batch sizes change nothing."""
+    """D5: of a real network, and to the bit, so that other batch sizes change nothing."""
     model, images = load_tokenizer(trained.tokenizer), open_images(str(trained.images))
     dataset = CodeDataset(trained.codes)
-    together = model.encode(images.train.batch(np.arange(len(images.train))))
+    at_once = model.encode(images.train.batch(np.arange(len(images.train))))
     alone = torch.cat([model.encode(images.train.batch(np.array([i]))) for i in range(len(images.train))])
     exported = torch.stack([codes for codes, _ in dataset])
-    assert torch.equal(exported, together)
+    assert torch.equal(exported, at_once)
     assert torch.equal(exported, alone)
     assert len(exported.unique()) > 1
 
@@ -141,7 +141,7 @@ def test_exporting_leaves_the_tokenizer_as_it_is(
         "pipeline.codes.export.load_trained_tokenizer", lambda folder, device: loaded.append(folder) or tokenizer
     )
     export_codes(trained.tokenizer, tmp_path / "codes", device="cpu")
-    assert loaded == [trained.tokenizer]  # so the model asked about is the one that encoded
+    assert loaded == [trained.tokenizer]  # so the model compared is the one that encoded
     assert bits_of(tokenizer.model) == bits
     assert digest_of(trained.tokenizer) == before
 
@@ -149,7 +149,7 @@ def test_exporting_leaves_the_tokenizer_as_it_is(
 # Reading
 
 
-def test_numpy_reads_it_without_us(trained: Trained) -> None:
+def test_numpy_alone_reads_it(trained: Trained) -> None:
     """The one line of the contract, and the hashes of the manifest."""
     manifest = json.loads((trained.codes / "manifest.json").read_text("utf-8"))
     grids, labels = [], []
@@ -178,34 +178,34 @@ def test_codes_of_another_tokenizer(tmp_path: Path, tokenizer: Path, grey_folder
     """C6: with both fingerprints, and before anything is written or cleared."""
     codes = export_codes(tokenizer, tmp_path / "codes", device="cpu")
     other = save_tokenizer(tmp_path / "other", brightness_tokenizer(17), grey_folder)
-    given = {"codes": str(tmp_path / "codes"), "tokenizer": str(tmp_path / "other"), "steps": 1, "channels": 2}
+    overrides = {"codes": str(tmp_path / "codes"), "tokenizer": str(tmp_path / "other"), "steps": 1, "channels": 2}
     with pytest.raises(InputError) as error:
-        train_prior(RunFolder(out=tmp_path / "prior", device="cpu"), given, tmp_path / "none")
+        train_prior(RunFolder(out=tmp_path / "prior", device="cpu"), overrides, tmp_path / "none")
     assert codes.tokenizer_fingerprint in str(error.value)
     assert other.fingerprint in str(error.value)
     assert digest_of(tmp_path / "prior") == {}
 
 
-def test_going_on_with_codes_that_another_tokenizer_made_since(tmp_path: Path, grey_folder: Path) -> None:
+def test_resuming_with_codes_that_another_tokenizer_made_since(tmp_path: Path, grey_folder: Path) -> None:
     """C6 for --resume: the codes' folder and the tokenizer's hold other things than when the run was started."""
     tokenizer, codes, prior = (tmp_path / name for name in ("tokenizer", "codes", "prior"))
-    given = {"codes": str(codes), "tokenizer": str(tokenizer), "channels": 2, "num_layers": 1, "precision": "fp32"}
+    overrides = {"codes": str(codes), "tokenizer": str(tokenizer), "channels": 2, "num_layers": 1, "precision": "fp32"}
     fingerprints = []
-    for turned in (False, True):
+    for flipped in (False, True):
         model = brightness_tokenizer()
-        if turned:
+        if flipped:
             model.quantizer.set_codebook(model.quantizer.codebook.flip(0))
         fingerprints.append(save_tokenizer(tokenizer, model, grey_folder).fingerprint)
         export_codes(tokenizer, codes, device="cpu", force=True)
-        if not turned:
-            train_prior(RunFolder(out=prior, device="cpu"), {**given, "steps": 1}, tokenizer)
+        if not flipped:
+            train_prior(RunFolder(out=prior, device="cpu"), {**overrides, "steps": 1}, tokenizer)
     with pytest.raises(InputError) as error:
-        train_prior(RunFolder(out=prior, device="cpu", resume=True), {**given, "steps": 2}, tokenizer)
+        train_prior(RunFolder(out=prior, device="cpu", resume=True), {**overrides, "steps": 2}, tokenizer)
     assert all(fingerprint in str(error.value) for fingerprint in fingerprints)
 
 
 def test_images_of_another_size_are_brought_to_the_tokenizers(tmp_path: Path, tokenizer: Path) -> None:
-    """A grid is the tokenizer's, whatever the pictures are."""
+    """The grid is the tokenizer's, whatever the size of the images."""
     for i in range(4):
         draw_cells(tmp_path / "large" / f"{i}.png", np.full((GRID[0] * 3, GRID[1] * 3), 2 + i))
     manifest = export_codes(tokenizer, tmp_path / "codes", data=str(tmp_path / "large"), device="cpu")

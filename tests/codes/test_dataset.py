@@ -1,4 +1,4 @@
-"""Reading code data sets: every row from its shard, mapped and not read, of one folder or several; damage is named."""
+"""Reading code data sets: every row from its shard, mapped and not read, of one folder or several; and damaged ones."""
 
 import logging
 import os
@@ -44,8 +44,8 @@ def manifest_of(shards: list[ShardEntry], **fields: Any) -> CodeManifest:
     return CodeManifest(shards=shards, dtype=code_dtype(chosen["num_codes"]).name, **chosen)
 
 
-def written(folder: Path, shards: Sequence[np.ndarray], labels: Sequence[int] | None = None, **fields: Any) -> Path:
-    """A data set of these grids; the name of row i is "i", its label too if no others are given."""
+def write_data(folder: Path, shards: Sequence[np.ndarray], labels: Sequence[int] | None = None, **fields: Any) -> Path:
+    """Write a data set of these grids; the name of row i is "i", its label too unless `labels` are passed."""
     ends = np.cumsum([0, *map(len, shards)])
     all_labels = np.arange(ends[-1]) if labels is None else np.array(labels)
     entries = []
@@ -61,8 +61,8 @@ def random_shards(*counts: int, seed: int = 0) -> list[np.ndarray]:
     return [random.integers(0, LEVELS, (count, *GRID)).astype(np.uint8) for count in counts]
 
 
-def zeros(folder: Path, counts: Sequence[int], grid: tuple[int, int], num_codes: int) -> Path:
-    """A data set of sparse files, which take no room on the disk; without names."""
+def write_zeros(folder: Path, counts: Sequence[int], grid: tuple[int, int], num_codes: int) -> Path:
+    """Write a data set of sparse files, which take no room on the disk; without names."""
     folder.mkdir(parents=True, exist_ok=True)
     entries = []
     for i, count in enumerate(counts):
@@ -74,10 +74,10 @@ def zeros(folder: Path, counts: Sequence[int], grid: tuple[int, int], num_codes:
     return folder
 
 
-def kilobytes(kind: str) -> int:
-    """Memory of this process that is in use: "RssAnon", its own, or "RssFile", pages of mapped files."""
+def kilobytes(name: str) -> int:
+    """Return the memory of this process that is in use: "RssAnon", its own, or "RssFile", pages of mapped files."""
     lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(f"{kind}:"))
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
 
 
 # Rows
@@ -86,7 +86,7 @@ def kilobytes(kind: str) -> int:
 @pytest.mark.parametrize("counts", [(1,), (3, 1, 4), (2, 2, 2)])
 def test_items_batches_and_the_arrays_agree(tmp_path: Path, counts: tuple[int, ...]) -> None:
     shards = random_shards(*counts)
-    dataset, expected = CodeDataset(written(tmp_path, shards)), np.concatenate(shards)
+    dataset, expected = CodeDataset(write_data(tmp_path, shards)), np.concatenate(shards)
     assert len(dataset) == len(expected) == dataset.manifest.count
     for i in range(-len(expected), len(expected)):
         codes, label = dataset[i]
@@ -106,10 +106,10 @@ def test_a_batch_is_its_rows_one_after_the_other(tmp_path: Path, seed: int) -> N
     """By a loop over the rows, for random shards and all manners of indices."""
     random = np.random.default_rng(seed)
     shards = random_shards(*random.integers(1, 6, random.integers(1, 8)), seed=seed)
-    dataset, rows = CodeDataset(written(tmp_path, shards)), np.concatenate(shards)
+    dataset, rows = CodeDataset(write_data(tmp_path, shards)), np.concatenate(shards)
     count = len(rows)
-    some = random.integers(-count, count, 30)
-    for indices in (some, some[:1], np.sort(some), np.sort(some)[::-1], np.repeat(some[:3], 4), some[:0]):
+    subset = random.integers(-count, count, 30)
+    for indices in (subset, subset[:1], np.sort(subset), np.sort(subset)[::-1], np.repeat(subset[:3], 4), subset[:0]):
         expected = [rows[index] for index in indices]
         codes, labels = dataset.batch(indices)
         assert codes.shape == (len(indices), *GRID)
@@ -122,7 +122,7 @@ def test_a_batch_is_its_rows_one_after_the_other(tmp_path: Path, seed: int) -> N
 
 def test_indices_of_a_small_type(tmp_path: Path) -> None:
     """A data set may be longer than the numbers of the type go."""
-    dataset = CodeDataset(written(tmp_path, random_shards(150, 150)))
+    dataset = CodeDataset(write_data(tmp_path, random_shards(150, 150)))
     for dtype in (np.uint8, np.int8, np.int32):
         indices = np.array([3, 127, 0], dtype=dtype)
         assert dataset.batch(indices)[1].tolist() == [3, 127, 0]
@@ -130,7 +130,7 @@ def test_indices_of_a_small_type(tmp_path: Path) -> None:
 
 
 def test_a_row_that_is_not_there(tmp_path: Path) -> None:
-    dataset = CodeDataset(written(tmp_path, random_shards(3, 2)))
+    dataset = CodeDataset(write_data(tmp_path, random_shards(3, 2)))
     for index in (5, -6, 100):
         with pytest.raises(IndexError, match="from -5 to 4"):
             dataset[index]
@@ -139,7 +139,7 @@ def test_a_row_that_is_not_there(tmp_path: Path) -> None:
 
 
 def test_what_is_read_is_a_copy_and_the_arrays_are_read_only(tmp_path: Path) -> None:
-    dataset = CodeDataset(written(tmp_path, random_shards(2)))
+    dataset = CodeDataset(write_data(tmp_path, random_shards(2)))
     files, first = digest_of(tmp_path), dataset[0][0].clone()
     dataset[0][0].fill_(9)
     dataset.batch(np.array([0]))[0].fill_(9)
@@ -156,26 +156,26 @@ def test_the_largest_code_of_every_type_survives(tmp_path: Path, num_codes: int)
     """C3, also through a batch over two folders."""
     grids = np.array([[[0, num_codes - 1, 1]], [[num_codes - 1, 0, num_codes - 2]]]).astype(code_dtype(num_codes))
     for name in ("a", "b"):
-        written(tmp_path / name, [grids], num_codes=num_codes)
+        write_data(tmp_path / name, [grids], num_codes=num_codes)
     dataset = CodeDataset([tmp_path / "a", tmp_path / "b"])
     expected = grids.astype(np.int64)[[1, 0, 0]]
     np.testing.assert_array_equal(dataset.batch(np.array([3, 0, 2]))[0], expected)
     np.testing.assert_array_equal(dataset[3][0], expected[0])
 
 
-# ProcessGroup
+# Other processes
 
 
-@pytest.mark.parametrize("start", ["here", "fork", "spawn"])
-def test_a_loader_of_torch_gives_the_same_rows_from_other_processes(tmp_path: Path, start: str) -> None:
+@pytest.mark.parametrize("method", [None, "fork", "spawn"])
+def test_a_loader_of_torch_gives_the_same_rows_from_other_processes(tmp_path: Path, method: str | None) -> None:
     """In any order, over two folders."""
-    if start == "fork" and sys.platform != "linux":
+    if method == "fork" and sys.platform != "linux":
         pytest.skip("not safe there")
     for seed, name in enumerate(("a", "b")):
-        written(tmp_path / name, random_shards(3, 4, seed=seed))
+        write_data(tmp_path / name, random_shards(3, 4, seed=seed))
     dataset = CodeDataset([tmp_path / "a", tmp_path / "b"])
     order = np.random.default_rng(0).permutation(14).tolist()
-    workers = {} if start == "here" else {"num_workers": 2, "multiprocessing_context": start}
+    workers = {} if method is None else {"num_workers": 2, "multiprocessing_context": method}
     batches = list(DataLoader(dataset, batch_size=4, sampler=order, **workers))
     assert [len(labels) for _, labels in batches] == [4, 4, 4, 2]
     codes, labels = dataset.batch(np.array(order))
@@ -184,7 +184,7 @@ def test_a_loader_of_torch_gives_the_same_rows_from_other_processes(tmp_path: Pa
 
 
 def test_a_copy_travels_without_the_arrays(tmp_path: Path) -> None:
-    dataset = CodeDataset(zeros(tmp_path, [20_000, 20_000], GRID, LEVELS))
+    dataset = CodeDataset(write_zeros(tmp_path, [20_000, 20_000], GRID, LEVELS))
     content = pickle.dumps(dataset)
     assert len(content) < 10_000
     copy = pickle.loads(content)
@@ -197,7 +197,7 @@ def test_a_copy_travels_without_the_arrays(tmp_path: Path) -> None:
 @linux_only
 def test_an_epoch_takes_no_memory_of_its_own(tmp_path: Path) -> None:
     """The 48 MiB of the data set are pages of the files, which the system may drop and all processes share."""
-    dataset = CodeDataset(zeros(tmp_path, [16_384] * 12, (16, 16), LEVELS))
+    dataset = CodeDataset(write_zeros(tmp_path, [16_384] * 12, (16, 16), LEVELS))
     order = np.random.default_rng(0).permutation(len(dataset)).reshape(-1, 512)
     dataset.batch(order[0])
     own, mapped = kilobytes("RssAnon"), kilobytes("RssFile")
@@ -212,7 +212,7 @@ def test_an_epoch_takes_no_memory_of_its_own(tmp_path: Path) -> None:
 @linux_only
 def test_opening_ten_million_grids_reads_none_of_them(tmp_path: Path) -> None:
     own, mapped = kilobytes("RssAnon"), kilobytes("RssFile")
-    dataset = CodeDataset(zeros(tmp_path, [2_500_000] * 4, (8, 8), 1024))
+    dataset = CodeDataset(write_zeros(tmp_path, [2_500_000] * 4, (8, 8), 1024))
     assert kilobytes("RssAnon") - own < 12_000
     assert kilobytes("RssFile") - mapped < 12_000
     assert len(dataset) == 10_000_000
@@ -221,7 +221,7 @@ def test_opening_ten_million_grids_reads_none_of_them(tmp_path: Path) -> None:
 
 @linux_only
 def test_no_file_stays_open(tmp_path: Path) -> None:
-    zeros(tmp_path, [1] * 300, GRID, LEVELS)
+    write_zeros(tmp_path, [1] * 300, GRID, LEVELS)
     before = len(os.listdir("/proc/self/fd"))
     dataset = CodeDataset(tmp_path)
     dataset.batch(np.arange(300))
@@ -234,25 +234,27 @@ def test_no_file_stays_open(tmp_path: Path) -> None:
 def test_the_rows_of_several_folders_follow_each_other(tmp_path: Path) -> None:
     shards = {"a": random_shards(3, 2, seed=1), "b": random_shards(4, seed=2), "c": random_shards(1, 1, seed=3)}
     for name, split in zip(shards, ("train", "test", "train"), strict=True):
-        written(tmp_path / name, shards[name], split=split, statistics={"perplexity": 2.0}, made_with={"torch": name})
-    apart = [CodeDataset(tmp_path / name) for name in shards]
-    together = CodeDataset([tmp_path / name for name in shards])
-    assert len(together) == together.manifest.count == together.manifest.total == 11
-    assert together.manifest.split == "train+test"
-    assert together.manifest.statistics == together.manifest.made_with == {}
+        write_data(
+            tmp_path / name, shards[name], split=split, statistics={"perplexity": 2.0}, made_with={"torch": name}
+        )
+    separate = [CodeDataset(tmp_path / name) for name in shards]
+    joined = CodeDataset([tmp_path / name for name in shards])
+    assert len(joined) == joined.manifest.count == joined.manifest.total == 11
+    assert joined.manifest.split == "train+test"
+    assert joined.manifest.statistics == joined.manifest.made_with == {}
     rows = np.concatenate([shard for name in shards for shard in shards[name]])
-    labels = np.concatenate([part.labels for part in apart])
+    labels = np.concatenate([dataset.labels for dataset in separate])
     for i in range(-11, 11):
-        np.testing.assert_array_equal(together[i][0], rows[i])
-        assert together[i][1] == labels[i]
-    np.testing.assert_array_equal(together.batch(np.arange(11))[0], rows)
-    np.testing.assert_array_equal(together.labels, labels)
-    assert list(together.names()) == [name for part in apart for name in part.names()]
-    np.testing.assert_array_equal(np.concatenate([shard.codes for shard in together.shards()]), rows)
+        np.testing.assert_array_equal(joined[i][0], rows[i])
+        assert joined[i][1] == labels[i]
+    np.testing.assert_array_equal(joined.batch(np.arange(11))[0], rows)
+    np.testing.assert_array_equal(joined.labels, labels)
+    assert list(joined.names()) == [name for dataset in separate for name in dataset.names()]
+    np.testing.assert_array_equal(np.concatenate([shard.codes for shard in joined.shards()]), rows)
 
 
 def test_one_folder_in_a_list_is_that_folder_and_one_twice_is_twice_its_rows(tmp_path: Path) -> None:
-    alone, listed = CodeDataset(written(tmp_path, random_shards(3, 2), flips=True)), CodeDataset([str(tmp_path)])
+    alone, listed = CodeDataset(write_data(tmp_path, random_shards(3, 2), flips=True)), CodeDataset([str(tmp_path)])
     assert listed.manifest == alone.manifest
     assert torch.equal(listed.batch(np.arange(5))[0], alone.batch(np.arange(5))[0])
     twice = CodeDataset([tmp_path, tmp_path])
@@ -265,7 +267,7 @@ def test_no_folder_at_all() -> None:
 
 
 @pytest.mark.parametrize(
-    ("field", "ours", "theirs"),
+    ("field", "first", "other"),
     [
         ("tokenizer_fingerprint", "a" * 64, "b" * 64),
         ("num_codes", 16, 17),
@@ -273,15 +275,15 @@ def test_no_folder_at_all() -> None:
         ("image", {"height": 8, "width": 12, "channels": 1}, {"height": 8, "width": 12, "channels": 3}),
     ],
 )
-def test_folders_that_do_not_fit_together(tmp_path: Path, field: str, ours: Any, theirs: Any) -> None:
-    for name, value in (("a", ours), ("same", ours), ("b", theirs)):
-        written(tmp_path / name, random_shards(2), **{field: value})
-    check_refused(tmp_path, f"the same {field.replace('_', ' ')}", ours, theirs)
+def test_folders_that_do_not_fit_together(tmp_path: Path, field: str, first: Any, other: Any) -> None:
+    for name, value in (("a", first), ("same", first), ("b", other)):
+        write_data(tmp_path / name, random_shards(2), **{field: value})
+    check_refused(tmp_path, f"the same {field.replace('_', ' ')}", first, other)
 
 
 def test_folders_of_other_grids(tmp_path: Path) -> None:
     for name, grid in (("a", (4, 6)), ("same", (4, 6)), ("b", (6, 4))):
-        written(tmp_path / name, [np.zeros((2, *grid), dtype=np.uint8)])
+        write_data(tmp_path / name, [np.zeros((2, *grid), dtype=np.uint8)])
     check_refused(tmp_path, "the same grid", (4, 6), (6, 4))
 
 
@@ -291,33 +293,33 @@ def check_refused(folder: Path, expected: str, *values: Any) -> None:
     line = str(error.value)
     assert "\n" not in line
     assert expected in line
-    assert all(str(part) in line for part in (folder / "a", folder / "b", *values))
+    assert all(str(value) in line for value in (folder / "a", folder / "b", *values))
 
 
 # Unfinished
 
 
-def test_what_is_there_of_an_unfinished_data_set(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_rows_that_an_unfinished_data_set_has(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Also with a shard missing in the middle; the warning names the folder, once, and no finished one."""
     shards = random_shards(4, 4, 4)
-    written(tmp_path / "whole", shards)
-    manifest = read_manifest(written(tmp_path / "part", shards))
+    write_data(tmp_path / "complete", shards)
+    manifest = read_manifest(write_data(tmp_path / "unfinished", shards))
     write_manifest(
-        tmp_path / "part", manifest_of([manifest.shards[0], manifest.shards[2]], total=12, shard_size=4, count=8)
+        tmp_path / "unfinished", manifest_of([manifest.shards[0], manifest.shards[2]], total=12, shard_size=4, count=8)
     )
     with caplog.at_level(logging.WARNING):
-        CodeDataset(tmp_path / "whole")
+        CodeDataset(tmp_path / "complete")
         assert caplog.messages == []
-        dataset = CodeDataset([tmp_path / "whole", tmp_path / "part"])
+        dataset = CodeDataset([tmp_path / "complete", tmp_path / "unfinished"])
         pickle.loads(pickle.dumps(dataset))
     (message,) = caplog.messages
-    assert f"{tmp_path / 'part'} holds 8 of 12 grids" in message
+    assert f"{tmp_path / 'unfinished'} holds 8 of 12 grids" in message
     assert dataset.labels.tolist() == [*range(12), 0, 1, 2, 3, 8, 9, 10, 11]
     np.testing.assert_array_equal(dataset.batch(np.arange(12, 20))[0], np.concatenate([shards[0], shards[2]]))
     assert not dataset.manifest.complete
 
 
-def test_of_a_data_set_just_begun_there_are_no_rows(tmp_path: Path) -> None:
+def test_a_data_set_just_begun_has_no_rows(tmp_path: Path) -> None:
     write_manifest(tmp_path, manifest_of([], total=12))
     dataset = CodeDataset(tmp_path)
     assert (len(dataset), len(dataset.labels), list(dataset.names())) == (0, 0, [])
@@ -329,28 +331,28 @@ def test_of_a_data_set_just_begun_there_are_no_rows(tmp_path: Path) -> None:
 # Training on them
 
 
-def trained_on(folder: Path, out: Path) -> Any:
+def train_on(folder: Path, out: Path) -> Any:
     return train_prior(RunFolder(out=out, device="cpu"), {"codes": str(folder), **SMALL_PRIOR}, out.parent / "none")
 
 
 @pytest.mark.parametrize("total", [0, 12])
-def test_a_prior_is_not_trained_on_codes_that_are_not_there(tmp_path: Path, total: int) -> None:
+def test_a_prior_is_not_trained_on_codes_that_are_missing(tmp_path: Path, total: int) -> None:
     expected = {0: "at least one grid in .*, got none; export", 12: "all 12 grids in .*, got 0; run the export-codes"}
     (tmp_path / "codes").mkdir()
     write_manifest(tmp_path / "codes", manifest_of([], total=total))
     with pytest.raises(InputError, match=expected[total]):
-        trained_on(tmp_path / "codes", tmp_path / "prior")
+        train_on(tmp_path / "codes", tmp_path / "prior")
     assert not (tmp_path / "prior").exists()
 
 
 def test_a_label_beyond_the_classes_is_refused_before_anything_is_written(tmp_path: Path) -> None:
-    written(tmp_path / "codes", random_shards(2, 2), labels=[0, 1, 2, 0], class_names=["cat", "dog"])
+    write_data(tmp_path / "codes", random_shards(2, 2), labels=[0, 1, 2, 0], class_names=["cat", "dog"])
     with pytest.raises(InputError, match=r"labels below 2, .*, got 2; .*verify-codes"):
-        trained_on(tmp_path / "codes", tmp_path / "prior")
+        train_on(tmp_path / "codes", tmp_path / "prior")
     assert not (tmp_path / "prior").exists()
 
 
-def test_a_prior_learns_from_several_folders_and_goes_on_with_them(
+def test_a_prior_learns_from_several_folders_and_resumes_with_them(
     tmp_path: Path, trained: Trained, codegrid: Codegrid
 ) -> None:
     for split in ("train", "test"):
@@ -373,8 +375,8 @@ def test_a_prior_learns_from_several_folders_and_goes_on_with_them(
 )
 def test_the_fewest_rows_with_labels_and_without(tmp_path: Path, labels: list[int], classes: int) -> None:
     """Labels count only if every row has one."""
-    written(tmp_path / "codes", random_shards(len(labels)), labels=labels, class_names=["cat", "dog"])
-    info = trained_on(tmp_path / "codes", tmp_path / "prior")
+    write_data(tmp_path / "codes", random_shards(len(labels)), labels=labels, class_names=["cat", "dog"])
+    info = train_on(tmp_path / "codes", tmp_path / "prior")
     assert info.step == 1
     assert info.config["num_classes"] == classes == len(info.class_names)
 
@@ -385,10 +387,10 @@ def killed(tmp_path: Path, grey_folder: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("pipeline.training.train_prior.export_codes", partial(export_codes, shard_size=4))
     save_tokenizer(tmp_path / "tokenizer", brightness_tokenizer(), grey_folder)
 
-    def dying(folder: Path, index: int, *rest: Any, **more: Any) -> Any:
+    def dying(folder: Path, index: int, *rest: Any, **options: Any) -> Any:
         if index == 2:
             raise KeyboardInterrupt
-        return write_shard(folder, index, *rest, **more)
+        return write_shard(folder, index, *rest, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr("pipeline.codes.writer.write_shard", dying)
@@ -398,8 +400,8 @@ def killed(tmp_path: Path, grey_folder: Path, monkeypatch: pytest.MonkeyPatch) -
     return tmp_path
 
 
-def train_on_own_images(folder: Path, **how: bool) -> None:
-    train_prior(RunFolder(out=folder / "prior", device="cpu", **how), SMALL_PRIOR, folder / "tokenizer")
+def train_on_own_images(folder: Path, **options: bool) -> None:
+    train_prior(RunFolder(out=folder / "prior", device="cpu", **options), SMALL_PRIOR, folder / "tokenizer")
 
 
 def test_resume_finishes_an_export_of_its_own(killed: Path) -> None:
@@ -407,12 +409,12 @@ def test_resume_finishes_an_export_of_its_own(killed: Path) -> None:
     before = first.stat().st_mtime_ns
     train_on_own_images(killed, resume=True)
     assert first.stat().st_mtime_ns == before
-    export_codes(killed / "tokenizer", killed / "whole", shard_size=4, device="cpu")
-    assert digest_of(killed / "prior" / "codes") == digest_of(killed / "whole")
+    export_codes(killed / "tokenizer", killed / "undisturbed", shard_size=4, device="cpu")
+    assert digest_of(killed / "prior" / "codes") == digest_of(killed / "undisturbed")
 
 
 def test_force_starts_an_unfinished_export_anew(killed: Path) -> None:
-    """What --resume says when it cannot go on with it, because it was begun by another version."""
+    """As --resume advises when it cannot resume it, because another version began it."""
     codes = killed / "prior" / "codes"
     manifest = (codes / "manifest.json").read_text("utf-8")
     (codes / "manifest.json").write_text(manifest.replace('"torch": "', '"torch": "0.'), "utf-8")
@@ -426,10 +428,10 @@ def test_force_starts_an_unfinished_export_anew(killed: Path) -> None:
 
 
 @pytest.mark.parametrize(("num_codes", "wrong"), [(16, 16), (16, 255), (257, 300), (65_537, 65_537), (65_537, -1)])
-def test_a_code_out_of_range_is_named_when_it_is_read(tmp_path: Path, num_codes: int, wrong: int) -> None:
+def test_a_code_out_of_range_is_reported_when_it_is_read(tmp_path: Path, num_codes: int, wrong: int) -> None:
     grids = np.full((5, *GRID), num_codes - 1, dtype=code_dtype(num_codes))
     grids[3, 1, 2] = wrong
-    dataset = CodeDataset(written(tmp_path, [grids[:2], grids[2:]], num_codes=num_codes))
+    dataset = CodeDataset(write_data(tmp_path, [grids[:2], grids[2:]], num_codes=num_codes))
     assert dataset.batch(np.array([0, 1, 2, 4]))[0].min() == num_codes - 1
     line = f"expected codes from 0 to {num_codes - 1} in {tmp_path}, got {wrong}; .*verify-codes"
     with pytest.raises(InputError, match=line):
@@ -439,18 +441,19 @@ def test_a_code_out_of_range_is_named_when_it_is_read(tmp_path: Path, num_codes:
 
 
 @pytest.mark.parametrize("name", ["codes-00001.npy", "labels-00000.npy"])
-@pytest.mark.parametrize("harm", ["missing", "empty", "cut short", "longer", "text", "another shape", "pickled"])
-def test_a_missing_or_corrupt_shard(tmp_path: Path, name: str, harm: str) -> None:
-    path = written(tmp_path, random_shards(3, 2)) / name
-    if harm == "missing":
+@pytest.mark.parametrize("damage", ["missing", "empty", "cut short", "longer", "text", "another shape", "pickled"])
+def test_a_missing_or_corrupt_shard(tmp_path: Path, name: str, damage: str) -> None:
+    path = write_data(tmp_path, random_shards(3, 2)) / name
+    if damage == "missing":
         path.unlink()
-    elif harm == "another shape":
+    elif damage == "another shape":
         np.save(path, np.zeros((3, 6, 4), dtype=np.uint8))
-    elif harm == "pickled":
+    elif damage == "pickled":
         np.save(path, np.array([{}], dtype=object), allow_pickle=True)
     else:
-        whole = path.read_bytes()
-        path.write_bytes({"empty": b"", "cut short": whole[:-1], "longer": whole + b"0", "text": b"no array"}[harm])
+        intact = path.read_bytes()
+        content = {"empty": b"", "cut short": intact[:-1], "longer": intact + b"0", "text": b"no array"}[damage]
+        path.write_bytes(content)
     with pytest.raises(InputError, match=f"{name}.*; export the codes again") as error:
         CodeDataset(tmp_path)
     assert "\n" not in str(error.value)
@@ -460,15 +463,15 @@ def test_a_missing_or_corrupt_shard(tmp_path: Path, name: str, harm: str) -> Non
     "labels", [np.zeros(3, np.int32), np.zeros(3, np.float64), np.zeros(2, np.int64), np.zeros((3, 1), np.int64)]
 )
 def test_labels_of_another_type_or_number(tmp_path: Path, labels: np.ndarray) -> None:
-    written(tmp_path, random_shards(3))
+    write_data(tmp_path, random_shards(3))
     np.save(tmp_path / "labels-00000.npy", labels)
     with pytest.raises(InputError, match=r"expected int64 of the shape \[3\] in .*labels-00000.npy, got"):
         CodeDataset(tmp_path)
 
 
 def test_codes_column_by_column(tmp_path: Path) -> None:
-    """The header of numpy says so, and the bytes would be read as other grids."""
-    written(tmp_path, random_shards(3))
+    """Which the header tells; the bytes in rows would be other grids."""
+    write_data(tmp_path, random_shards(3))
     np.save(tmp_path / "codes-00000.npy", np.asfortranarray(random_shards(3)[0]))
     with pytest.raises(InputError, match=r"expected uint8 .* got uint8 \[3, 4, 6\] by columns"):
         CodeDataset(tmp_path)
@@ -478,10 +481,10 @@ def test_codes_column_by_column(tmp_path: Path) -> None:
 def test_a_byte_of_a_header_is_another(tmp_path: Path, byte: bytes) -> None:
     """Either the file is refused in one line, or it says the same."""
     shards = random_shards(3)
-    path = written(tmp_path, shards) / "codes-00000.npy"
-    whole, refusals = path.read_bytes(), []
-    for place in range(len(whole) - shards[0].nbytes):
-        path.write_bytes(whole[:place] + byte + whole[place + 1 :])
+    path = write_data(tmp_path, shards) / "codes-00000.npy"
+    intact, refusals = path.read_bytes(), []
+    for position in range(len(intact) - shards[0].nbytes):
+        path.write_bytes(intact[:position] + byte + intact[position + 1 :])
         try:
             dataset = CodeDataset(tmp_path)
         except InputError as error:
@@ -496,7 +499,7 @@ def test_a_byte_of_a_header_is_another(tmp_path: Path, byte: bytes) -> None:
     "content", [b"", b"[", b"null", b'{"a": 1, "b": 2}', b'["a", 2]', b'"ab"', b'["a"]', b"[\xff]"]
 )
 def test_names_that_are_not_two_names(tmp_path: Path, content: bytes) -> None:
-    (written(tmp_path, random_shards(2)) / "names-00000.json").write_bytes(content)
+    (write_data(tmp_path, random_shards(2)) / "names-00000.json").write_bytes(content)
     with pytest.raises(InputError, match=r"names-00000.json, got .*; export the codes again"):
         list(CodeDataset(tmp_path).names())
 
@@ -510,7 +513,7 @@ def test_names_that_are_no_unicode(tmp_path: Path) -> None:
 
 @linux_only
 def test_a_folder_that_torch_cannot_name(tmp_path: Path) -> None:
-    written(tmp_path / "\udce9", random_shards(2))
+    write_data(tmp_path / "\udce9", random_shards(2))
     with pytest.raises(InputError, match=r"expected a file that can be mapped into memory at .*; export"):
         CodeDataset(tmp_path / "\udce9")
 

@@ -1,4 +1,4 @@
-"""decode-codes: the images that the tokenizer makes of its own codes, to the bit, in any of three forms."""
+"""decode-codes: the images that the tokenizer decodes from its own codes, to the bit, in each of three formats."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from pipeline.codes.dataset import CodeDataset
-from pipeline.codes.decode import PICTURED, decode_codes
+from pipeline.codes.decode import SHEET_IMAGES, decode_codes
 from pipeline.codes.manifest import read_manifest, write_manifest
 from pipeline.errors import InputError
 from pipeline.images.image_set import open_images
@@ -23,52 +23,52 @@ from pipeline.models.loading import load_tokenizer
 from ..conftest import Codegrid, Trained
 from ..support import CELL, STEP, brightness_tokenizer, digest_of, save_tokenizer
 from ..training.training_runs import Killed
-from .code_folders import finished, random_rows, request
+from .code_folders import random_rows, request, write_rows
 
-KINDS = ("out.npy", "out.png", "out")
+OUTPUTS = ("out.npy", "out.png", "out")
 
 
-def decode(trained: Trained, out: Path, *more: object) -> list[object]:
-    given = ["decode-codes", trained.codes, "--tokenizer", trained.tokenizer, "--out", out]
-    return [*given, "--device", "cpu", *more]
+def decode(trained: Trained, out: Path, *options: object) -> list[object]:
+    command = ["decode-codes", trained.codes, "--tokenizer", trained.tokenizer, "--out", out]
+    return [*command, "--device", "cpu", *options]
 
 
 @pytest.fixture(scope="module")
-def again(trained: Trained) -> np.ndarray:
-    """The oracle: the same images through the tokenizer and back, uint8 [N,C,H',W']."""
-    part = open_images(str(trained.images)).train
-    found = reconstruct_images(load_tokenizer(trained.tokenizer), part.batch(np.arange(len(part)))).numpy()
+def reconstructed(trained: Trained) -> np.ndarray:
+    """The oracle: the same images encoded and decoded, uint8 [N,C,H',W']."""
+    images = open_images(str(trained.images)).train
+    found = reconstruct_images(load_tokenizer(trained.tokenizer), images.batch(np.arange(len(images)))).numpy()
     assert len(np.unique(found.reshape(len(found), -1), axis=0)) > 1
     return found
 
 
 @pytest.fixture(scope="module")
 def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """More grids than a picture shows and a block holds, and the tokenizer that shows each code as its brightness."""
+    """More grids than a contact sheet or a block holds, and the tokenizer that shows each code as its brightness."""
     folder = tmp_path_factory.mktemp("many")
     rows = random_rows(2 * BLOCK + 3)
     info = save_tokenizer(folder / "tokenizer", brightness_tokenizer())
-    asked = replace(request(rows, shard_size=50), tokenizer_fingerprint=info.fingerprint)
-    finished(folder / "codes", rows, asked)
+    requested = replace(request(rows, shard_size=50), tokenizer_fingerprint=info.fingerprint)
+    write_rows(folder / "codes", rows, requested)
     return folder
 
 
 def by_eye(folder: Path) -> np.ndarray:
-    """What `many` looks like: uint8 [N,1,H',W']."""
+    """Return the images of `many`, made without a decoder: uint8 [N,1,H',W']."""
     codes = np.stack([codes.numpy() for codes, _ in CodeDataset(folder / "codes")])
     return (np.kron(codes, np.ones((1, CELL, CELL), dtype=np.int64)) * STEP).astype(np.uint8)[:, None]
 
 
 def pixels(path: Path) -> np.ndarray:
-    """[C,H',W'] of a PNG."""
+    """Return the pixels [C,H',W'] of a PNG."""
     found = np.asarray(Image.open(path))
     return found[None] if found.ndim == 2 else found.transpose(2, 0, 1)
 
 
-def same_picture(path: Path, images: np.ndarray) -> None:
-    beside = path.with_name("expected.png")
-    save_grid(torch.from_numpy(images), beside)
-    np.testing.assert_array_equal(pixels(path), pixels(beside))
+def assert_contact_sheet(path: Path, images: np.ndarray) -> None:
+    expected = path.with_name("expected.png")
+    save_grid(torch.from_numpy(images), expected)
+    np.testing.assert_array_equal(pixels(path), pixels(expected))
 
 
 # The images
@@ -76,13 +76,13 @@ def same_picture(path: Path, images: np.ndarray) -> None:
 
 @pytest.mark.parametrize("start", [0, 3, 10])
 @pytest.mark.parametrize("n", [None, 1, 2, 1000])
-def test_each_form_holds_what_reconstruct_makes(
-    tmp_path: Path, trained: Trained, codegrid: Codegrid, again: np.ndarray, start: int, n: int | None
+def test_each_format_holds_the_images_of_reconstruct(
+    tmp_path: Path, trained: Trained, codegrid: Codegrid, reconstructed: np.ndarray, start: int, n: int | None
 ) -> None:
-    expected = again[start:][:n]
-    more = ["--start", start, *([] if n is None else ["--n", n])]
-    for name in KINDS:
-        outcome = codegrid(*decode(trained, tmp_path / name, *more))
+    expected = reconstructed[start:][:n]
+    rows = ["--start", start, *([] if n is None else ["--n", n])]
+    for name in OUTPUTS:
+        outcome = codegrid(*decode(trained, tmp_path / name, *rows))
         assert (outcome.status, outcome.out) == (0, f"{len(expected)} images: {tmp_path / name}\n")
     found = np.load(tmp_path / "out.npy", allow_pickle=False)
     np.testing.assert_array_equal(found, expected)
@@ -90,33 +90,33 @@ def test_each_form_holds_what_reconstruct_makes(
     files = sorted((tmp_path / "out").glob("*.png"))
     assert [path.name for path in files] == [f"{start + i:05d}.png" for i in range(len(expected))]
     np.testing.assert_array_equal(np.stack([pixels(path) for path in files]), expected)
-    same_picture(tmp_path / "out.png", expected)
-    assert {path.name for path in tmp_path.iterdir()} == {*KINDS, "expected.png"}
+    assert_contact_sheet(tmp_path / "out.png", expected)
+    assert {path.name for path in tmp_path.iterdir()} == {*OUTPUTS, "expected.png"}
 
 
 def test_many_by_eye(tmp_path: Path, many: Path) -> None:
-    """Through several blocks and shards; a picture shows the first of them."""
+    """Through several blocks and shards; a contact sheet shows the first of them."""
     expected = by_eye(many)
     for start in (0, BLOCK - 1):
         out = tmp_path / f"{start}.npy"
         assert decode_codes(many / "codes", many / "tokenizer", out, start=start) == len(expected) - start
         np.testing.assert_array_equal(np.load(out, allow_pickle=False), expected[start:])
-    assert decode_codes(many / "codes", many / "tokenizer", tmp_path / "a.PNG") == PICTURED < len(expected)
-    same_picture(tmp_path / "a.PNG", expected[:PICTURED])
-    assert decode_codes(many / "codes", many / "tokenizer", tmp_path / "b.png", n=PICTURED + 1) == PICTURED + 1
-    same_picture(tmp_path / "b.png", expected[: PICTURED + 1])
+    assert decode_codes(many / "codes", many / "tokenizer", tmp_path / "a.PNG") == SHEET_IMAGES < len(expected)
+    assert_contact_sheet(tmp_path / "a.PNG", expected[:SHEET_IMAGES])
+    assert decode_codes(many / "codes", many / "tokenizer", tmp_path / "b.png", n=SHEET_IMAGES + 1) == SHEET_IMAGES + 1
+    assert_contact_sheet(tmp_path / "b.png", expected[: SHEET_IMAGES + 1])
 
 
-def test_the_array_is_the_file_that_numpy_writes(tmp_path: Path, trained: Trained, again: np.ndarray) -> None:
-    decode_codes(trained.codes, trained.tokenizer, tmp_path / "ours.npy")
-    np.save(tmp_path / "numpys.npy", again, allow_pickle=False)
-    assert (tmp_path / "ours.npy").read_bytes() == (tmp_path / "numpys.npy").read_bytes()
+def test_the_array_is_the_file_that_numpy_writes(tmp_path: Path, trained: Trained, reconstructed: np.ndarray) -> None:
+    decode_codes(trained.codes, trained.tokenizer, tmp_path / "decoded.npy")
+    np.save(tmp_path / "saved.npy", reconstructed, allow_pickle=False)
+    assert (tmp_path / "decoded.npy").read_bytes() == (tmp_path / "saved.npy").read_bytes()
 
 
 # What is refused
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", OUTPUTS)
 def test_another_tokenizer(tmp_path: Path, trained: Trained, codegrid: Codegrid, name: str) -> None:
     """With both fingerprints, before anything is written."""
     other = save_tokenizer(tmp_path / "other", brightness_tokenizer())
@@ -127,33 +127,33 @@ def test_another_tokenizer(tmp_path: Path, trained: Trained, codegrid: Codegrid,
     assert not (tmp_path / name).exists()
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", OUTPUTS)
 @pytest.mark.parametrize("beyond", [0, 1, 1000])
 def test_a_start_beyond_the_end(
-    tmp_path: Path, trained: Trained, codegrid: Codegrid, again: np.ndarray, name: str, beyond: int
+    tmp_path: Path, trained: Trained, codegrid: Codegrid, reconstructed: np.ndarray, name: str, beyond: int
 ) -> None:
-    start = len(again) + beyond
+    start = len(reconstructed) + beyond
     outcome = codegrid(*decode(trained, tmp_path / name, "--start", start))
-    line = f"Error: expected a --start from 0 to {len(again) - 1}, got {start}; choose another"
+    line = f"Error: expected a --start from 0 to {len(reconstructed) - 1}, got {start}; choose another"
     assert (outcome.status, outcome.error_lines) == (1, [line])
     assert not (tmp_path / name).exists()
 
 
 def test_a_start_before_the_first_row(tmp_path: Path, trained: Trained) -> None:
-    """Which the command line does not take at all."""
+    """Which the command line does not accept at all."""
     with pytest.raises(InputError, match="got -1"):
         decode_codes(trained.codes, trained.tokenizer, tmp_path / "out.npy", start=-1)
 
 
 def test_codes_of_which_none_is_written_yet(tmp_path: Path, many: Path) -> None:
     write_manifest(tmp_path, replace(read_manifest(many / "codes"), count=0, shards=[]))
-    with pytest.raises(InputError, match="got none yet; run the export-codes that began it again"):
+    with pytest.raises(InputError, match="got none yet; run the same export-codes again"):
         decode_codes(tmp_path, many / "tokenizer", tmp_path / "out.npy")
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", OUTPUTS)
 def test_what_exists_is_replaced_with_force_only(
-    tmp_path: Path, trained: Trained, codegrid: Codegrid, again: np.ndarray, name: str
+    tmp_path: Path, trained: Trained, codegrid: Codegrid, reconstructed: np.ndarray, name: str
 ) -> None:
     codegrid(*decode(trained, tmp_path / name, "--n", 2))
     before = digest_of(tmp_path)
@@ -163,7 +163,7 @@ def test_what_exists_is_replaced_with_force_only(
     assert digest_of(tmp_path) == before
     assert codegrid(*decode(trained, tmp_path / name, "--start", 5, "--force")).status == 0
     if name == "out":
-        rows = range(5, len(again))
+        rows = range(5, len(reconstructed))
         names = [*(f"{row:05d}.png" for row in rows), "decode.json"]
         assert sorted(path.name for path in (tmp_path / name).iterdir()) == names
     else:
@@ -173,30 +173,30 @@ def test_what_exists_is_replaced_with_force_only(
 
 @pytest.fixture
 def damaged(tmp_path: Path, many: Path) -> Path:
-    """`many` with a code that is none, in the row before the last."""
+    """`many` with a code out of range, in the row before the last."""
     rows = random_rows(2 * BLOCK + 3)
     rows.all_codes[-2, 1, 1] = 200
-    asked = replace(request(rows, num_codes=256, shard_size=50))
-    finished(tmp_path / "damaged", rows, asked)
+    requested = request(rows, num_codes=256, shard_size=50)
+    write_rows(tmp_path / "damaged", rows, requested)
     manifest = read_manifest(tmp_path / "damaged")
     fingerprint = read_manifest(many / "codes").tokenizer_fingerprint
     write_manifest(tmp_path / "damaged", replace(manifest, num_codes=16, tokenizer_fingerprint=fingerprint))
     return tmp_path / "damaged"
 
 
-@pytest.mark.parametrize("name", KINDS)
-def test_a_code_that_is_none(tmp_path: Path, many: Path, damaged: Path, codegrid: Codegrid, name: str) -> None:
-    given = ["decode-codes", damaged, "--tokenizer", many / "tokenizer", "--out", tmp_path / name, "--device", "cpu"]
-    outcome = codegrid(*given, "--n", 10_000)
+@pytest.mark.parametrize("name", OUTPUTS)
+def test_a_code_out_of_range(tmp_path: Path, many: Path, damaged: Path, codegrid: Codegrid, name: str) -> None:
+    command = ["decode-codes", damaged, "--tokenizer", many / "tokenizer", "--out", tmp_path / name, "--device", "cpu"]
+    outcome = codegrid(*command, "--n", 10_000)
     assert outcome.status == 1
     line = f"Error: expected codes from 0 to 15 in {damaged}, got 200; find the damaged shard with verify-codes"
     assert outcome.error_lines == [line]
     assert not list(tmp_path.glob("out.*"))
-    assert codegrid(*given, "--n", 2 * BLOCK, "--force").status == 0, "the rows before it can be decoded"
+    assert codegrid(*command, "--n", 2 * BLOCK, "--force").status == 0, "the rows before it can be decoded"
 
 
 def failing(after: int, error: BaseException) -> Callable[..., Iterator[Tensor]]:
-    """In place of `decode`: images, and then the error."""
+    """Return a function for the place of `decode`, which yields `after` images and raises `error`."""
 
     def images(tokenizer: object, codes: Callable[[int, int], Tensor], count: int) -> Iterator[Tensor]:
         for _ in range(after):
@@ -211,7 +211,7 @@ def failing(after: int, error: BaseException) -> Callable[..., Iterator[Tensor]]
 def test_a_failure_midway_leaves_the_old_array(
     tmp_path: Path, many: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, after: int
 ) -> None:
-    """Or none; and nothing beside it."""
+    """Or none; and no temporary file."""
     monkeypatch.setattr("pipeline.codes.decode.decode", failing(after, error))
     for old in (None, b"old"):
         if old is not None:
@@ -242,7 +242,7 @@ def test_a_failure_midway_keeps_the_images_that_are_finished(
     assert sorted(path.name for path in out.iterdir()) == ["00000.png", "00005.png", "decode.json"]
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", OUTPUTS)
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError("No space left on device")])
 def test_a_failure_before_the_first_image_leaves_all_as_it_was(
     tmp_path: Path, many: Path, monkeypatch: pytest.MonkeyPatch, name: str, error: BaseException
@@ -258,8 +258,8 @@ def test_a_failure_before_the_first_image_leaves_all_as_it_was(
 
 
 def test_no_images_are_refused(tmp_path: Path, many: Path) -> None:
-    """Which the command line does not take at all."""
-    for name in KINDS:
+    """Which the command line does not accept at all."""
+    for name in OUTPUTS:
         with pytest.raises(ValueError, match="n: expected at least 1 image, got 0"):
             decode_codes(many / "codes", many / "tokenizer", tmp_path / name, n=0)
     assert list(tmp_path.iterdir()) == []

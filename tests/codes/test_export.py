@@ -1,4 +1,4 @@
-"""Exports: the same bytes however the work is cut, stopped and continued; and nobody's files are touched."""
+"""Exports: the same bytes however the work is divided, stopped and resumed; and no file of the user is touched."""
 
 import hashlib
 import json
@@ -22,8 +22,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from pipeline.codes import encoded_images, export
-from pipeline.codes import writer as code_writer
+from pipeline.codes import encoded_images, export, writer
 from pipeline.codes.dataset import CodeDataset
 from pipeline.codes.export import export_codes
 from pipeline.codes.manifest import read_manifest
@@ -33,7 +32,7 @@ from pipeline.images.image_set import ImageSplit, open_images
 from pipeline.models import inference
 from pipeline.models.inference import BLOCK
 from pipeline.models.loading import load_tokenizer
-from pipeline.runtime import atomic_files as files
+from pipeline.runtime import atomic_files
 from pipeline.runtime.folder_lock import LOCK, only_writer
 from tokenizer import VQVAE
 
@@ -55,7 +54,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """170 coloured pictures of noise in two classes: more than two blocks of them are to train on."""
+    """170 RGB images of noise in two classes: the training split is more than two blocks."""
     folder, random = tmp_path_factory.mktemp("many") / "noise", np.random.default_rng(0)
     for number in range(170):
         path = folder / "ab"[number % 2] / f"{number:03d}.png"
@@ -79,7 +78,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> int:
-    """Of 4 images, so that a few pictures are many blocks."""
+    """Blocks of 4 images, so that a few images are many blocks."""
     monkeypatch.setattr(inference, "BLOCK", 4)
     monkeypatch.setattr(encoded_images, "BLOCK", 4)
     return 4
@@ -106,7 +105,7 @@ def all_rows(folder: Path) -> tuple[bytes, bytes, list[str]]:
     return codes.tobytes(), dataset.labels.tobytes(), list(dataset.names())
 
 
-# However the work is cut
+# However the work is divided
 
 
 @pytest.mark.usefixtures("quick")
@@ -120,9 +119,9 @@ def test_batch_size_and_threads_change_no_byte_and_the_shard_size_no_row(
             if shard_size < 64 and batch_size > 7:
                 continue
             folders.append(tmp_path / f"{shard_size}-{batch_size}-{threads}")
-            given = {"data": str(many), "shard_size": shard_size, "batch_size": batch_size}
+            options = {"data": str(many), "shard_size": shard_size, "batch_size": batch_size}
             with torch_threads(threads):
-                export_codes(trained.tokenizer, folders[-1], device="cpu", **given)  # type: ignore[arg-type]
+                export_codes(trained.tokenizer, folders[-1], device="cpu", **options)  # type: ignore[arg-type]
         digests = [digest_of(folder) for folder in folders]
         assert {"manifest.json", "README.md"} < digests[0].keys()
         assert all(digest == digests[0] for digest in digests)
@@ -135,7 +134,7 @@ def test_batch_size_and_threads_change_no_byte_and_the_shard_size_no_row(
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("flips", [False, True])
 @pytest.mark.parametrize(("shard_size", "batch_size"), [(1, 64), (3, 1), (50, 7), (64, 64), (100, 128), (1000, 1000)])
-def test_each_row_is_seen_once_at_its_place_in_its_block(
+def test_each_row_is_encoded_once_at_its_place_in_its_block(
     tmp_path: Path, trained: Trained, many: Path, encoded: list[Tensor], flips: bool, shard_size: int, batch_size: int
 ) -> None:
     """Row r is at place r % BLOCK of block r // BLOCK, so its neighbours are the same in every export."""
@@ -143,8 +142,8 @@ def test_each_row_is_seen_once_at_its_place_in_its_block(
     pixels = images.batch(np.arange(len(images)))
     if flips:
         pixels = torch.cat([pixels, pixels.flip(-1)])
-    given = {"data": str(many), "shard_size": shard_size, "batch_size": batch_size, "flips": flips}
-    export_codes(trained.tokenizer, tmp_path / "codes", device="cpu", **given)  # type: ignore[arg-type]
+    options = {"data": str(many), "shard_size": shard_size, "batch_size": batch_size, "flips": flips}
+    export_codes(trained.tokenizer, tmp_path / "codes", device="cpu", **options)  # type: ignore[arg-type]
     padded = torch.cat([pixels, torch.zeros(-len(pixels) % BLOCK, *pixels.shape[1:])])
     expected = sorted(block.numpy().tobytes() for block in padded.split(BLOCK))
     assert sorted(block.numpy().tobytes() for block in encoded) == expected
@@ -155,7 +154,7 @@ def test_each_row_is_seen_once_at_its_place_in_its_block(
 def test_codes_that_depend_on_the_place_in_a_block_are_the_same_in_any_shards(
     tmp_path: Path, tokenizer: Path, small_blocks: int, shard_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A network that is as sensitive as can be: code k becomes k + place."""
+    """The most sensitive network possible: code k becomes k + place."""
     encode = VQVAE.encode
 
     def sensitive(model: VQVAE, images: Tensor) -> Tensor:
@@ -194,7 +193,7 @@ def test_the_second_half_is_the_first_mirrored(
 
 @pytest.mark.usefixtures("quick")
 def test_mirrored_images_go_through_a_real_network(tmp_path: Path, trained: Trained, many: Path) -> None:
-    """Encoded again, not codes turned around."""
+    """They are encoded, not their codes mirrored."""
     count = export_codes(trained.tokenizer, tmp_path / "codes", data=str(many), flips=True, device="cpu").count // 2
     images, model = open_images(str(many)).train, load_tokenizer(trained.tokenizer)
     by_hand = model.encode(torch.from_numpy(np.ascontiguousarray(images.images[..., ::-1])).float() / 255)
@@ -205,49 +204,49 @@ def test_mirrored_images_go_through_a_real_network(tmp_path: Path, trained: Trai
 
 @pytest.mark.usefixtures("quick")
 def test_an_image_and_its_mirror_image_are_on_one_side_of_the_split(tmp_path: Path, tokenizer: Path) -> None:
-    """Also where the hashes choose none, and one is chosen all the same."""
+    """Also where the hashes choose no image, and one is held out nevertheless."""
     for count in (3, 200):
         images = fill_with_cells(tmp_path / f"images-{count}", [f"{i}.png" for i in range(count)])
         codes = tmp_path / f"codes-{count}"
         export_codes(tokenizer, codes, data=str(images), flips=True, device="cpu")
-        aside = held_out(CodeDataset(codes).names())
-        half = len(aside) // 2
-        assert aside[:half].tolist() == aside[half:].tolist()
-        assert 0 < aside.sum() < len(aside)
+        held_out_mask = held_out(CodeDataset(codes).names())
+        half = len(held_out_mask) // 2
+        assert held_out_mask[:half].tolist() == held_out_mask[half:].tolist()
+        assert 0 < held_out_mask.sum() < len(held_out_mask)
 
 
-# Stopped and continued
+# Stopped and resumed
 
 
 class Deadline:
-    """Kills when the k-th thing is about to be done to a file; what is being written then is cut in half."""
+    """Kills before the k-th operation on a file; half of what is being written then is written."""
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.left = sys.maxsize
         self._lock = threading.Lock()
-        write = files._write_flushed
+        write = atomic_files._write_flushed
 
         def half_written(path: Path, data: bytes) -> None:
             try:
-                self.pass_by()
+                self.count_down()
             except Killed:
                 write(path, data[: len(data) // 2])
                 raise
             write(path, data)
 
-        patch.setattr(files, "_write_flushed", half_written)
+        patch.setattr(atomic_files, "_write_flushed", half_written)
         patch.setattr(os, "replace", self._before(os.replace))
         patch.setattr(Path, "unlink", self._before(Path.unlink))
         patch.setattr(Path, "touch", self._before(Path.touch))
 
     def _before(self, action: Callable[..., Any]) -> Callable[..., Any]:
         def late(*arguments: Any, **options: Any) -> Any:
-            self.pass_by()
+            self.count_down()
             return action(*arguments, **options)
 
         return late
 
-    def pass_by(self) -> None:
+    def count_down(self) -> None:
         with self._lock:
             self.left -= 1
             if self.left < 0:
@@ -259,8 +258,8 @@ def deadline(quick: None, monkeypatch: pytest.MonkeyPatch) -> Deadline:
     return Deadline(monkeypatch)
 
 
-def whole_shards(folder: Path) -> set[int]:
-    """First rows of the shards that count; everything that the manifest says is so."""
+def intact_shards(folder: Path) -> set[int]:
+    """Return the first rows of the shards that count, after checking that all are as the manifest says."""
     if not (folder / "manifest.json").exists():
         assert not folder.exists() or all(path.name == "manifest.json.new" for path in folder.iterdir())
         return set()
@@ -268,50 +267,55 @@ def whole_shards(folder: Path) -> set[int]:
     for entry in entries:
         for name, digest in entry.files.items():
             assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == digest
-    coming = [json.loads(path.read_bytes()) for path in folder.glob("shard-*.json")]
-    return {entry.start for entry in entries} | {entry["start"] for entry in coming}
+    uncounted = [json.loads(path.read_bytes()) for path in folder.glob("shard-*.json")]
+    return {entry.start for entry in entries} | {entry["start"] for entry in uncounted}
 
 
 @pytest.fixture
-def finished(monkeypatch: pytest.MonkeyPatch) -> set[Path]:
-    """The entries that were ever written: their shards must count from then on."""
+def entries_written(monkeypatch: pytest.MonkeyPatch) -> set[Path]:
+    """The files of all entries that were ever written: their shards must count from then on."""
     entries: set[Path] = set()
-    write = code_writer.write_atomic
+    write = writer.write_atomic
 
     def noted(path: Path, data: bytes) -> None:
         write(path, data)
         entries.add(path)
 
-    monkeypatch.setattr(code_writer, "write_atomic", noted)
+    monkeypatch.setattr(writer, "write_atomic", noted)
     return entries
 
 
 @pytest.fixture(params=[0.0, 1e9], ids=["counted at once", "counted at the end"])
 def counting(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(code_writer, "QUIET", request.param)
+    monkeypatch.setattr(writer, "UPDATE_PAUSE", request.param)
 
 
 @pytest.mark.usefixtures("counting")
-def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(
-    tmp_path: Path, tokenizer: Path, small_blocks: int, deadline: Deadline, encoded: list[Tensor], finished: set[Path]
+def test_killed_at_any_moment_it_resumes_to_the_same_bytes(
+    tmp_path: Path,
+    tokenizer: Path,
+    small_blocks: int,
+    deadline: Deadline,
+    encoded: list[Tensor],
+    entries_written: set[Path],
 ) -> None:
     """And encodes only what is missing."""
-    given: dict[str, Any] = {"shard_size": 6, "device": "cpu", "to": "npz"}
-    total = export_codes(tokenizer, tmp_path / "undisturbed", **given).count
+    options: dict[str, Any] = {"shard_size": 6, "device": "cpu", "to": "npz"}
+    total = export_codes(tokenizer, tmp_path / "undisturbed", **options).count
     undisturbed = digest_of(tmp_path / "undisturbed")
     for moment in range(1000):
         deadline.left, out = moment, tmp_path / f"killed-{moment}"
         try:
-            export_codes(tokenizer, out, **given)
+            export_codes(tokenizer, out, **options)
             break
         except Killed:
             deadline.left = sys.maxsize
-        counted = whole_shards(out)
-        assert {6 * int(path.stem.removeprefix("shard-")) for path in finished if path.parent == out} <= counted
+        counted = intact_shards(out)
+        assert {6 * int(path.stem.removeprefix("shard-")) for path in entries_written if path.parent == out} <= counted
         missing = set(range(0, total, 6)) - counted
         blocks_left = {row // small_blocks for start in missing for row in range(start, min(start + 6, total))}
         encoded.clear()
-        export_codes(tokenizer, out, **given)
+        export_codes(tokenizer, out, **options)
         assert len(encoded) == len(blocks_left)
         assert digest_of(out) == undisturbed
         shutil.rmtree(out)
@@ -319,19 +323,19 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(
 
 
 @pytest.mark.usefixtures("counting", "small_blocks")
-def test_killed_again_and_again(tmp_path: Path, tokenizer: Path, deadline: Deadline) -> None:
+def test_killed_repeatedly(tmp_path: Path, tokenizer: Path, deadline: Deadline) -> None:
     """Each time a little later; every shard that once counted stays."""
-    given: dict[str, Any] = {"shard_size": 4, "device": "cpu"}
-    export_codes(tokenizer, tmp_path / "undisturbed", **given)
+    options: dict[str, Any] = {"shard_size": 4, "device": "cpu"}
+    export_codes(tokenizer, tmp_path / "undisturbed", **options)
     out, before = tmp_path / "codes", set[int]()
     for moment in range(1000):
         deadline.left = moment
         try:
-            export_codes(tokenizer, out, **given)
+            export_codes(tokenizer, out, **options)
             break
         except Killed:
             deadline.left = sys.maxsize
-        now = whole_shards(out)
+        now = intact_shards(out)
         assert before <= now
         before = now
     deadline.left = sys.maxsize
@@ -340,69 +344,71 @@ def test_killed_again_and_again(tmp_path: Path, tokenizer: Path, deadline: Deadl
 
 
 @pytest.mark.usefixtures("small_blocks")
-def test_killed_while_it_replaces_an_older_one_with_force(tmp_path: Path, tokenizer: Path, deadline: Deadline) -> None:
-    given: dict[str, Any] = {"shard_size": 8, "device": "cpu"}
+def test_killed_while_it_replaces_an_older_export_with_force(
+    tmp_path: Path, tokenizer: Path, deadline: Deadline
+) -> None:
+    options: dict[str, Any] = {"shard_size": 8, "device": "cpu"}
     older = export_codes(tokenizer, tmp_path / "older", shard_size=5, split="test", to="npz", device="cpu")
-    export_codes(tokenizer, tmp_path / "undisturbed", **given)
+    export_codes(tokenizer, tmp_path / "undisturbed", **options)
     for moment in range(1000):
         deadline.left, out = moment, tmp_path / f"killed-{moment}"
         shutil.copytree(tmp_path / "older", out)
         try:
-            export_codes(tokenizer, out, force=True, **given)
+            export_codes(tokenizer, out, force=True, **options)
             break
         except Killed:
             deadline.left = sys.maxsize
         if (out / "manifest.json").exists() and read_manifest(out).split != older.split:
-            whole_shards(out)
-            export_codes(tokenizer, out, **given)  # as the message on Ctrl-C says
+            intact_shards(out)
+            export_codes(tokenizer, out, **options)  # as the message on Ctrl-C says
         else:
             if (out / "manifest.json").exists():
-                whole_shards(out)
-            export_codes(tokenizer, out, force=True, **given)
+                intact_shards(out)
+            export_codes(tokenizer, out, force=True, **options)
         assert digest_of(out) == digest_of(tmp_path / "undisturbed")
     assert moment > 20
 
 
 @pytest.mark.usefixtures("quick", "small_blocks")
 @pytest.mark.parametrize("name", ["codes-00001.npy", "labels-00000.npy", "names-00002.json"])
-@pytest.mark.parametrize("harm", ["missing", "cut short", "one bit"])
+@pytest.mark.parametrize("damage", ["missing", "cut short", "one bit"])
 @pytest.mark.parametrize("tables", [None, "npz"])
 def test_a_damaged_shard_is_found_and_written_again(
-    tmp_path: Path, tokenizer: Path, name: str, harm: str, tables: str | None, encoded: list[Tensor]
+    tmp_path: Path, tokenizer: Path, name: str, damage: str, tables: str | None, encoded: list[Tensor]
 ) -> None:
-    given: dict[str, Any] = {"shard_size": 4, "device": "cpu", "to": tables}
+    options: dict[str, Any] = {"shard_size": 4, "device": "cpu", "to": tables}
     out = tmp_path / "codes"
-    export_codes(tokenizer, out, **given)
-    whole, content = digest_of(out), bytearray((out / name).read_bytes())
+    export_codes(tokenizer, out, **options)
+    intact, content = digest_of(out), bytearray((out / name).read_bytes())
     content[-1] ^= 1
     {
         "missing": (out / name).unlink,
         "cut short": lambda: (out / name).write_bytes(content[:-1]),
         "one bit": lambda: (out / name).write_bytes(content),
-    }[harm]()
+    }[damage]()
     encoded.clear()
-    export_codes(tokenizer, out, **given)
+    export_codes(tokenizer, out, **options)
     assert len(encoded) == 1
-    assert digest_of(out) == whole
+    assert digest_of(out) == intact
 
 
 @pytest.mark.usefixtures("small_blocks")
 def test_killed_while_a_damaged_shard_is_written_again(tmp_path: Path, tokenizer: Path, deadline: Deadline) -> None:
-    given: dict[str, Any] = {"shard_size": 4, "device": "cpu"}
-    export_codes(tokenizer, tmp_path / "whole", **given)
+    options: dict[str, Any] = {"shard_size": 4, "device": "cpu"}
+    export_codes(tokenizer, tmp_path / "intact", **options)
     for moment in range(1000):
         deadline.left, out = moment, tmp_path / f"killed-{moment}"
-        shutil.copytree(tmp_path / "whole", out)
+        shutil.copytree(tmp_path / "intact", out)
         (out / "codes-00001.npy").write_bytes(b"damaged")
         try:
-            export_codes(tokenizer, out, **given)
+            export_codes(tokenizer, out, **options)
             break
         except Killed:
             deadline.left = sys.maxsize
         if moment >= 2:  # the manifest that does not count it any more is written and in place
-            whole_shards(out)
-        export_codes(tokenizer, out, **given)
-        assert digest_of(out) == digest_of(tmp_path / "whole")
+            intact_shards(out)
+        export_codes(tokenizer, out, **options)
+        assert digest_of(out) == digest_of(tmp_path / "intact")
     assert moment > 10
 
 
@@ -410,24 +416,24 @@ def test_killed_while_a_damaged_shard_is_written_again(tmp_path: Path, tokenizer
 def test_an_entry_whose_files_are_damaged_is_never_counted(
     tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Though the last shard's entry lies there while the first shards are written."""
-    given: dict[str, Any] = {"shard_size": 4, "device": "cpu"}
-    export_codes(tokenizer, tmp_path / "whole", **given)
-    manifest = read_manifest(tmp_path / "whole")
+    """Though the entry of the last shard exists while the first shards are written."""
+    options: dict[str, Any] = {"shard_size": 4, "device": "cpu"}
+    export_codes(tokenizer, tmp_path / "intact", **options)
+    manifest = read_manifest(tmp_path / "intact")
     out, last = tmp_path / "codes", manifest.shards[-1]
     with monkeypatch.context() as patch:
-        patch.setattr(code_writer, "write_shard", _killed)
+        patch.setattr(writer, "write_shard", _killed)
         with pytest.raises(Killed):
-            export_codes(tokenizer, out, **given)
+            export_codes(tokenizer, out, **options)
     (out / f"shard-{len(manifest.shards) - 1:05d}.json").write_text(json.dumps(asdict(last)))
-    monkeypatch.setattr(code_writer, "QUIET", 0)
+    monkeypatch.setattr(writer, "UPDATE_PAUSE", 0)
     counted = []
-    write = code_writer.write_shard
-    monkeypatch.setattr(code_writer, "write_shard", lambda *a, **b: counted.append(whole_shards(out)) or write(*a, **b))
-    export_codes(tokenizer, out, **given)
+    write = writer.write_shard
+    monkeypatch.setattr(writer, "write_shard", lambda *a, **b: counted.append(intact_shards(out)) or write(*a, **b))
+    export_codes(tokenizer, out, **options)
     assert all(last.start not in starts for starts in counted)
     assert len(counted) == len(manifest.shards)
-    assert digest_of(out) == digest_of(tmp_path / "whole")
+    assert digest_of(out) == digest_of(tmp_path / "intact")
 
 
 def _killed(*arguments: Any, **options: Any) -> Any:
@@ -448,11 +454,11 @@ def test_a_finished_export_is_left_as_it_is(
     assert codegrid(*command, *(["--to", to] if to else [])).status == 0
     before = digest_of(tmp_path)
     encoded.clear()
-    monkeypatch.setattr(code_writer, "_statistics", _killed)  # another numpy might round them otherwise
+    monkeypatch.setattr(writer, "_statistics", _killed)  # another numpy might round them otherwise
     outcome = codegrid(*command)
     assert (outcome.status, encoded) == (0, [])
     count = read_manifest(tmp_path).count
-    assert f"{count} grids are there already, {count} in all: {tmp_path}" in outcome.out
+    assert f"{count} of {count} grids exist already: {tmp_path}" in outcome.out
     assert digest_of(tmp_path) == before
 
 
@@ -461,7 +467,7 @@ def test_a_finished_export_is_left_as_it_is(
 
 @pytest.mark.usefixtures("quick", "small_blocks")
 @pytest.mark.parametrize("force", [False, True])
-def test_ctrl_c_ends_with_130_and_says_how_to_go_on(
+def test_ctrl_c_ends_with_130_and_says_how_to_resume(
     tmp_path: Path, tokenizer: Path, force: bool, codegrid: Codegrid, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     export_codes(tokenizer, tmp_path / "undisturbed", shard_size=4, device="cpu")
@@ -479,9 +485,9 @@ def test_ctrl_c_ends_with_130_and_says_how_to_go_on(
         patch.setattr(VQVAE, "encode", interrupted)
         outcome = codegrid(*command, *(["--force"] if force else []))
     assert outcome.status == 130
-    again = "the same command without --force" if force else "the same command"
-    assert outcome.error_lines == [f"stopped; finished shards are kept, and {again} continues"]
-    assert 0 < len(whole_shards(out)) < len(list((tmp_path / "undisturbed").glob("codes-*")))
+    command_again = "the same command without --force" if force else "the same command"
+    assert outcome.error_lines == [f"stopped; finished shards are kept, and {command_again} resumes"]
+    assert 0 < len(intact_shards(out)) < len(list((tmp_path / "undisturbed").glob("codes-*")))
     assert codegrid(*command).status == 0
     assert digest_of(out) == digest_of(tmp_path / "undisturbed")
 
@@ -496,7 +502,7 @@ def test_a_process_killed_in_the_middle_and_run_again(tmp_path: Path, tokenizer:
             time.sleep(0.002)
         process.kill()
     assert process.returncode == -signal.SIGKILL
-    assert 1 <= len(whole_shards(out)) < total
+    assert 1 <= len(intact_shards(out)) < total
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda file: None)
         assert codegrid("export-codes", "--out", out, *options).status == 0
@@ -513,7 +519,7 @@ def no_images(*_: Any, **__: Any) -> Any:
 
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize(
-    ("what", "said"),
+    ("what", "message"),
     [
         ("tokenizer", "codes with tokenizer fingerprint"),
         ("split", "codes with split train where this is test"),
@@ -529,11 +535,11 @@ def no_images(*_: Any, **__: Any) -> Any:
     ],
 )
 def test_what_can_be_refused_is_refused_before_images_are_prepared(
-    tmp_path: Path, tokenizer: Path, many: Path, what: str, said: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tokenizer: Path, many: Path, what: str, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out, holding = tmp_path / "codes", ExitStack()
-    given: dict[str, Any] = {"shard_size": 4}
-    export_codes(tokenizer, out, device="cpu", **given)
+    out, locks = tmp_path / "codes", ExitStack()
+    options: dict[str, Any] = {"shard_size": 4}
+    export_codes(tokenizer, out, device="cpu", **options)
     if what == "tokenizer":
         tokenizer = tmp_path / "other"
         save_tokenizer(tokenizer, brightness_tokenizer(17), many)
@@ -547,15 +553,15 @@ def test_what_can_be_refused_is_refused_before_images_are_prepared(
         (tmp_path / "file").touch()
         out = tmp_path / "file" if what == "a file" else tmp_path / "file" / "codes"
     elif what == "another export":
-        holding.enter_context(only_writer(out))
+        locks.enter_context(only_writer(out))
     else:
         changed = {"split": "test", "source": "glyphs", "flips": True, "shard size": 5}[what]
-        given[{"source": "data", "shard size": "shard_size"}.get(what, what)] = changed
+        options[{"source": "data", "shard size": "shard_size"}.get(what, what)] = changed
     monkeypatch.setattr(export, "images_of", no_images)
-    with holding:
+    with locks:
         before = digest_of(tmp_path)
-        with pytest.raises(InputError, match=re.escape(said)):
-            export_codes(tokenizer, out, device="cpu", **given)
+        with pytest.raises(InputError, match=re.escape(message)):
+            export_codes(tokenizer, out, device="cpu", **options)
         assert digest_of(tmp_path) == before
 
 
@@ -563,7 +569,7 @@ def test_what_can_be_refused_is_refused_before_images_are_prepared(
 def test_of_two_exports_into_one_folder_one_is_refused(
     tmp_path: Path, tokenizer: Path, codegrid: Codegrid, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whether they are asked for the same or with --force; the first is not disturbed."""
+    """Whether the second requests the same or uses --force; the first is not disturbed."""
     out, command = tmp_path / "codes", ["export-codes", "--tokenizer", tokenizer, "--device", "cpu", "--out"]
     assert codegrid(*command, tmp_path / "alone").status == 0
     encode, outcomes, seen = VQVAE.encode, [], []
@@ -586,7 +592,7 @@ def test_of_two_exports_into_one_folder_one_is_refused(
 
 @pytest.mark.usefixtures("quick")
 def test_no_lock_is_left(tmp_path: Path, tokenizer: Path) -> None:
-    """Nor the one that a kill left."""
+    """Not even one that a kill left."""
     (tmp_path / "codes").mkdir()
     (tmp_path / "codes" / LOCK).write_text("{}")
     for force in (False, True):
@@ -602,29 +608,29 @@ def test_images_that_cannot_be_opened_leave_no_folder(tmp_path: Path, tokenizer:
 
 
 @pytest.mark.usefixtures("quick")
-def test_entries_are_known_by_their_exact_name_and_a_damaged_one_does_not_count(
+def test_entries_are_recognised_by_their_exact_name_and_a_damaged_one_does_not_count(
     tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    export_codes(tokenizer, tmp_path / "whole", shard_size=4, device="cpu")
-    out, whole = tmp_path / "codes", digest_of(tmp_path / "whole")
-    unfinished(out, tokenizer, monkeypatch, shard_size=4)
-    theirs = {"shard-notes.json": "mine", "shard-1.json": "{}"}
-    for name, content in {**theirs, "shard-00002.json": "[", "shard-00003.json": '{"start": 12}'}.items():
+    export_codes(tokenizer, tmp_path / "intact", shard_size=4, device="cpu")
+    out, intact = tmp_path / "codes", digest_of(tmp_path / "intact")
+    export_two_shards(out, tokenizer, monkeypatch, shard_size=4)
+    foreign = {"shard-notes.json": "mine", "shard-1.json": "{}"}
+    for name, content in {**foreign, "shard-00002.json": "[", "shard-00003.json": '{"start": 12}'}.items():
         (out / name).write_text(content)
     export_codes(tokenizer, out, shard_size=4, device="cpu")
-    assert {name: (out / name).read_text() for name in theirs} == theirs
-    for name in theirs:
+    assert {name: (out / name).read_text() for name in foreign} == foreign
+    for name in foreign:
         (out / name).unlink()
-    assert digest_of(out) == whole
+    assert digest_of(out) == intact
 
 
-def unfinished(out: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch, **given: Any) -> None:
-    """Leave the first two shards of an export."""
+def export_two_shards(out: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch, **options: Any) -> None:
+    """Write the first two shards of an export, then kill it."""
     with monkeypatch.context() as patch:
-        write = code_writer.write_shard
-        patch.setattr(code_writer, "write_shard", lambda *a, **b: write(*a, **b) if a[1] < 2 else _killed())
+        write = writer.write_shard
+        patch.setattr(writer, "write_shard", lambda *a, **b: write(*a, **b) if a[1] < 2 else _killed())
         with pytest.raises(Killed):
-            export_codes(tokenizer, out, device="cpu", **given)
+            export_codes(tokenizer, out, device="cpu", **options)
     assert not read_manifest(out).complete
 
 
@@ -636,11 +642,11 @@ def test_another_request_is_refused_and_touches_nothing(
 ) -> None:
     images, out = tmp_path / "images", tmp_path / "codes"
     shutil.copytree(grey_folder, images)
-    given: dict[str, Any] = {"data": str(images), "shard_size": 4}
+    options: dict[str, Any] = {"data": str(images), "shard_size": 4}
     if finished:
-        export_codes(tokenizer, out, device="cpu", **given)
+        export_codes(tokenizer, out, device="cpu", **options)
     else:
-        unfinished(out, tokenizer, monkeypatch, **given)
+        export_two_shards(out, tokenizer, monkeypatch, **options)
     before, named = digest_of(out), what.replace(" ", "[ _]")
     if what == "tokenizer":
         tokenizer, named = tmp_path / "other", "tokenizer fingerprint"
@@ -648,19 +654,19 @@ def test_another_request_is_refused_and_touches_nothing(
         model.quantizer.set_codebook(model.quantizer.codebook.flip(0))
         save_tokenizer(tokenizer, model, images)
     elif what in ("split", "shard size", "flips"):
-        given |= {"split": {"split": "test"}, "shard size": {"shard_size": 5}, "flips": {"flips": True}}[what]
+        options |= {"split": {"split": "test"}, "shard size": {"shard_size": 5}, "flips": {"flips": True}}[what]
     elif what == "source":
         images.rename(tmp_path / "moved")
-        given["data"] = str(tmp_path / "moved")
+        options["data"] = str(tmp_path / "moved")
     else:
         named = "rows sha256"
         _change_one(what, images, monkeypatch)
     with pytest.raises(InputError, match=rf"got codes with {named} .* where this is .*; .*--force to replace") as error:
-        export_codes(tokenizer, out, device="cpu", **given)
+        export_codes(tokenizer, out, device="cpu", **options)
     assert "\n" not in str(error.value)
     assert digest_of(out) == before
-    export_codes(tokenizer, out, device="cpu", force=True, **given)
-    export_codes(tokenizer, tmp_path / "new", device="cpu", **given)
+    export_codes(tokenizer, out, device="cpu", force=True, **options)
+    export_codes(tokenizer, tmp_path / "new", device="cpu", **options)
     assert digest_of(out) == digest_of(tmp_path / "new")
 
 
@@ -673,9 +679,9 @@ def _change_one(what: str, images: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     else:
         split_of = export.split_of
 
-        def other_label(*given: Any) -> ImageSplit:
-            part = split_of(*given)
-            return replace(part, labels=np.where(np.arange(len(part)) == 3, -1, part.labels))
+        def other_label(*arguments: Any) -> ImageSplit:
+            images = split_of(*arguments)
+            return replace(images, labels=np.where(np.arange(len(images)) == 3, -1, images.labels))
 
         monkeypatch.setattr(export, "split_of", other_label)
 
@@ -684,36 +690,36 @@ def _change_one(what: str, images: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_only_missing_shards_need_the_versions_that_wrote_the_others(
     tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    part, whole, damaged = (tmp_path / name for name in ("part", "whole", "damaged"))
-    unfinished(part, tokenizer, monkeypatch, shard_size=4)
-    for folder in (whole, damaged):
+    unfinished, intact, damaged = (tmp_path / name for name in ("unfinished", "intact", "damaged"))
+    export_two_shards(unfinished, tokenizer, monkeypatch, shard_size=4)
+    for folder in (intact, damaged):
         export_codes(tokenizer, folder, shard_size=4, device="cpu")
     (damaged / "codes-00001.npy").unlink()
     before = digest_of(tmp_path)
     monkeypatch.setattr(export, "library_versions", lambda: {"codegrid": "0.1.0", "torch": "1.13"})
-    for folder in (part, damaged):
+    for folder in (unfinished, damaged):
         with pytest.raises(InputError, match=r"codes with made with .*'torch': '.* where this is .*'torch': '1.13'"):
             export_codes(tokenizer, folder, shard_size=4, device="cpu")
-    export_codes(tokenizer, whole, shard_size=4, device="cpu")
+    export_codes(tokenizer, intact, shard_size=4, device="cpu")
     assert digest_of(tmp_path) == before
 
 
 @pytest.mark.parametrize(
-    ("content", "force", "told"),
+    ("content", "force", "message"),
     [
         *((name, False, "a folder with files in it") for name in ("notes.txt", "codes-00000.npy", "README.md.new")),
         *(("README.md", force, "README.md that export-codes did not write") for force in (False, True)),
         ("manifest.json", False, "Expecting value"),
     ],
 )
-def test_somebody_elses_folder_is_refused(
-    tmp_path: Path, tokenizer: Path, content: str, force: bool, told: str
+def test_a_folder_of_the_user_is_refused(
+    tmp_path: Path, tokenizer: Path, content: str, force: bool, message: str
 ) -> None:
-    (tmp_path / "theirs").mkdir()
-    (tmp_path / "theirs" / content).write_text("mine")
-    with pytest.raises(InputError, match=rf"expected .*, got .*{told}.*; "):
-        export_codes(tokenizer, tmp_path / "theirs", device="cpu", force=force)
-    assert digest_of(tmp_path / "theirs") == {content: hashlib.sha256(b"mine").hexdigest()}
+    (tmp_path / "users").mkdir()
+    (tmp_path / "users" / content).write_text("mine")
+    with pytest.raises(InputError, match=rf"expected .*, got .*{message}.*; "):
+        export_codes(tokenizer, tmp_path / "users", device="cpu", force=force)
+    assert digest_of(tmp_path / "users") == {content: hashlib.sha256(b"mine").hexdigest()}
 
 
 @pytest.mark.usefixtures("quick")
@@ -721,22 +727,22 @@ def test_force_removes_what_an_export_writes_and_nothing_that_looks_like_it(tmp_
     export_codes(tokenizer, tmp_path / "new", device="cpu")
     out = tmp_path / "codes"
     export_codes(tokenizer, out, device="cpu", shard_size=3, to="npz")
-    theirs = ["codes-mine.npy", "codes-00000-copy.npy", "names-old.json", "labels-1.npy", "notes.new", "commit.json"]
-    for name in theirs:
+    foreign = ["codes-mine.npy", "codes-00000-copy.npy", "names-old.json", "labels-1.npy", "notes.new", "commit.json"]
+    for name in foreign:
         (out / name).write_text("mine")
     export_codes(tokenizer, out, device="cpu", force=True)
-    assert all((out / name).read_text() == "mine" for name in theirs)
-    for name in theirs:
+    assert all((out / name).read_text() == "mine" for name in foreign)
+    for name in foreign:
         (out / name).unlink()
     assert digest_of(out) == digest_of(tmp_path / "new")
 
 
 @pytest.mark.usefixtures("quick")
-def test_a_readme_of_somebody_else_is_kept_though_the_export_began(
+def test_a_readme_of_the_user_is_kept_though_an_export_began(
     tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "codes"
-    unfinished(out, tokenizer, monkeypatch, shard_size=4)
+    export_two_shards(out, tokenizer, monkeypatch, shard_size=4)
     (out / "README.md").write_text("mine")
     before = digest_of(out)
     for force in (False, True):
@@ -751,7 +757,7 @@ def test_half_written_files_are_gone_at_the_end(
 ) -> None:
     export_codes(tokenizer, tmp_path / "undisturbed", shard_size=4, device="cpu")
     out = tmp_path / "codes"
-    unfinished(out, tokenizer, monkeypatch, shard_size=4)
+    export_two_shards(out, tokenizer, monkeypatch, shard_size=4)
     for name in ("manifest.json", "README.md", "codes-00000.npy", "names-00009.json", "shard-00001.json", "codes.npz"):
         (out / f"{name}.new").write_text("half")
     export_codes(tokenizer, out, shard_size=4, device="cpu")
@@ -759,7 +765,7 @@ def test_half_written_files_are_gone_at_the_end(
 
 
 @pytest.mark.usefixtures("quick")
-def test_the_bar_counts_images_and_tells_the_time(
+def test_the_bar_counts_images_and_shows_the_time(
     tmp_path: Path, trained: Trained, many: Path, codegrid: Codegrid
 ) -> None:
     command = ["export-codes", "--tokenizer", trained.tokenizer, "--data", many, "--out", tmp_path / "codes"]

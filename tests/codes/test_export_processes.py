@@ -1,6 +1,6 @@
-"""Several processes: each image exactly once, the bytes of one process, one line when it fails, at any kill.
+"""Exports by several processes: each image exactly once, the bytes of one process, one line on failure, any kill.
 
-Most run as threads that meet as processes do; a few as torchrun starts them.
+Most run as threads that communicate as processes do; a few as torchrun starts them.
 """
 
 import os
@@ -19,8 +19,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.codes import encoded_images, export
-from pipeline.codes import writer as code_writer
+from pipeline.codes import encoded_images, export, writer
 from pipeline.codes.dataset import CodeDataset
 from pipeline.codes.export import export_codes
 from pipeline.codes.manifest import CodeManifest
@@ -33,7 +32,7 @@ from tokenizer import VQVAE
 
 from ..support import brightness_tokenizer, digest_of, fill_with_cells, save_tokenizer
 from ..training.training_runs import Killed
-from .test_export import Deadline, whole_shards
+from .test_export import Deadline, intact_shards
 
 ROOT = Path(__file__).parents[2]
 T = TypeVar("T")
@@ -46,11 +45,11 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory, grey_folder: Path) -> Pa
     return folder
 
 
-# Threads in the place of processes
+# Threads in place of processes
 
 
 class Meeting:
-    """Where the threads of a team exchange what they gather; who is lost breaks it."""
+    """Exchanges what the threads of a process group gather; a thread that is lost breaks it."""
 
     def __init__(self, count: int) -> None:
         self.values: list[Any] = [None] * count
@@ -75,14 +74,14 @@ class ThreadAsProcess(ProcessGroup):
         return self.meeting.exchange(self.rank, value)
 
 
-def in_team(count: int, work: Callable[[ProcessGroup], Any], machines: int = 1) -> list[Any]:
-    """What `work` returned or raised in each of `count` processes, by rank."""
+def run_in_threads(count: int, work: Callable[[ProcessGroup], Any], machines: int = 1) -> list[Any]:
+    """Return what `work` returned or raised in each of `count` processes, by rank."""
     meeting, outcomes = Meeting(count), [None] * count
-    here = count // machines
+    per_machine = count // machines
 
     def run(rank: int) -> None:
         try:
-            outcomes[rank] = work(ThreadAsProcess(rank, count, rank % here, meeting))
+            outcomes[rank] = work(ThreadAsProcess(rank, count, rank % per_machine, meeting))
         except BaseException as error:  # a kill too
             outcomes[rank] = error  # type: ignore[call-overload]
             if not isinstance(error, (InputError, OtherProcessError)):
@@ -96,35 +95,35 @@ def in_team(count: int, work: Callable[[ProcessGroup], Any], machines: int = 1) 
     return outcomes
 
 
-class Team:
-    """`export_codes` by several processes."""
+class Exporters:
+    """Runs `export_codes` in several threads, as processes of one group."""
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self._own = threading.local()
-        patch.setattr(export, "process_group", self._here)
+        patch.setattr(export, "process_group", self._own_group)
 
     @contextmanager
-    def _here(self) -> Iterator[ProcessGroup]:
-        yield getattr(self._own, "team", ProcessGroup())
+    def _own_group(self) -> Iterator[ProcessGroup]:
+        yield getattr(self._own, "group", ProcessGroup())
 
-    def export(self, count: int, *given: Any, **options: Any) -> list[Any]:
-        def work(team: ProcessGroup) -> CodeManifest:
-            self._own.team = team
-            return export_codes(*given, device="cpu", **options)
+    def export(self, count: int, *arguments: Any, **options: Any) -> list[Any]:
+        def work(group: ProcessGroup) -> CodeManifest:
+            self._own.group = group
+            return export_codes(*arguments, device="cpu", **options)
 
-        return in_team(count, work)
+        return run_in_threads(count, work)
 
 
 @pytest.fixture
-def team(monkeypatch: pytest.MonkeyPatch) -> Team:
+def exporters(monkeypatch: pytest.MonkeyPatch) -> Exporters:
     """With blocks of 4 images, and without waiting for the disk."""
     monkeypatch.setattr(inference, "BLOCK", 4)
     monkeypatch.setattr(encoded_images, "BLOCK", 4)
     monkeypatch.setattr(os, "fsync", lambda file: None)
-    return Team(monkeypatch)
+    return Exporters(monkeypatch)
 
 
-# What they do together
+# Process groups
 
 
 def test_each_item_is_in_exactly_one_share_and_neighbours_stay_together() -> None:
@@ -135,7 +134,7 @@ def test_each_item_is_in_exactly_one_share_and_neighbours_stay_together() -> Non
             assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
-def test_one_process_needs_nobody() -> None:
+def test_one_process_alone() -> None:
     alone = ProcessGroup()
     assert (alone.is_main, alone.gather(3), alone.share([1, 2])) == (True, [3], [1, 2])
     assert alone.run_on_all(lambda: 1) == alone.run_on_main(lambda: 1) == alone.main_first(lambda: 1) == 1
@@ -148,40 +147,43 @@ def _wrong(expected: str) -> int:
 
 
 @pytest.mark.parametrize("wrong", [{0}, {1}, {1, 2}, {0, 1, 2}])
-def test_what_fails_in_some_is_said_by_the_leader_alone(wrong: set[int]) -> None:
-    outcomes = in_team(3, lambda us: us.run_on_all(lambda: _wrong(f"x{us.rank}") if us.rank in wrong else us.rank))
+def test_a_failure_in_some_is_reported_by_the_main_process_alone(wrong: set[int]) -> None:
+    def work(group: ProcessGroup) -> int:
+        return group.run_on_all(lambda: _wrong(f"x{group.rank}") if group.rank in wrong else group.rank)
+
+    outcomes = run_in_threads(3, work)
     assert str(outcomes[0]) == f"expected x{min(wrong)}, got y; z"
     for outcome in outcomes[1:]:
         assert isinstance(outcome, OtherProcessError)
         assert outcome.code == 1
 
 
-def test_together_gives_each_its_own_and_the_leader_gives_all_the_same() -> None:
-    assert in_team(3, lambda us: us.run_on_all(lambda: us.rank * 10)) == [0, 10, 20]
+def test_run_on_all_gives_each_its_own_result_and_run_on_main_gives_all_the_same() -> None:
+    assert run_in_threads(3, lambda group: group.run_on_all(lambda: group.rank * 10)) == [0, 10, 20]
     done: list[int] = []
-    assert in_team(3, lambda us: us.run_on_main(lambda: done.append(us.rank) or "led")) == ["led"] * 3
+    assert run_in_threads(3, lambda group: group.run_on_main(lambda: done.append(group.rank) or "main")) == ["main"] * 3
     assert done == [0]
-    outcomes = in_team(2, lambda us: us.run_on_main(lambda: _wrong("x")))
+    outcomes = run_in_threads(2, lambda group: group.run_on_main(lambda: _wrong("x")))
     assert [type(outcome) for outcome in outcomes] == [InputError, OtherProcessError]
 
 
-def test_in_turns_the_first_of_each_machine_is_done_before_its_others_begin() -> None:
+def test_main_first_runs_the_first_of_each_machine_before_its_others() -> None:
     done: list[int] = []
 
-    def work(us: ProcessGroup) -> int:
+    def work(group: ProcessGroup) -> int:
         def action() -> int:
-            if us.local_rank:
+            if group.local_rank:
                 assert {0, 3} <= set(done)
-            done.append(us.rank)
-            return us.rank
+            done.append(group.rank)
+            return group.rank
 
-        return us.main_first(action)
+        return group.main_first(action)
 
-    assert in_team(6, work, machines=2) == list(range(6))
+    assert run_in_threads(6, work, machines=2) == list(range(6))
     assert sorted(done) == list(range(6))
 
 
-def test_each_process_takes_a_gpu_of_its_own_unless_one_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_process_uses_a_gpu_of_its_own_unless_one_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert [ProcessGroup(rank, 3, rank).device("auto") for rank in range(3)] == ["cuda:0", "cuda:1", "cuda:0"]
@@ -193,32 +195,32 @@ def test_each_process_takes_a_gpu_of_its_own_unless_one_is_named(monkeypatch: py
 
 def test_without_torchrun_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    with process_group() as team:
-        assert team == ProcessGroup()
+    with process_group() as group:
+        assert group == ProcessGroup()
     monkeypatch.setenv("WORLD_SIZE", "4")  # as some schedulers leave it for a program that they start once
     monkeypatch.delenv("RANK", raising=False)
-    with process_group() as team:
-        assert team == ProcessGroup()
+    with process_group() as group:
+        assert group == ProcessGroup()
 
 
-# An export by several
+# An export by several processes
 
 
 @pytest.mark.parametrize("flips", [False, True])
 @pytest.mark.parametrize(("count", "shard_size"), [(2, 1), (2, 4), (3, 5), (3, 1000), (8, 6)])
 def test_several_write_the_bytes_of_one(
-    tmp_path: Path, tokenizer: Path, team: Team, count: int, shard_size: int, flips: bool
+    tmp_path: Path, tokenizer: Path, exporters: Exporters, count: int, shard_size: int, flips: bool
 ) -> None:
     """Also more processes than shards."""
-    given: dict[str, Any] = {"shard_size": shard_size, "flips": flips, "to": "npz"}
-    alone = export_codes(tokenizer, tmp_path / "alone", device="cpu", **given)
-    manifests = team.export(count, tokenizer, tmp_path / "codes", **given)
+    options: dict[str, Any] = {"shard_size": shard_size, "flips": flips, "to": "npz"}
+    alone = export_codes(tokenizer, tmp_path / "alone", device="cpu", **options)
+    manifests = exporters.export(count, tokenizer, tmp_path / "codes", **options)
     assert manifests == [alone] * count
     assert digest_of(tmp_path / "codes") == digest_of(tmp_path / "alone")
 
 
 def test_no_shard_is_encoded_by_two(
-    tmp_path: Path, tokenizer: Path, team: Team, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tokenizer: Path, exporters: Exporters, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lock, images, encode = threading.Lock(), [], VQVAE.encode
 
@@ -228,83 +230,85 @@ def test_no_shard_is_encoded_by_two(
         return encode(model, block)
 
     monkeypatch.setattr(VQVAE, "encode", spy)
-    count = team.export(2, tokenizer, tmp_path, shard_size=4)[0].count
+    count = exporters.export(2, tokenizer, tmp_path, shard_size=4)[0].count
     assert len(set(images) - {bytes(len(images[0]))}) == count
     assert len(images) == count + -count % 4
 
 
 def test_any_of_two_killed_at_any_moment(
-    tmp_path: Path, tokenizer: Path, team: Team, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tokenizer: Path, exporters: Exporters, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The other one tells that it is alone; then one process, or three, go on."""
+    """The other one reports that it is alone; then one process, or three, resume."""
     export_codes(tokenizer, tmp_path / "undisturbed", shard_size=3, device="cpu")
-    monkeypatch.setattr(code_writer, "QUIET", 0)
-    monkeypatch.setattr(code_writer, "SEEN_WITHIN", 0)
+    monkeypatch.setattr(writer, "UPDATE_PAUSE", 0)
+    monkeypatch.setattr(writer, "VISIBLE_WITHIN", 0)
     deadline = Deadline(monkeypatch)
     for moment in range(1000):
         deadline.left, out = moment, tmp_path / f"killed-{moment}"
-        outcomes = team.export(2, tokenizer, out, shard_size=3)
+        outcomes = exporters.export(2, tokenizer, out, shard_size=3)
         deadline.left = sys.maxsize
         if all(isinstance(outcome, CodeManifest) for outcome in outcomes):
             break
         assert {type(outcome) for outcome in outcomes} <= {Killed, InputError}
         assert Killed in map(type, outcomes)
-        whole_shards(out)
-        again = team.export(1 + moment % 3, tokenizer, out, shard_size=3)
-        assert {type(outcome) for outcome in again} == {CodeManifest}
+        intact_shards(out)
+        resumed = exporters.export(1 + moment % 3, tokenizer, out, shard_size=3)
+        assert {type(outcome) for outcome in resumed} == {CodeManifest}
         assert digest_of(out) == digest_of(tmp_path / "undisturbed")
     assert moment > 40
 
 
 @pytest.mark.parametrize("what", ["tokenizer fingerprint", "rows sha256", "made with"])
 def test_processes_that_would_write_different_things_are_refused(
-    tmp_path: Path, tokenizer: Path, team: Team, what: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tokenizer: Path, exporters: Exporters, what: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on a machine with another copy of the tokenizer or of the images, or another version of torch."""
     request, lock, calls = export._request, threading.Lock(), []
 
-    def other(*given: Any, **options: Any) -> CodeManifest:
-        asked = request(*given, **options)
+    def other(*arguments: Any) -> CodeManifest:
+        requested = request(*arguments)
         with lock:
             calls.append(1)
             different: Any = {"torch": "1.13"} if what == "made with" else "other"
-            return replace(asked, **{what.replace(" ", "_"): different}) if len(calls) == 2 else asked
+            return replace(requested, **{what.replace(" ", "_"): different}) if len(calls) == 2 else requested
 
     monkeypatch.setattr(export, "_request", other)
-    outcomes = team.export(3, tokenizer, tmp_path / "codes")
+    outcomes = exporters.export(3, tokenizer, tmp_path / "codes")
     assert [type(outcome) for outcome in outcomes] == [InputError, OtherProcessError, OtherProcessError]
     assert f"expected the same {what} in every process" in str(outcomes[0])
     assert not (tmp_path / "codes").exists()
 
 
-def test_a_shard_of_another_machine_that_never_shows(
-    tmp_path: Path, tokenizer: Path, team: Team, monkeypatch: pytest.MonkeyPatch
+def test_a_shard_of_another_machine_that_does_not_appear(
+    tmp_path: Path, tokenizer: Path, exporters: Exporters, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As with --out folders that only look like one."""
-    monkeypatch.setattr(code_writer, "SEEN_WITHIN", 0)
-    write = code_writer.write_atomic
+    """As with --out folders that have one path and are not the same."""
+    monkeypatch.setattr(writer, "VISIBLE_WITHIN", 0)
+    write = writer.write_atomic
 
     def elsewhere(path: Path, data: bytes) -> None:
         write(path if path.name != "shard-00001.json" else tmp_path / "elsewhere" / path.name, data)
 
     with monkeypatch.context() as patch:
-        patch.setattr(code_writer, "write_atomic", elsewhere)
-        outcomes = team.export(2, tokenizer, tmp_path / "codes", shard_size=4)
+        patch.setattr(writer, "write_atomic", elsewhere)
+        outcomes = exporters.export(2, tokenizer, tmp_path / "codes", shard_size=4)
     assert [type(outcome) for outcome in outcomes] == [InputError, OtherProcessError]
     assert "give them one --out folder that all machines share" in str(outcomes[0])
 
 
-def test_a_wrong_option_is_said_once(tmp_path: Path, tokenizer: Path, team: Team) -> None:
-    outcomes = team.export(2, tokenizer, tmp_path / "codes", to="csv")
+def test_a_wrong_option_is_reported_once(tmp_path: Path, tokenizer: Path, exporters: Exporters) -> None:
+    outcomes = exporters.export(2, tokenizer, tmp_path / "codes", to="csv")
     assert [type(outcome) for outcome in outcomes] == [InputError, OtherProcessError]
     assert "expected npz or parquet as --to, got csv" in str(outcomes[0])
     assert not (tmp_path / "codes").exists()
 
 
-def test_a_folder_that_another_export_has_is_said_once(tmp_path: Path, tokenizer: Path, team: Team) -> None:
+def test_a_folder_that_another_export_writes_is_reported_once(
+    tmp_path: Path, tokenizer: Path, exporters: Exporters
+) -> None:
     """The processes of one export are one writer."""
     with only_writer(tmp_path / "codes"):
-        outcomes = team.export(3, tokenizer, tmp_path / "codes")
+        outcomes = exporters.export(3, tokenizer, tmp_path / "codes")
     assert [type(outcome) for outcome in outcomes] == [InputError, OtherProcessError, OtherProcessError]
     assert "another export that writes into it" in str(outcomes[0])
     assert not (tmp_path / "codes").exists()
@@ -325,31 +329,31 @@ def torchrun(count: int, *command: object, **options: Any) -> "subprocess.Popen[
     )
 
 
-def test_torchrun_one_killed_then_two_go_on(tmp_path: Path, tokenizer: Path) -> None:
+def test_torchrun_one_killed_then_two_resume(tmp_path: Path, tokenizer: Path) -> None:
     images = fill_with_cells(tmp_path / "images", [f"{i}.png" for i in range(500)])
-    out, whole = tmp_path / "codes", tmp_path / "whole"
+    out, undisturbed = tmp_path / "codes", tmp_path / "undisturbed"
     command = ["--tokenizer", tokenizer, "--data", images, "--shard-size", 2, "--out"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda file: None)
-        count = export_codes(tokenizer, whole, data=str(images), shard_size=2, device="cpu").count
+        count = export_codes(tokenizer, undisturbed, data=str(images), shard_size=2, device="cpu").count
     with torchrun(2, *command, out) as both:
         while both.poll() is None and not (out / f"codes-{count // 4 + 3:05d}.npy").exists():
-            time.sleep(0.002)  # until the second process is at work
+            time.sleep(0.002)  # until the second process has written a shard
         os.kill(_worker(both.pid, 1), signal.SIGKILL)
         both.communicate(timeout=60)
     assert both.returncode == 1
-    done = whole_shards(out)
+    done = intact_shards(out)
     assert 1 <= len(done) < -(-count // 2)
-    with torchrun(2, *command, out) as again:
-        printed, errors = again.communicate(timeout=60)
-    assert (again.returncode, printed.count(f"{count:,} grids of 4x6 codes")) == (0, 1), errors
-    assert digest_of(out) == digest_of(whole)
+    with torchrun(2, *command, out) as resumed:
+        printed, errors = resumed.communicate(timeout=60)
+    assert (resumed.returncode, printed.count(f"{count:,} grids of 4x6 codes")) == (0, 1), errors
+    assert digest_of(out) == digest_of(undisturbed)
     names = list(CodeDataset(out).names())
     assert len(set(names)) == len(names) == count == len(open_images(str(images)).train)
 
 
 def _worker(torchrun_pid: int, rank: int) -> int:
-    """The process of this rank. Skips where the system does not tell."""
+    """Return the id of the process of this rank. Skip the test where the system does not tell it."""
     if not Path("/proc/self/environ").exists():
         pytest.skip("needs /proc")
     for entry in Path("/proc").glob("[0-9]*"):
@@ -362,12 +366,12 @@ def _worker(torchrun_pid: int, rank: int) -> int:
     raise AssertionError(f"no process of rank {rank}")
 
 
-def test_torchrun_says_an_error_once(tmp_path: Path) -> None:
+def test_torchrun_reports_an_error_once(tmp_path: Path) -> None:
     with torchrun(2, "--tokenizer", tmp_path / "nosuch", "--out", tmp_path / "codes") as failing:
         _, errors = failing.communicate(timeout=60)
     assert failing.returncode == 1
-    said = [line for line in errors.splitlines() if "Error: expected" in line]
-    assert said == [
+    lines = [line for line in errors.splitlines() if "Error: expected" in line]
+    assert lines == [
         f"Error: expected a tokenizer checkpoint in {tmp_path / 'nosuch'}, got no such folder; "
         "run train-tokenizer or name another"
     ]

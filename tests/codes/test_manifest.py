@@ -1,4 +1,4 @@
-"""The manifest of a code data set: what is accepted, also of the earlier program, and what contradicts itself."""
+"""The manifest of a code data set: what is accepted, also of the first version, and what contradicts itself."""
 
 import json
 from dataclasses import replace
@@ -50,18 +50,18 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     assert not manifest.complete
 
 
-def test_a_manifest_of_the_earlier_program(tmp_path: Path) -> None:
+def test_a_manifest_of_the_first_version(tmp_path: Path) -> None:
     manifest = read(tmp_path, EARLIER)
     assert manifest.complete
     assert (manifest.grid, manifest.class_names) == ((4, 6), ["disc", "été"])
     assert (manifest.total, manifest.shard_size, manifest.flips, manifest.tables) == (None, None, False, {})
 
 
-def test_shards_of_the_earlier_program_start_where_the_others_end(tmp_path: Path) -> None:
+def test_shards_of_the_first_version_start_where_the_one_before_ends(tmp_path: Path) -> None:
     assert [(shard.start, shard.count) for shard in read(tmp_path, EARLIER).shards] == [(0, 3), (3, 2)]
 
 
-def test_a_field_of_a_later_program_is_left_aside(tmp_path: Path) -> None:
+def test_a_field_of_a_later_version_is_ignored(tmp_path: Path) -> None:
     assert read(tmp_path, {**EARLIER, "colour": "red"}) == read(tmp_path, EARLIER)
 
 
@@ -150,7 +150,7 @@ def test_a_field_of_another_type(tmp_path: Path, name: str, value: Any) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"{}", b"null", b"[]", b"\xff", b'{"grid": [2, 3], "count": 1}'])
-def test_a_file_that_is_not_ours(tmp_path: Path, content: bytes) -> None:
+def test_a_file_that_is_no_manifest(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "manifest.json").write_bytes(content)
     with pytest.raises(InputError, match=r"expected the manifest of a code data set .*; export the codes again"):
         read_manifest(tmp_path)

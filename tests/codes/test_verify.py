@@ -1,4 +1,4 @@
-"""verify-codes: a whole folder passes, every kind of damage is named by its file, and nothing is changed."""
+"""verify-codes: an intact folder passes, any damage is reported with its file, and nothing is changed."""
 
 import hashlib
 import io
@@ -13,71 +13,69 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.codes import verify as verify_codes
+from pipeline.codes import verify
 from pipeline.codes.export import export_codes
 from pipeline.codes.manifest import read_manifest
 from pipeline.codes.tables import add_table
-from pipeline.codes.writer import write_codes
 from pipeline.images.image_set import open_images
 from pipeline.runtime.folder_lock import LOCK
-from pipeline.runtime.process_group import ProcessGroup
 
 from ..conftest import Codegrid, Trained
 from ..support import Outcome, brightness_tokenizer, digest_of, save_tokenizer
 from ..training.training_runs import Killed
-from .code_folders import CLASS_NAMES, FINGERPRINT, GRID, Rows, finished, random_rows, request
+from .code_folders import CLASS_NAMES, FINGERPRINT, GRID, StoppedRows, random_rows, request, write_rows
 
 Damage = Callable[[Path], object]
 
 
 @pytest.fixture
-def whole(tmp_path: Path) -> Path:
-    """10 grids in 3 shards, with both kinds of tables."""
-    finished(tmp_path / "codes", random_rows(10))
+def intact(tmp_path: Path) -> Path:
+    """10 grids in 3 shards, with tables of both formats."""
+    write_rows(tmp_path / "codes", random_rows(10))
     add_table(tmp_path / "codes", "npz")
     add_table(tmp_path / "codes", "parquet")
     return tmp_path / "codes"
 
 
-def checked(codegrid: Codegrid, folder: Path, *more: object) -> Outcome:
-    """verify-codes, which changes no byte and, if it fails, says so in one line."""
+def check(codegrid: Codegrid, folder: Path, *options: object) -> Outcome:
+    """Run verify-codes, which changes no byte and, if it fails, says so in one line."""
     before = digest_of(folder)
-    outcome = codegrid("verify-codes", folder, *more)
+    outcome = codegrid("verify-codes", folder, *options)
     assert digest_of(folder) == before
     assert outcome.status == (0 if outcome.out.startswith("as its manifest says: ") else 1)
     assert sum(line.startswith("Error: ") for line in outcome.error_lines) == outcome.status
     return outcome
 
 
-# What is whole
+# Intact folders
 
 
 @pytest.mark.parametrize("num_codes", [2, 256, 257, 65_536, 65_537])
 @pytest.mark.parametrize("labelled", [True, False])
-def test_a_whole_folder_passes(tmp_path: Path, codegrid: Codegrid, num_codes: int, labelled: bool) -> None:
+def test_an_intact_folder_passes(tmp_path: Path, codegrid: Codegrid, num_codes: int, labelled: bool) -> None:
     rows = random_rows(10, num_codes, labelled=labelled)
-    finished(tmp_path, rows, request(rows, num_codes, flips=True))
+    write_rows(tmp_path, rows, request(rows, num_codes, flips=True))
     for to in (None, "npz", "parquet"):
         if to is not None:
             add_table(tmp_path, to)
-        outcome = checked(codegrid, tmp_path)
+        outcome = check(codegrid, tmp_path)
         assert outcome.status == 0
         assert outcome.out == f"as its manifest says: 10 grids by the tokenizer {FINGERPRINT}\n"
 
 
 def test_a_real_export_passes_with_its_tokenizer(trained: Trained, codegrid: Codegrid) -> None:
-    assert checked(codegrid, trained.codes, "--tokenizer", trained.tokenizer).status == 0
+    assert check(codegrid, trained.codes, "--tokenizer", trained.tokenizer).status == 0
 
 
-# What is damaged
+# Damaged files
 
 
-def flip_a_bit(where: float) -> Callable[[Path], None]:
-    """Of the byte this far into a file."""
+def flip_a_bit(position: float) -> Callable[[Path], None]:
+    """Return a function that flips a bit of the byte at this share, 0 to 1, of a file."""
 
     def flip(path: Path) -> None:
         data = bytearray(path.read_bytes())
-        data[round(where * (len(data) - 1))] ^= 1
+        data[round(position * (len(data) - 1))] ^= 1
         path.write_bytes(data)
 
     return flip
@@ -97,7 +95,7 @@ def make_a_folder(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("harm", "said"),
+    ("damage", "message"),
     [
         (flip_a_bit(0), "has other bytes than when it was written"),
         (flip_a_bit(0.5), "has other bytes than when it was written"),
@@ -111,11 +109,11 @@ def make_a_folder(path: Path) -> None:
 @pytest.mark.parametrize(
     "name", ["codes-00001.npy", "labels-00002.npy", "names-00000.json", "codes.npz", "codes-00001.parquet"]
 )
-def test_a_file_of_other_bytes(whole: Path, codegrid: Codegrid, name: str, harm: Damage, said: str) -> None:
-    harm(whole / name)
-    outcome = checked(codegrid, whole)
+def test_a_file_of_other_bytes(intact: Path, codegrid: Codegrid, name: str, damage: Damage, message: str) -> None:
+    damage(intact / name)
+    outcome = check(codegrid, intact)
     assert outcome.status == 1
-    assert outcome.out.startswith(f"{name} {said}")
+    assert outcome.out.startswith(f"{name} {message}")
     assert outcome.out.count("\n") == 1, "each file is named once"
     assert f"got {outcome.out.strip()}; " in outcome.error_lines[-1]
 
@@ -127,32 +125,32 @@ def test_a_file_of_other_bytes(whole: Path, codegrid: Codegrid, name: str, harm:
         *("README.md.new", "codes.npz.new", "shard-00000.json", "commit.json", "été 線"),
     ],
 )
-@pytest.mark.parametrize("kind", ["file", "folder"])
-def test_a_file_that_is_not_of_the_data_set(whole: Path, codegrid: Codegrid, name: str, kind: str) -> None:
-    (whole / name).touch() if kind == "file" else (whole / name).mkdir()
-    outcome = checked(codegrid, whole)
+@pytest.mark.parametrize("form", ["file", "folder"])
+def test_a_file_that_is_not_of_the_data_set(intact: Path, codegrid: Codegrid, name: str, form: str) -> None:
+    (intact / name).touch() if form == "file" else (intact / name).mkdir()
+    outcome = check(codegrid, intact)
     assert (outcome.status, outcome.out) == (1, f"{name} is not of this data set\n")
     assert outcome.out.strip() in outcome.error_lines[-1]
 
 
-def test_a_table_that_the_manifest_does_not_name(whole: Path, codegrid: Codegrid) -> None:
-    change_manifest(whole, tables={})
-    assert checked(codegrid, whole).out.splitlines() == [
+def test_a_table_that_the_manifest_does_not_name(intact: Path, codegrid: Codegrid) -> None:
+    change_manifest(intact, tables={})
+    assert check(codegrid, intact).out.splitlines() == [
         f"{name} is not of this data set"
         for name in ("codes-00000.parquet", "codes-00001.parquet", "codes-00002.parquet", "codes.npz")
     ]
 
 
-def test_no_card(whole: Path, codegrid: Codegrid) -> None:
-    (whole / "README.md").unlink()
-    assert checked(codegrid, whole).out == "README.md is missing\n"
+def test_no_card(intact: Path, codegrid: Codegrid) -> None:
+    (intact / "README.md").unlink()
+    assert check(codegrid, intact).out == "README.md is missing\n"
 
 
-# What has the right hash and is wrong nevertheless
+# Wrong content whose hash is right
 
 
-def put(folder: Path, name: str, content: object) -> None:
-    """Write an array, JSON or bytes as a shard's file, with its hash into the manifest."""
+def replace_file(folder: Path, name: str, content: object) -> None:
+    """Write an array, JSON or bytes as a shard's file, and its hash into the manifest."""
     if isinstance(content, np.ndarray):
         buffer = io.BytesIO()
         np.save(buffer, content, allow_pickle=content.dtype == object)
@@ -179,7 +177,7 @@ def shards_of(folder: Path) -> list[dict[str, Any]]:
 
 
 def with_one(value: int, dtype: type = np.uint8) -> np.ndarray:
-    """The 4 grids of a shard, where one code of row 2 is this."""
+    """Return the 4 grids of a shard, all zero but one code of row 2."""
     codes = np.zeros((4, *GRID), dtype)
     codes[2, 1, 3] = value
     return codes
@@ -189,7 +187,7 @@ ZEROS = np.zeros((4, *GRID), np.uint8)
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "said"),
+    ("name", "content", "message"),
     [
         (
             "codes-00001.npy",
@@ -218,12 +216,12 @@ ZEROS = np.zeros((4, *GRID), np.uint8)
     ],
 )
 def test_wrong_content_whose_hash_is_right(
-    whole: Path, codegrid: Codegrid, name: str, content: object, said: str
+    intact: Path, codegrid: Codegrid, name: str, content: object, message: str
 ) -> None:
-    put(whole, name, content)
-    outcome = checked(codegrid, whole)
+    replace_file(intact, name, content)
+    outcome = check(codegrid, intact)
     assert outcome.status == 1
-    assert outcome.out.startswith(f"{name} {said}")
+    assert outcome.out.startswith(f"{name} {message}")
     assert outcome.out.count("\n") == 1
     assert name in outcome.error_lines[-1]
 
@@ -231,27 +229,27 @@ def test_wrong_content_whose_hash_is_right(
 def test_a_negative_code(tmp_path: Path, codegrid: Codegrid) -> None:
     """Where the type could hold one."""
     rows = random_rows(4, 65_537)
-    finished(tmp_path, rows, request(rows, 65_537))
-    put(tmp_path, "codes-00000.npy", with_one(-1, np.int32))
-    outcome = checked(codegrid, tmp_path)
+    write_rows(tmp_path, rows, request(rows, 65_537))
+    replace_file(tmp_path, "codes-00000.npy", with_one(-1, np.int32))
+    outcome = check(codegrid, tmp_path)
     assert outcome.out.startswith("codes-00000.npy holds codes from -1 to 0, where 0 to 65536 is possible")
-    put(tmp_path, "codes-00000.npy", with_one(65_536, np.int32))
-    said = checked(codegrid, tmp_path).out.splitlines()
-    assert [line[:14] for line in said] == ["the statistics"] * 3, "K - 1 is a code"
+    replace_file(tmp_path, "codes-00000.npy", with_one(65_536, np.int32))
+    lines = check(codegrid, tmp_path).out.splitlines()
+    assert [line[:14] for line in lines] == ["the statistics"] * 3, "K - 1 is a code"
 
 
 def test_a_label_where_there_are_no_classes(tmp_path: Path, codegrid: Codegrid) -> None:
-    finished(tmp_path, random_rows(4, labelled=False))
-    put(tmp_path, "labels-00000.npy", np.array([-1, -1, 0, -1]))
-    outcome = checked(codegrid, tmp_path)
+    write_rows(tmp_path, random_rows(4, labelled=False))
+    replace_file(tmp_path, "labels-00000.npy", np.array([-1, -1, 0, -1]))
+    outcome = check(codegrid, tmp_path)
     assert outcome.out.startswith("labels-00000.npy holds labels from -1 to 0")
 
 
-# A manifest that is not true
+# A wrong manifest
 
 
 @pytest.mark.parametrize(
-    ("fields", "said"),
+    ("fields", "message"),
     [
         ({"count": 9}, "a count of 9 over shards of 10 grids"),
         ({"total": 9}, "10 grids of 9"),
@@ -273,40 +271,40 @@ def test_a_label_where_there_are_no_classes(tmp_path: Path, codegrid: Codegrid) 
     ],
 )
 def test_a_manifest_that_says_something_else(
-    whole: Path, codegrid: Codegrid, fields: dict[str, Any], said: str
+    intact: Path, codegrid: Codegrid, fields: dict[str, Any], message: str
 ) -> None:
-    change_manifest(whole, **fields)
-    outcome = checked(codegrid, whole)
+    change_manifest(intact, **fields)
+    outcome = check(codegrid, intact)
     assert outcome.status == 1
-    assert said in outcome.error_lines[-1]
+    assert message in outcome.error_lines[-1]
     assert "manifest" in outcome.error_lines[-1]
 
 
 @pytest.mark.parametrize("content", [b"", b"{}", b"[]", b"\xff\xfe", b'{"format_version": 1'])
-def test_no_manifest_at_all(whole: Path, codegrid: Codegrid, content: bytes) -> None:
-    (whole / "manifest.json").write_bytes(content)
-    outcome = checked(codegrid, whole)
+def test_no_manifest_at_all(intact: Path, codegrid: Codegrid, content: bytes) -> None:
+    (intact / "manifest.json").write_bytes(content)
+    outcome = check(codegrid, intact)
     assert outcome.status == 1
     assert "manifest.json" in outcome.error_lines[-1]
-    (whole / "manifest.json").unlink()
-    assert "got no manifest.json" in checked(codegrid, whole).error_lines[-1]
+    (intact / "manifest.json").unlink()
+    assert "got no manifest.json" in check(codegrid, intact).error_lines[-1]
 
 
 @pytest.mark.parametrize("name", ["start", "count", "files"])
 @pytest.mark.parametrize("value", ["missing", "4", 4.0, True, None, [4], {"codes-00001.npy": 4}])
-def test_a_shard_whose_entry_is_not_one(whole: Path, codegrid: Codegrid, name: str, value: Any) -> None:
-    shards = shards_of(whole)
+def test_a_shard_whose_entry_is_not_one(intact: Path, codegrid: Codegrid, name: str, value: Any) -> None:
+    shards = shards_of(intact)
     if value == "missing":
         del shards[1][name]
     else:
         shards[1][name] = value
-    change_manifest(whole, shards=shards)
-    outcome = checked(codegrid, whole)
+    change_manifest(intact, shards=shards)
+    outcome = check(codegrid, intact)
     assert outcome.status == 1
     assert name in outcome.error_lines[-1]
     assert "shard 1" in outcome.error_lines[-1]
     assert "Traceback" not in outcome.err
-    assert "--debug" not in outcome.error_lines[-1], "not an error that nobody thought of"
+    assert "--debug" not in outcome.error_lines[-1], "not an unexpected error"
 
 
 @pytest.mark.parametrize(
@@ -316,31 +314,33 @@ def test_a_shard_whose_entry_is_not_one(whole: Path, codegrid: Codegrid, name: s
         ("perplexity", None),
     ],
 )
-def test_statistics_that_the_codes_do_not_have(whole: Path, codegrid: Codegrid, name: str, value: float | None) -> None:
-    statistics = json.loads((whole / "manifest.json").read_text("utf-8"))["statistics"]
-    true = statistics.pop(name)
+def test_statistics_that_the_codes_do_not_have(
+    intact: Path, codegrid: Codegrid, name: str, value: float | None
+) -> None:
+    statistics = json.loads((intact / "manifest.json").read_text("utf-8"))["statistics"]
+    actual = statistics.pop(name)
     if value is not None:
         statistics[name] = value
-    change_manifest(whole, statistics=statistics)
-    outcome = checked(codegrid, whole)
-    assert outcome.out == f"the statistics say {name} {value}, the codes have {true}\n"
+    change_manifest(intact, statistics=statistics)
+    outcome = check(codegrid, intact)
+    assert outcome.out == f"the statistics say {name} {value}, the codes have {actual}\n"
 
 
-def test_statistics_that_another_machine_rounded_otherwise(whole: Path, codegrid: Codegrid) -> None:
-    statistics = json.loads((whole / "manifest.json").read_text("utf-8"))["statistics"]
-    change_manifest(whole, statistics={**statistics, "perplexity": statistics["perplexity"] * (1 + 1e-14)})
-    assert checked(codegrid, whole).status == 0
+def test_statistics_that_another_machine_rounded_differently(intact: Path, codegrid: Codegrid) -> None:
+    statistics = json.loads((intact / "manifest.json").read_text("utf-8"))["statistics"]
+    change_manifest(intact, statistics={**statistics, "perplexity": statistics["perplexity"] * (1 + 1e-14)})
+    assert check(codegrid, intact).status == 0
 
 
-def test_a_finished_export_without_statistics(whole: Path, codegrid: Codegrid) -> None:
+def test_a_finished_export_without_statistics(intact: Path, codegrid: Codegrid) -> None:
     """As a kill just before they are counted leaves it."""
-    change_manifest(whole, statistics={})
-    assert checked(codegrid, whole).out == "the statistics are missing; the same export-codes adds them\n"
+    change_manifest(intact, statistics={})
+    assert check(codegrid, intact).out == "the statistics are missing; the same export-codes adds them\n"
 
 
-def test_statistics_are_not_asked_of_damaged_codes(whole: Path, codegrid: Codegrid) -> None:
-    put(whole, "codes-00001.npy", with_one(16))
-    assert checked(codegrid, whole).out.count("\n") == 1
+def test_statistics_are_not_compared_with_damaged_codes(intact: Path, codegrid: Codegrid) -> None:
+    replace_file(intact, "codes-00001.npy", with_one(16))
+    assert check(codegrid, intact).out.count("\n") == 1
 
 
 # The images that the codes were made of
@@ -363,107 +363,100 @@ def test_the_images_are_compared_if_they_are_named(
         "label": lambda: (images / "disc").rename(images / "zzz"),
         "one more": lambda: [shutil.copy(first, first.with_name(f"copy-{i}.png")) for i in range(4)],
     }[change]()
-    outcome = checked(codegrid, codes, "--data", images)
+    outcome = check(codegrid, codes, "--data", images)
     if change is None:
         assert (outcome.status, manifest.count) == (0, 2 * len(open_images(str(images)).train))
     elif change == "one more":
         assert re.fullmatch(rf"the codes are of {manifest.count // 2} images, .* has \d+\n", outcome.out)
     else:
         assert outcome.out.startswith(f"rows_sha256 is {manifest.rows_sha256}, the names, labels and pixels of")
-    assert checked(codegrid, codes).status == 0, "unless they are named"
+    assert check(codegrid, codes).status == 0, "unless they are named"
 
 
-def test_images_cannot_be_compared_with_codes_that_do_not_say_of_which(whole: Path, codegrid: Codegrid) -> None:
-    outcome = checked(codegrid, whole, "--data", "glyphs")
+def test_images_cannot_be_compared_with_codes_that_do_not_say_of_which(intact: Path, codegrid: Codegrid) -> None:
+    outcome = check(codegrid, intact, "--data", "glyphs")
     assert "expected a manifest that names the rows_sha256" in outcome.error_lines[-1]
     assert outcome.out == ""
 
 
-def test_a_data_root_needs_data(whole: Path, codegrid: Codegrid) -> None:
-    assert "--data-root" in checked(codegrid, whole, "--data-root", whole).error_lines[-1]
+def test_a_data_root_needs_data(intact: Path, codegrid: Codegrid) -> None:
+    assert "--data-root" in check(codegrid, intact, "--data-root", intact).error_lines[-1]
 
 
 # The lock of an export that is running
 
 
-def test_the_lock_of_an_export_is_not_foreign(whole: Path, codegrid: Codegrid) -> None:
+def test_the_lock_of_an_export_is_not_foreign(intact: Path, codegrid: Codegrid) -> None:
     """Whether its process still runs or was killed."""
-    (whole / LOCK).write_text("{}")
-    assert checked(codegrid, whole).status == 0
+    (intact / LOCK).write_text("{}")
+    assert check(codegrid, intact).status == 0
 
 
-def test_shards_in_another_order(whole: Path, codegrid: Codegrid) -> None:
-    first, second, last = shards_of(whole)
-    change_manifest(whole, shards=[second, first, last])
-    assert checked(codegrid, whole).out.splitlines() == [
+def test_shards_in_another_order(intact: Path, codegrid: Codegrid) -> None:
+    first, second, last = shards_of(intact)
+    change_manifest(intact, shards=[second, first, last])
+    assert check(codegrid, intact).out.splitlines() == [
         "shard 0 starts at row 4 in place of 0",
         "shard 1 starts at row 0 in place of 4",
     ]
 
 
-def test_a_shard_that_is_there_twice(whole: Path, codegrid: Codegrid) -> None:
-    """In the place of another, so that all counts are right."""
-    first, _, last = shards_of(whole)
-    change_manifest(whole, shards=[first, first, last])
-    said = checked(codegrid, whole).out.splitlines()
-    assert "shard 1 starts at row 0 in place of 4" in said
-    assert "codes-00001.npy is not of this data set" in said
+def test_a_shard_that_is_named_twice(intact: Path, codegrid: Codegrid) -> None:
+    """In place of another, so that all counts are right."""
+    first, _, last = shards_of(intact)
+    change_manifest(intact, shards=[first, first, last])
+    lines = check(codegrid, intact).out.splitlines()
+    assert "shard 1 starts at row 0 in place of 4" in lines
+    assert "codes-00001.npy is not of this data set" in lines
 
 
-def test_rows_that_overlap(whole: Path, codegrid: Codegrid) -> None:
-    first, second, last = shards_of(whole)
-    change_manifest(whole, shards=[first, {**second, "start": 3}, last])
-    assert "shard 1 holds rows 3 to 6, which is no shard of 4" in checked(codegrid, whole).out
+def test_rows_that_overlap(intact: Path, codegrid: Codegrid) -> None:
+    first, second, last = shards_of(intact)
+    change_manifest(intact, shards=[first, {**second, "start": 3}, last])
+    assert "shard 1 holds rows 3 to 6, which is no shard of 4" in check(codegrid, intact).out
 
 
-# What is not finished, or another's
+# Unfinished codes, and those of another tokenizer
 
 
 @pytest.mark.parametrize("stopped_at", [0, 4, 8])
 def test_an_export_that_was_stopped(tmp_path: Path, codegrid: Codegrid, stopped_at: int) -> None:
     """It is unfinished and nothing else, whatever was being written."""
     rows = random_rows(10)
-
-    class Stopped(Rows):
-        def codes(self, start: int, stop: int) -> np.ndarray:
-            if start == stopped_at:
-                raise Killed
-            return super().codes(start, stop)
-
     with pytest.raises(Killed):
-        write_codes(tmp_path, request(rows), Stopped(rows.all_codes, rows.all_labels, rows.all_names), ProcessGroup())
+        write_rows(tmp_path, StoppedRows(**vars(rows), stop_at=stopped_at))
     (tmp_path / "codes-00002.npy.new").touch()
-    outcome = checked(codegrid, tmp_path)
+    outcome = check(codegrid, tmp_path)
     count = read_manifest(tmp_path).count
     assert count <= stopped_at
     assert outcome.status == 1
-    assert outcome.out == f"unfinished: {count} of 10 grids; the same export-codes goes on\n"
+    assert outcome.out == f"unfinished: {count} of 10 grids; the same export-codes resumes\n"
     (tmp_path / "notes.txt").touch()
-    assert checked(codegrid, tmp_path).out.splitlines()[1:] == ["notes.txt is not of this data set"]
+    assert check(codegrid, tmp_path).out.splitlines()[1:] == ["notes.txt is not of this data set"]
     (tmp_path / "notes.txt").unlink()
-    finished(tmp_path, rows)
-    assert checked(codegrid, tmp_path).status == 0
+    write_rows(tmp_path, rows)
+    assert check(codegrid, tmp_path).status == 0
 
 
-def test_codes_of_another_tokenizer(tmp_path: Path, whole: Path, codegrid: Codegrid) -> None:
+def test_codes_of_another_tokenizer(tmp_path: Path, intact: Path, codegrid: Codegrid) -> None:
     other = save_tokenizer(tmp_path / "other", brightness_tokenizer())
-    outcome = checked(codegrid, whole, "--tokenizer", tmp_path / "other")
+    outcome = check(codegrid, intact, "--tokenizer", tmp_path / "other")
     assert outcome.status == 1
     assert FINGERPRINT in outcome.error_lines[-1]
     assert other.fingerprint in outcome.error_lines[-1]
-    change_manifest(whole, tokenizer_fingerprint=other.fingerprint)
-    assert checked(codegrid, whole, "--tokenizer", tmp_path / "other").status == 0
+    change_manifest(intact, tokenizer_fingerprint=other.fingerprint)
+    assert check(codegrid, intact, "--tokenizer", tmp_path / "other").status == 0
 
 
-# How it is said
+# The error
 
 
-def test_all_problems_are_printed_and_the_first_are_named_in_the_error(whole: Path, codegrid: Codegrid) -> None:
+def test_all_problems_are_printed_and_the_first_are_named_in_the_error(intact: Path, codegrid: Codegrid) -> None:
     for i in range(4):
-        (whole / f"foreign-{i}").touch()
+        (intact / f"foreign-{i}").touch()
     for i in range(3):
-        shorten(whole / f"codes-0000{i}.npy")
-    outcome = checked(codegrid, whole)
+        shorten(intact / f"codes-0000{i}.npy")
+    outcome = check(codegrid, intact)
     names = [line.split()[0] for line in outcome.out.splitlines()]
     assert names == [*(f"codes-0000{i}.npy" for i in range(3)), *(f"foreign-{i}" for i in range(4))]
     error = outcome.error_lines[-1]
@@ -471,20 +464,20 @@ def test_all_problems_are_printed_and_the_first_are_named_in_the_error(whole: Pa
     assert "; and 2 more; export the codes again" in error
 
 
-def test_a_file_is_hashed_part_by_part(whole: Path, codegrid: Codegrid, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verify_codes, "READ_AT_ONCE", 7)
-    assert checked(codegrid, whole).status == 0
-    size = (whole / "codes-00001.npy").stat().st_size
-    flip_a_bit(1)(whole / "codes-00001.npy")
-    assert f"({size:,} bytes, another SHA-256)" in checked(codegrid, whole).out
+def test_a_file_is_hashed_chunk_by_chunk(intact: Path, codegrid: Codegrid, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verify, "READ_AT_ONCE", 7)
+    assert check(codegrid, intact).status == 0
+    size = (intact / "codes-00001.npy").stat().st_size
+    flip_a_bit(1)(intact / "codes-00001.npy")
+    assert f"({size:,} bytes, another SHA-256)" in check(codegrid, intact).out
 
 
-def test_codes_of_the_time_before_cards(tmp_path: Path, codegrid: Codegrid) -> None:
-    """Their manifest says less, and their shards may be of any size."""
-    finished(tmp_path, random_rows(7))
+def test_codes_of_the_first_version(tmp_path: Path, codegrid: Codegrid) -> None:
+    """Their manifest holds less, they have no card, and their shards may be of any size."""
+    write_rows(tmp_path, random_rows(7))
     shards = [{"count": shard["count"], "files": shard["files"]} for shard in shards_of(tmp_path)]
     change_manifest(tmp_path, shard_size=None, total=None, statistics={}, shards=shards)
     (tmp_path / "README.md").unlink()
-    assert checked(codegrid, tmp_path).status == 0
+    assert check(codegrid, tmp_path).status == 0
     shorten(tmp_path / "codes-00001.npy")
-    assert checked(codegrid, tmp_path).out.startswith("codes-00001.npy has other bytes")
+    assert check(codegrid, tmp_path).out.startswith("codes-00001.npy has other bytes")
