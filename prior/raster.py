@@ -41,10 +41,11 @@ class Raster:
         device = next(prior.parameters()).device
         self.chooser = torch.device("cpu") if device.type == "mps" else device  # which has no float64
         count, _, self.width = known.shape
-        self.codes = known.to(device, copy=True)
+        self.codes = known.to(device, copy=True, memory_format=torch.contiguous_format)
         self.unknown = self.codes == UNKNOWN
         self.any_unknown = self.unknown.any(dim=0).tolist()
         self.any_known = (~self.unknown).any(dim=0).tolist()
+        self.positions = self.codes.view(count, -1).unbind(dim=1)  # views, in raster order
         self.uniforms = uniforms.T.contiguous().to(self.chooser).unbind(dim=0)
         self.parameters, self.weigh = parameters, weigh
         self.log_likelihood = torch.zeros(count, dtype=torch.float64, device=self.chooser)  # of the known codes so far
@@ -55,7 +56,7 @@ class Raster:
         self.network.start_row()
         for column in range(self.width):
             features = self.network.features(column)
-            codes = self.codes[:, row, column]
+            codes = self.positions[row * self.width + column]
             any_unknown, any_known = self.any_unknown[row][column], self.any_known[row][column]
             if any_unknown or self.weigh:
                 logits = self.network.logits(features).to(self.chooser)
@@ -74,7 +75,7 @@ class Raster:
     def select(self, samples: Tensor) -> None:
         """Continue, between two rows, with these samples [n], indices of the present ones, of the same grids."""
         samples = samples.to(self.codes.device)
-        self.codes = self.codes[samples]
+        self.codes.copy_(self.codes[samples])  # in place, for `positions` are views of it
         self.network.select(samples)
 
     def _weigh(self, logits: Tensor, row: int, column: int) -> None:

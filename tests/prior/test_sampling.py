@@ -262,6 +262,17 @@ def test_the_caller_keeps_the_known_codes_as_they_were() -> None:
     assert torch.equal(known, before)
 
 
+def test_known_codes_may_be_stored_in_any_order() -> None:
+    """A transposed view, whose rows are columns in memory."""
+    known = torch.randint(-1, 5, (4, 5, 3), generator=generator(1)).mT
+    assert not known.is_contiguous()
+    found, expected = (
+        sample_codes(tiny_prior(), 4, (3, 5), known=codes, generator=generator(0))
+        for codes in (known, known.contiguous())
+    )
+    assert torch.equal(found, expected)
+
+
 # What happens around it.
 
 
