@@ -17,7 +17,7 @@ from ..images.png_folder import ImageFolder, read_record, written_count
 from ..models.checkpoint import check_same_tokenizer
 from ..models.inference import decode_codes as decode
 from ..models.loading import load_trained_tokenizer
-from ..runtime.atomic_files import to_json
+from ..runtime.atomic_files import TEMPORARY, to_json
 from ..runtime.output_paths import OutputFiles, check_output_file, check_output_folder
 from ..runtime.progress import with_progress
 from .dataset import CodeDataset
@@ -104,7 +104,7 @@ def _write_array(images: Iterator[Tensor], n: int, out: Path) -> None:
     """Write batch by batch into a temporary file, which is renamed once complete and on the disk, or else removed."""
     first = next(images)
     out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f"{out.name}.new")
+    temporary = out.with_name(f"{out.name}{TEMPORARY}")
     try:
         with open(temporary, "wb") as file:
             header = {"descr": "|u1", "fortran_order": False, "shape": (n, *first.shape[1:])}

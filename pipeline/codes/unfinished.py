@@ -11,7 +11,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 from ..errors import InputError
-from ..runtime.atomic_files import sha256
+from ..runtime.atomic_files import TEMPORARY, sha256
 from ..runtime.folder_lock import LOCK
 from ..runtime.output_paths import check_writable
 from .card import CARD_MARK
@@ -22,7 +22,7 @@ EXPORT_FILES = re.compile(
     r"manifest\.json|README\.md|(codes|labels)-[0-9]{5,}\.npy|(names|shard)-[0-9]{5,}\.json|codes\.npz"
     r"|codes-[0-9]{5,}\.parquet"
 )
-FIRST_FILES = {f"{MANIFEST}.new"}  # all that a kill leaves before the first manifest is complete
+FIRST_FILES = {f"{MANIFEST}{TEMPORARY}"}  # all that a kill leaves before the first manifest is complete
 RESULTS = {"count", "shards", "statistics", "tables"}  # fields of the manifest that a request leaves open
 MADE_WITH = "made_with"  # compared while shards are missing: two versions of torch may round differently
 CAUSES = ("tokenizer_fingerprint", "source", "split", "flips", "shard_size")  # the other fields follow from these
@@ -83,7 +83,7 @@ def prepare_destination(folder: Path, requested: CodeManifest, *, force: bool) -
     check_writable(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / MANIFEST).unlink(missing_ok=True)  # first, so that no manifest counts files that are gone
-    remove(path for path in folder.iterdir() if EXPORT_FILES.fullmatch(path.name.removesuffix(".new")))
+    remove(path for path in folder.iterdir() if EXPORT_FILES.fullmatch(path.name.removesuffix(TEMPORARY)))
     write_manifest(folder, requested)
     return requested
 
@@ -176,4 +176,6 @@ def _valid(entries: dict[Path, ShardEntry | None]) -> list[ShardEntry]:
 
 def _is_leftover(name: str) -> bool:
     """Return whether this is the name of a temporary file of an export."""
-    return name in FIRST_FILES or (name.endswith(".new") and bool(EXPORT_FILES.fullmatch(name.removesuffix(".new"))))
+    return name in FIRST_FILES or (
+        name.endswith(TEMPORARY) and bool(EXPORT_FILES.fullmatch(name.removesuffix(TEMPORARY)))
+    )

@@ -17,6 +17,7 @@ from torch import Tensor
 from ..errors import InputError
 from ..images.image_set import ImageSplit, open_images, split_of
 from ..models.checkpoint import check_same_tokenizer, read_info
+from ..runtime.atomic_files import TEMPORARY
 from ..runtime.folder_lock import LOCK
 from ..runtime.progress import with_progress
 from .encoded_images import rows_sha256
@@ -113,7 +114,7 @@ def _missing_or_foreign(folder: Path, manifest: CodeManifest) -> Iterator[str]:
     if manifest.complete and manifest.shard_size is not None and not (folder / CARD).exists():
         yield f"{CARD} is missing"
     for name in sorted(path.name for path in folder.iterdir()):
-        in_progress = not manifest.complete and EXPORT_FILES.fullmatch(name.removesuffix(".new"))
+        in_progress = not manifest.complete and EXPORT_FILES.fullmatch(name.removesuffix(TEMPORARY))
         if name not in expected and not in_progress:
             yield f"{name.encode('utf-8', 'replace').decode()} is not of this data set"
 
