@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import settings
 from PIL import Image
 
 import cli
@@ -17,6 +18,9 @@ from pipeline.training.train_prior import train_prior
 from pipeline.training.train_tokenizer import train_tokenizer
 
 from .support import HEIGHT, WIDTH, Outcome, fill_with_cells, torch_threads
+
+settings.register_profile("same every time", derandomize=True, deadline=None, database=None)
+settings.load_profile("same every time")
 
 CLASS_NAMES = ("disc", "line", "été")  # in code point order, as the program has them
 
