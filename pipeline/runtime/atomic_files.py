@@ -3,50 +3,139 @@
 One file: write a temporary file, flush it to the disk, rename it over the old one. Several files that belong together:
 write each as `NAME.new`, then one `commit.json` that names them (from then on the new files are current), then rename
 each and remove `commit.json`. A reader who finds `commit.json` reads `NAME.new` where that still exists; the next
-writer completes the renames.
+writer completes the renames. The replaced files may be kept in a subfolder: each is moved there right before its
+successor takes its name.
+
+Where the disk is full or gone, the temporary files are removed, the old files stay, and one line says what was needed.
 """
 
+import errno
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+import re
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+
+from ..errors import InputError
 
 COMMIT = "commit.json"
 TEMPORARY = ".new"  # a file that is being written has this after its name
 
+_PLAIN_NAME = re.compile(r"\w[\w.-]*", re.ASCII)  # of a file inside the folder
+_REMEDIES = {
+    errno.ENOSPC: "free that much on the disk, or name another folder",
+    errno.EDQUOT: "free that much of your quota, or name another folder",
+    errno.EFBIG: "raise the limit for the size of a file, or name a folder on another file system",
+    errno.EROFS: "name a folder on a disk that can be written",
+    errno.EACCES: "change its permissions, or name another folder",
+    errno.EPERM: "change its permissions, or name another folder",
+    errno.EISDIR: "move that folder away, or name another",
+    errno.ENOTDIR: "move the file in the place of a folder away, or name another folder",
+}
+
+
+@dataclass(frozen=True)
+class _Commit:
+    """Files whose renames may not all be done, and the subfolder that keeps those which they replace."""
+
+    files: list[str]
+    keep: str | None = None
+
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Replace one file, all of it or nothing; its folder is made if it is missing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Replace one file, all of it or nothing; its folder is made if it is missing. Raise InputError if that fails."""
     temporary = _temporary(path.parent, path.name)
-    _write_flushed(temporary, data)
-    os.replace(temporary, path)
+    with _explained(path, len(data), [temporary]):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _write_flushed(temporary, data)
+        os.replace(temporary, path)
 
 
-def write_together(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Replace several files of `folder`, all of them or none; the folder is made if it is missing."""
-    folder.mkdir(parents=True, exist_ok=True)
-    _complete(folder)
-    for name, data in files.items():
-        _write_flushed(_temporary(folder, name), data)
-    write_atomic(folder / COMMIT, to_json(sorted(files)))
-    _complete(folder)
+@contextmanager
+def open_atomic(path: Path) -> Iterator[BinaryIO]:
+    """Yield a file to write into, which replaces `path` at the end of `with`; if that raises, `path` stays as it was.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    temporary = _temporary(path.parent, path.name)
+    try:
+        with _explained(path, None, []):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(temporary, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def write_together(folder: Path, files: Mapping[str, bytes], *, keep: str | None = None) -> None:
+    """Replace several files of `folder`, all of them or none; the folder is made if it is missing.
+
+    Args:
+        folder: of the files.
+        files: their contents, by name.
+        keep: the name of a subfolder that the replaced files are moved to; None to keep none of them.
+
+    Raises:
+        InputError: they cannot be written, and the old files are unchanged; or `commit.json` is not that of a writer.
+    """
+    size = sum(map(len, files.values()))
+    with _explained(folder, size, []):
+        folder.mkdir(parents=True, exist_ok=True)
+        _complete(folder)
+    with _explained(folder, size, [_temporary(folder, name) for name in (*files, COMMIT)]):
+        for name, data in files.items():
+            _write_flushed(_temporary(folder, name), data)
+        names = sorted(files)
+        content = to_json(names if keep is None else {"files": names, "keep": keep})
+        _write_flushed(_temporary(folder, COMMIT), content)
+        os.replace(_temporary(folder, COMMIT), folder / COMMIT)
+    with _explained(folder, size, []):  # they are committed: the next writer completes what fails here
+        _complete(folder)
 
 
 def current(folder: Path, name: str) -> Path:
-    """Return the path that holds the committed content of `name`, also after a kill during `write_together`."""
+    """Return the path that holds the committed content of `name`, also after a kill during `write_together`.
+
+    Raises:
+        InputError: `commit.json` is not that of a writer.
+    """
     new = _temporary(folder, name)
-    return new if name in _committed(folder) and new.exists() else folder / name
+    return new if name in committed(folder) and new.exists() else folder / name
 
 
-def read_current(folder: Path, name: str) -> bytes:
-    """Return the content of `current`, also while a writer renames it. Raises FileNotFoundError if there is none."""
-    try:
-        return current(folder, name).read_bytes()
-    except FileNotFoundError:  # renamed since it was chosen
-        return current(folder, name).read_bytes()
+def committed(folder: Path) -> list[str]:
+    """Return the names of the files in a commit whose renames may not all be done; [] if there is no commit.
+
+    Raises:
+        InputError: `commit.json` is not that of a writer.
+    """
+    return _read_commit(folder).files
+
+
+def cannot_write(path: Path, size: int | None, error: OSError) -> InputError:
+    """Return the error that says what could not be written, how much of it, why, and what to do.
+
+    Args:
+        path: the file, or the folder of several.
+        size: bytes that were to be written; None if that is not known.
+        error: what the system said.
+    """
+    found = error.strerror or str(error)
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        found += _free_space(path)
+    remedy = _REMEDIES.get(error.errno or 0, "see that the disk is there and can be written, or name another folder")
+    needed = "" if size is None else f" ({size:,} bytes)"
+    return InputError(expected=f"to write {path}{needed}", got=found, do=remedy)
 
 
 def to_json(value: Any) -> bytes:
@@ -68,23 +157,63 @@ def sha256(data: bytes) -> str:
 
 def _complete(folder: Path) -> None:
     """Finish the renames of a commit that a kill interrupted."""
-    commit = folder / COMMIT
-    if not commit.exists():
-        return
-    for name in json.loads(commit.read_bytes()):
-        new = _temporary(folder, name)
+    commit = _read_commit(folder)
+    for name in commit.files:
+        new, path = _temporary(folder, name), folder / name
         if new.exists():
-            os.replace(new, folder / name)
-    commit.unlink()
+            if commit.keep is not None and path.exists():
+                (folder / commit.keep).mkdir(exist_ok=True)
+                os.replace(path, folder / commit.keep / name)
+            os.replace(new, path)
+    if commit.files:
+        (folder / COMMIT).unlink()
 
 
-def _committed(folder: Path) -> list[str]:
-    """Return the names in a commit whose renames may not all be done; [] if there is no such commit."""
+def _read_commit(folder: Path) -> _Commit:
+    """Return the commit of a folder, one of no files if there is none. Raise InputError if no writer wrote it."""
+    path = folder / COMMIT
     try:
-        names: list[str] = json.loads((folder / COMMIT).read_bytes())
+        content = json.loads(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
-        return []
-    return names
+        return _Commit([])
+    except (OSError, ValueError, RecursionError):
+        content = None
+    if isinstance(content, list) and _are_names(content):
+        return _Commit(content)
+    if isinstance(content, dict) and content.keys() == {"files", "keep"}:
+        files, keep = content["files"], content["keep"]
+        if isinstance(files, list) and _are_names([*files, keep]):
+            return _Commit(files, keep)
+    raise InputError(
+        expected=f"no {COMMIT} in {folder} but that of a save which was interrupted",
+        got="another",
+        do="move it away, or restore the folder from a copy",
+    )
+
+
+def _are_names(values: Iterable[object]) -> bool:
+    """Return whether all `values` are names of files inside a folder."""
+    return all(isinstance(value, str) and _PLAIN_NAME.fullmatch(value) for value in values)
+
+
+@contextmanager
+def _explained(path: Path, size: int | None, temporary: Iterable[Path]) -> Iterator[None]:
+    """Turn an OSError into the InputError that explains it, and remove the `temporary` files."""
+    try:
+        yield
+    except OSError as error:
+        for leftover in temporary:
+            with suppress(OSError):
+                leftover.unlink(missing_ok=True)
+        raise cannot_write(path, size, error) from error
+
+
+def _free_space(path: Path) -> str:
+    """Return in words how much is free where `path` is; "" if that cannot be found out."""
+    for folder in (path, *path.parents):
+        with suppress(OSError):
+            return f" ({shutil.disk_usage(folder).free:,} bytes are free)"
+    return ""
 
 
 def _temporary(folder: Path, name: str) -> Path:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
-from .atomic_files import to_json
+from .atomic_files import current, to_json
 
 CHECKSUM = "checksum"
 
@@ -31,6 +31,14 @@ def read_regular(path: Path, limit: int) -> bytes:
         raise ValueError(f"{status.st_size:,} bytes, more than the {limit:,} that are possible")
     with open(path, "rb") as file:
         return file.read(limit)
+
+
+def read_current(folder: Path, name: str, limit: int) -> bytes:
+    """Return the committed content of the file `name`, also while a writer renames it. Raises as `read_regular`."""
+    try:
+        return read_regular(current(folder, name), limit)
+    except FileNotFoundError:  # renamed since it was chosen
+        return read_regular(current(folder, name), limit)
 
 
 def parse_json(data: bytes) -> Any:
