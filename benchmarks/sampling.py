@@ -48,6 +48,9 @@ class Arrays:
     def batch(self, indices: np.ndarray) -> tuple[Tensor, Tensor]:
         return self.codes[indices], self.labels[indices]
 
+    def names(self) -> list[str]:
+        return [str(row) for row in range(len(self.codes))]
+
 
 @click.group()
 def cli() -> None:
@@ -131,7 +134,7 @@ def run(stage: PriorStage, config: PriorConfig, settings: PriorSettings, folder:
         kind="prior", config=asdict(config), step=0, class_names=[], preprocessing={}, training=asdict(settings)
     )
     loop = LoopSettings.from_settings(settings, device, keep_best=True)
-    run_training(stage, info, loop, folder, resume=False)
+    run_training(stage, info, loop, folder)
 
 
 @cli.command()

@@ -108,7 +108,7 @@ def train(stage: EvaluatedOnTest, config: TokenizerConfig, settings: TokenizerSe
         kind="tokenizer", config=asdict(config), step=0, class_names=[], preprocessing={}, training=asdict(settings)
     )
     loop = LoopSettings.from_settings(settings, stage.device, evaluations=10)
-    run_training(stage, info, loop, folder, resume=False)
+    run_training(stage, info, loop, folder)
 
 
 @cli.command()

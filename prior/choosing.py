@@ -37,12 +37,13 @@ AS_TRAINED = SamplingParameters()
 
 def choose_codes(logits: Tensor, uniforms: Tensor, parameters: SamplingParameters = AS_TRAINED) -> Tensor:
     """Return the code [n] that each of `uniforms` [n] in [0,1) falls on, the probabilities of `logits` [n,K] laid end
-    to end."""
+    to end; of logits with NaN any code."""
     if parameters.temperature == 0:
         return logits.argmax(dim=1)
     ends = code_probabilities(logits, parameters).cumsum(dim=1)
     below_1 = uniforms.clamp_max(1 - 2**-52)  # whose product with the total cannot round up to it
-    return torch.searchsorted(ends, (below_1 * ends[:, -1])[:, None], right=True).squeeze(1)
+    found = torch.searchsorted(ends, (below_1 * ends[:, -1])[:, None], right=True).squeeze(1)
+    return found.clamp_max(logits.shape[1] - 1)  # which NaN exceeds
 
 
 def code_probabilities(logits: Tensor, parameters: SamplingParameters = AS_TRAINED) -> Tensor:

@@ -52,7 +52,11 @@ class Raster:
         self.network = IncrementalPrior(prior, count, self.width, None if labels is None else labels.to(device))
 
     def draw_row(self, row: int) -> None:
-        """Draw the unknown codes of the next row."""
+        """Draw the unknown codes of the next row.
+
+        Raises:
+            ValueError: the logits are not finite.
+        """
         self.network.start_row()
         for column in range(self.width):
             features = self.network.features(column)
@@ -67,6 +71,8 @@ class Raster:
             if self.weigh and any_known:
                 self._weigh(logits, row, column)
             self.network.set_codes(column, codes)
+        if self.weigh or any(self.any_unknown[row]):
+            check_finite(logits, row)
 
     def result(self) -> Tensor:
         """Return the codes [n,H,W], once all rows are drawn."""
@@ -83,3 +89,12 @@ class Raster:
         codes, unknown = (x[:, row, column].to(self.chooser) for x in (self.codes, self.unknown))
         likelihood = logits.double().log_softmax(dim=1).gather(1, codes[:, None])[:, 0]
         self.log_likelihood += likelihood.masked_fill(unknown, 0)
+
+
+def check_finite(logits: Tensor, row: int) -> None:
+    """Raise ValueError unless the last logits of a row are finite; NaN earlier in it spreads to its end as a rule."""
+    if not bool(logits.isfinite().all()):
+        raise ValueError(
+            f"expected finite logits of the prior, got NaN or infinity in row {row} of the grid; "
+            "train it again, with a lower --lr"
+        )

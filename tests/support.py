@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import safetensors.torch
 import torch
 from PIL import Image
 from torch import nn
@@ -164,6 +165,11 @@ def tiny_prior(num_codes: int = LEVELS, num_classes: int = 0, seed: int = 0) -> 
         for parameter in model.parameters():
             parameter.mul_(3)
     return model
+
+
+def load_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Return the tensors of model.safetensors."""
+    return safetensors.torch.load_file(folder / "model.safetensors")
 
 
 def save_prior(

@@ -1,5 +1,7 @@
 """All metrics of a trained model: how it reconstructs, how it uses its codes, and how well a prior predicts them."""
 
+import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ from torch import Tensor
 from prior.objective import bits_per_dim
 
 from ..codes.manifest import code_dtype
+from ..errors import InputError
 from ..images.image_set import split_of
 from ..models.labels import match_labels
 from ..models.loading import TrainedPrior, TrainedTokenizer, images_of, load_pair, load_trained_autoencoder
@@ -80,14 +83,29 @@ def evaluate(
     numbers, health = measure_reconstruction(
         trained.model, chosen, progress=True, on_codes=None if pair is None else codes.append
     )
+    likelihood = None if pair is None else _measure_likelihood(*pair, codes.all(), labels)
+    _check_finite(asdict(numbers), tokenizer_folder)
+    if likelihood is not None:
+        _check_finite(asdict(likelihood), prior_folder)
     return Evaluation(
         data=images.source,
         split=split,
         images=len(chosen),
         reconstruction=numbers,
         codebook=health,
-        likelihood=None if pair is None else _measure_likelihood(*pair, codes.all(), labels),
+        likelihood=likelihood,
     )
+
+
+def _check_finite(numbers: Mapping[str, float], folder: Path | None) -> None:
+    """Raise InputError if a number that the model in `folder` was measured with is NaN or infinite."""
+    for name, value in numbers.items():
+        if not math.isfinite(value):
+            raise InputError(
+                expected=f"finite numbers of the model in {folder}",
+                got=f"{name} = {value}",
+                do="train it again, with a lower --lr if that was the cause",
+            )
 
 
 class _Codes:

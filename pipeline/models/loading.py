@@ -4,23 +4,34 @@ Config and weights are read together, so that both come from the same save even 
 Whether two models belong together is decided by the fingerprints of what was loaded; the folder is not read again.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TypeVar
 
-import safetensors
-import safetensors.torch
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from prior import GatedPixelCNN, PriorConfig
 from tokenizer import VQVAE, Baseline, TokenizerConfig, build_model
 
 from ..errors import InputError
 from ..images.image_set import ImageSet, open_images
+from ..images.preprocessing import Preprocessing
 from ..runtime.device import choose_device
-from .checkpoint import MODEL, TRAIN_COMMAND, CheckpointInfo, check_same_tokenizer, read_checkpoint
+from ..runtime.schema import from_json, short
+from .checkpoint import (
+    MODEL,
+    TRAIN_COMMAND,
+    CheckpointInfo,
+    check_same_tokenizer,
+    not_finite,
+    parse_tensors,
+    read_checkpoint,
+)
+
+LARGEST_SIDE = 2**14  # pixels of an image that a tokenizer takes
+MOST_TENSORS = 2**14  # in a file of weights
 
 Config = TypeVar("Config", TokenizerConfig, PriorConfig)
 Model = TypeVar("Model", bound=nn.Module)
@@ -120,6 +131,12 @@ def load_pair(
         f"a prior in {prior_folder}",
         "name the tokenizer it was trained with, or train the prior again with train-prior",
     )
+    if prior.model.config.num_codes != tokenizer.model.config.num_codes:
+        raise InputError(
+            expected=f"a prior over {tokenizer.model.config.num_codes} codes in {prior_folder}, as the tokenizer has",
+            got=f"one over {prior.model.config.num_codes}",
+            do="train the prior again with train-prior",
+        )
     return tokenizer, prior
 
 
@@ -155,27 +172,97 @@ def images_of(info: CheckpointInfo, *, data: str | None = None, data_root: str |
     Raises:
         InputError: the images cannot be opened.
     """
-    own = data is None
+    if data is None:
+        data, own_root = _own_images(info)
+        data_root = data_root or own_root
     return open_images(
-        info.training["data"] if data is None else data,
+        data,
         image_size=(info.preprocessing["height"], info.preprocessing["width"]),
         channels=info.preprocessing["channels"],
-        data_root=data_root or (info.training.get("data_root") if own else None),
+        data_root=data_root,
     )
+
+
+def _own_images(info: CheckpointInfo) -> tuple[str, str | None]:
+    """Return the source and the data root that the tokenizer was trained on. Raise InputError if it names none."""
+    data, data_root = info.training.get("data"), info.training.get("data_root")
+    if not isinstance(data, str) or not isinstance(data_root, (str, type(None))):
+        raise InputError(
+            expected="a checkpoint that names the images it was trained on", got=short(data), do="name them with --data"
+        )
+    return data, data_root
 
 
 def _load(
     folder: Path, kind: str, config_type: type[Config], build: Callable[[Config], Model]
 ) -> tuple[Model, CheckpointInfo]:
-    """Load a checkpoint of this kind: the model in `eval()` mode on the CPU, and its info."""
+    """Load a checkpoint of this kind: the model in `eval()` mode on the CPU, and its info.
+
+    Nothing is allocated by what the config says before the weights, which are there, are known to be of that size.
+    """
     info, data = read_checkpoint(folder, kind)
     try:
-        model = build(config_type(**info.config))
-        model.load_state_dict(safetensors.torch.load(data))
-    except (safetensors.SafetensorError, RuntimeError, TypeError, ValueError) as error:
+        config, weights = _parse_config(config_type, info), parse_tensors(data)
+        _check_sizes(config, weights)
+        with torch.device("meta"):
+            outline = build(config)
+        _check_shapes(outline, weights)
+        _check_finite(weights)
+        model = build(config)
+        model.load_state_dict(weights)
+    except (RuntimeError, TypeError, ValueError, MemoryError) as error:
         raise InputError(
             expected=f"the weights of a {kind} in {folder / MODEL}",
             got=" ".join(str(error).split()),
             do=f"restore the folder from a copy, or run {TRAIN_COMMAND[kind]} again",
         ) from None
     return model.eval(), info
+
+
+def _parse_config(config_type: type[Config], info: CheckpointInfo) -> Config:
+    """Return the configuration of the model. Raise ValueError if it is none, or does not fit the rest of the info."""
+    unknown = sorted(info.config.keys() - {item.name for item in fields(config_type)})
+    if unknown:
+        raise ValueError(f"the unknown field {short(unknown[0])} in its config")
+    config, size = from_json(config_type, info.config, "config"), from_json(Preprocessing, info.preprocessing)
+    if max(size.height, size.width) > LARGEST_SIDE:
+        raise ValueError(f"images of {short(size.height)}x{short(size.width)} pixels, more than {LARGEST_SIDE} a side")
+    if isinstance(config, TokenizerConfig):
+        if config.in_channels != size.channels or size.height % config.downsample or size.width % config.downsample:
+            raise ValueError(f"a network that does not take images of {size.height}x{size.width}x{size.channels}")
+    elif config.num_classes != len(info.class_names):
+        raise ValueError(f"{config.num_classes} classes with {len(info.class_names)} names")
+    return config
+
+
+def _check_sizes(config: TokenizerConfig | PriorConfig, weights: Mapping[str, Tensor]) -> None:
+    """Raise ValueError if the config has a size that exceeds all that the file holds."""
+    tensors, numbers = len(weights), sum(tensor.numel() for tensor in weights.values())
+    if tensors > MOST_TENSORS:
+        raise ValueError(f"{tensors:,} tensors, more than {MOST_TENSORS:,}")
+    for name, value in vars(config).items():
+        most = tensors if name.endswith("_layers") else numbers
+        if type(value) is int and value > max(most, 16):
+            raise ValueError(
+                f"a config of {short(value)} {name}, and weights of {tensors} tensors, {numbers:,} numbers"
+            )
+
+
+def _check_shapes(outline: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Raise ValueError unless the weights have the names, shapes and types of the model, which has no memory yet."""
+    expected = outline.state_dict()
+    for name in (*expected, *weights):
+        if name not in weights or name not in expected:
+            raise ValueError(f"{'no' if name not in weights else 'the unknown'} {short(name)}")
+        wanted, found = expected[name], weights[name]
+        if found.shape != wanted.shape or found.dtype != wanted.dtype:
+            raise ValueError(
+                f"{found.dtype} {list(found.shape)} in place of {wanted.dtype} {list(wanted.shape)} as {name}"
+            )
+
+
+def _check_finite(weights: Mapping[str, Tensor]) -> None:
+    """Raise ValueError if a weight is NaN or infinite."""
+    wrong = not_finite(weights)
+    if wrong is not None:
+        raise ValueError(f"numbers that are not finite: {wrong}")

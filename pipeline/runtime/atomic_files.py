@@ -34,8 +34,9 @@ _REMEDIES = {
     errno.EROFS: "name a folder on a disk that can be written",
     errno.EACCES: "change its permissions, or name another folder",
     errno.EPERM: "change its permissions, or name another folder",
-    errno.EISDIR: "move that folder away, or name another",
+    errno.EISDIR: "move the folder in the place of this file away, or name another",
     errno.ENOTDIR: "move the file in the place of a folder away, or name another folder",
+    errno.EEXIST: "move the file in the place of a folder away, or name another folder",
 }
 
 

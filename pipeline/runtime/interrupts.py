@@ -1,14 +1,22 @@
-"""Ctrl-C and SIGTERM end a run after the step in progress, once it is saved; a second Ctrl-C ends it at once."""
+"""Ctrl-C, SIGTERM and SIGHUP end a run after the step in progress, once it is saved; a second one ends it at once."""
 
+import os
 import signal
 import sys
 import threading
+from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
+NAMES = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows has no SIGHUP, the end of the terminal
+SIGNALS = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
+
 
 class StopSignal:
-    """Records within `with` whether the user (SIGINT) or the system (SIGTERM) asked to stop, in `requested`."""
+    """Records within `with` whether the user (SIGINT) or the system (SIGTERM, SIGHUP) asked to stop, in `requested`.
+
+    Under nohup, which ignores SIGHUP, it stays ignored.
+    """
 
     def __init__(self) -> None:
         self.received = 0  # the number of the signal
@@ -21,8 +29,9 @@ class StopSignal:
 
     def __enter__(self) -> "StopSignal":
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._receive)
+            for number in SIGNALS:
+                if number in (signal.SIGINT, signal.SIGTERM) or signal.getsignal(number) != signal.SIG_IGN:
+                    self._before[number] = signal.signal(number, self._receive)
         return self
 
     def __exit__(
@@ -32,14 +41,29 @@ class StopSignal:
             signal.signal(number, handler)
 
     def exit(self, message: str) -> NoReturn:
-        """Print `message`, and end the program with its signal's status: 130 after SIGINT, 143 after SIGTERM."""
-        print(f"\n{message}", file=sys.stderr)
-        if self.received == signal.SIGTERM:
-            raise SystemExit(128 + signal.SIGTERM)
+        """Print `message`, and end the program with its signal's status: 130 after SIGINT, 143 or 129 after the others.
+
+        SIGINT is a KeyboardInterrupt, the others are a SystemExit.
+        """
+        _write_line(message)
+        if self.received != signal.SIGINT:
+            raise SystemExit(128 + self.received)
         raise KeyboardInterrupt
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self.requested:
             raise KeyboardInterrupt
         self.received = number
-        print("\nstopping after this step; press Ctrl-C again to stop at once", file=sys.stderr)
+        _write_line("stopping after this step; press Ctrl-C again to stop at once")
+
+
+def _write_line(text: str) -> None:
+    """Write a line to standard error, past Python's buffer, which the code that a signal interrupts may be writing."""
+    line = f"\n{text}\n"
+    with suppress(OSError):  # the terminal may be closed
+        try:
+            descriptor = sys.stderr.fileno()
+        except (AttributeError, ValueError, OSError):  # no file of the system, as in a test or a notebook
+            print(line, end="", file=sys.stderr)
+        else:
+            os.write(descriptor, line.encode("utf-8", "backslashreplace"))

@@ -30,7 +30,7 @@ def read_regular(path: Path, limit: int) -> bytes:
     if status.st_size > limit:
         raise ValueError(f"{status.st_size:,} bytes, more than the {limit:,} that are possible")
     with open(path, "rb") as file:
-        return file.read(limit)
+        return file.read(status.st_size)
 
 
 def read_current(folder: Path, name: str, limit: int) -> bytes:

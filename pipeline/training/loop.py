@@ -5,8 +5,10 @@ depends on is a function of the step number (`schedule.py`) or saved with it (we
 that is stopped and resumed ends, on a CPU, with the same bytes as one that never stopped.
 """
 
+import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,28 +17,25 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ..models.checkpoint import (
-    CONFIG,
-    CheckpointInfo,
-    TrainingState,
-    load_training,
-    load_weights,
-    read_info,
-    save_checkpoint,
-)
-from ..runtime.atomic_files import current
+from ..models.checkpoint import CheckpointInfo, SavedRun, TrainingState, read_run, save_checkpoint
 from ..runtime.device import autocast
 from ..runtime.interrupts import StopSignal
 from ..runtime.progress import progress_bar
+from .cost import CostEstimate
+from .divergence import DivergedError, Divergence
 from .metrics_log import MetricsLog, RunningMeans
 from .optimizer import Optimizers
 from .recipes import PriorSettings, TokenizerSettings
 from .run_folder import PICTURES
+from .run_state import Interval, Position, collect_state, copy_of, load_state
 from .schedule import DataOrder, learning_rate_at
 from .stage import Evaluation, Stage
 
 SAVE_EVERY_SECONDS = 60.0
 LINES_PER_EVALUATION = 20  # of the log, about the training losses
+LOWER_RATE = 0.5  # factor of the learning rate after a loss that is not finite
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,25 +62,39 @@ class LoopSettings:
 
 
 def run_training(
-    stage: Stage, info: CheckpointInfo, settings: LoopSettings, folder: Path, *, resume: bool
+    stage: Stage, info: CheckpointInfo, settings: LoopSettings, folder: Path, *, resume: SavedRun | None = None
 ) -> CheckpointInfo:
     """Train until `settings.steps` and return the info of the final checkpoint; `folder` can be resumed at any time.
 
+    A loss that is not finite takes the run back to the last good state, once, with a lower learning rate.
+
+    Args:
+        stage: the model and its items.
+        info: the config of the checkpoint, but for results.
+        settings: of the run.
+        folder: of the run; nobody else may write into it meanwhile.
+        resume: what was saved in the folder; None to start from the beginning.
+
     Raises:
-        InputError: a loss or the state to save is not finite; the checkpoint of the last good state stays.
+        InputError: a loss or the state to save is not finite for the second time, or a checkpoint cannot be written;
+            the last good checkpoint stays.
         KeyboardInterrupt: Ctrl-C, after saving.
-        SystemExit: SIGTERM, after saving.
+        SystemExit: SIGTERM or SIGHUP, after saving.
     """
     trainer = _Trainer(stage, info, settings, folder)
     with trainer.bar, StopSignal() as stop:  # closing the bar ends its line, so that an error has one of its own
-        if resume:
-            trainer.restore(load_training(folder))
+        trainer.start(resume)
         while trainer.step < settings.steps:
-            trainer.advance()
-            if stop.requested:
-                trainer.save()
-                stop.exit(f"stopped at step {trainer.step:,} and saved; --resume continues")
-    return trainer.finish()
+            try:
+                trainer.advance()
+                if stop.requested:
+                    trainer.save()
+                    stop.exit(f"stopped at step {trainer.step:,} and saved; --resume continues")
+            except DivergedError as error:
+                if stop.requested:
+                    raise
+                trainer.roll_back(error)
+    return trainer.info
 
 
 class _Trainer:
@@ -92,102 +105,138 @@ class _Trainer:
         self.step = 0
         self.best: dict[str, float] = {}
         self.best_weights: dict[str, Tensor] | None = None
+        self.learning_rate_scale = 1.0
         self.order = DataOrder(stage.num_items, settings.batch_size, settings.seed)
         self.optimizers = Optimizers(stage.model, settings.optimizer, settings.learning_rate)
         self.log = MetricsLog(folder / "metrics.jsonl")
         self.means = RunningMeans()
         self.bar = progress_bar(settings.steps, None, "step", smoothing=0.05)
+        self.cost = CostEstimate(settings.steps, settings.steps)
         self.saved_at = time.monotonic()
+        self.beginning: TrainingState | None = None  # until the first save
+        self.is_saved = False  # whether the checkpoint in the folder is an intact one of this run
+        self.divergence = Divergence(stage, self.order, settings.learning_rate, settings.device)
+        self.warned: set[str] = set()
+
+    def start(self, saved: SavedRun | None) -> None:
+        """Begin at step 0, or where the run was saved."""
+        if saved is None:
+            self.beginning = copy_of(self._state())
+            return
+        self.restore(saved)
+        self._note_saved(intact=not saved.is_previous)
+        self.cost = CostEstimate(self.settings.steps - self.step, self.settings.steps)
+        if self.step >= self.settings.steps:
+            self.info = saved.info
+            self.bar.write(
+                f"{self.step:,} steps of this run are done already, --steps {self.settings.steps:,} adds none"
+            )
+            if saved.is_previous:
+                self.save()
 
     def advance(self) -> None:
         """Take one step of the optimizer, and do what is due after it."""
-        rate = learning_rate_at(self.step, peak=self.settings.learning_rate, steps=self.settings.steps)
+        rate = self.learning_rate_scale * learning_rate_at(
+            self.step, peak=self.settings.learning_rate, steps=self.settings.steps
+        )
         self.stage.model.train()
         with autocast(self.settings.device, self.settings.precision):
             losses = self.stage.losses(self.order.batch(self.step))
         self.optimizers.zero_grad()
         losses["loss"].backward()
+        self.divergence.note(losses, self.step)
         if self.settings.device.type == "cpu":  # elsewhere it would cost a sync in each step
-            self._check_finite(losses)
+            self.divergence.check(losses, self.step + 1)
         self.optimizers.step(rate)
         self.step += 1
         self.bar.update()
         self.means.add(losses)
+        estimate = self.cost.after_step()
+        if estimate is not None:
+            self.bar.write(estimate)
         if self._due(LINES_PER_EVALUATION * self.settings.evaluations):
             self._report(losses, rate)
         if self._due(self.settings.evaluations):
             self._evaluate()
         if self.step == self.settings.steps or time.monotonic() - self.saved_at > SAVE_EVERY_SECONDS:
-            self._check_finite(losses)
+            self.divergence.check(losses, self.step)
             self.save()
-
-    def finish(self) -> CheckpointInfo:
-        """Return the info of the checkpoint in the folder."""
-        return self.info if self.info.fingerprint else read_info(self.folder, self.info.kind)
 
     def save(self) -> None:
         """Write the checkpoint: the weights to use, and all that a resumed run needs.
 
         Raises:
-            InputError: some of it is not finite; nothing is written.
+            DivergedError: some of it is not finite; nothing is written.
+            InputError: it cannot be written; the last checkpoint stays.
         """
         state = self._state()
-        self._check_finite_state(state.tensors)
+        self.divergence.check_state(state.tensors, self.step)
         weights, step = self.stage.model.state_dict(), self.step
         if self.best_weights is not None:
             weights, step = self.best_weights, int(self.best["step"])
-            self._check_finite_state({f"best weights/{name}": tensor for name, tensor in weights.items()})
+            self.divergence.check_state({f"best weights/{k}": tensor for k, tensor in weights.items()}, self.step)
         info = replace(self.info, step=step, metrics=self.best)
-        self.info = save_checkpoint(self.folder, info, weights, state)
+        self.info = save_checkpoint(self.folder, info, weights, state, keep_previous=self.is_saved)
+        self._note_saved(intact=True)
         self.saved_at = time.monotonic()
 
-    def restore(self, state: TrainingState) -> None:
-        """Restore what `save` wrote; a state of an older version has no "interval"."""
-        self.step = int(state.values["step"])
-        self.best = dict(state.values["best"])
-        groups = _by_prefix(state.tensors)
-        self.stage.model.load_state_dict(groups["model"])
-        self.stage.load_state(groups.get("stage", {}))
-        if self.settings.keep_best and self.best:
-            self.best_weights = load_weights(self.folder)  # saved together with the state
-        self.optimizers.load_tensors(groups.get("optimizer", {}))
-        torch.set_rng_state(groups["random"]["cpu"])
-        if self.settings.device.type == "cuda" and "cuda" in groups["random"]:
-            torch.cuda.set_rng_state(groups["random"]["cuda"])
-        interval = state.values.get("interval", {"steps": 0, "seconds": None})
-        sums = {name: tensor.to(self.settings.device) for name, tensor in groups.get("interval", {}).items()}
-        self.means.load(interval["steps"], sums)
-        self.log.resume(self.step, interval["seconds"])
-        self.bar.update(self.step)
+    def restore(self, saved: SavedRun) -> None:
+        """Restore what `save` wrote. Raise InputError if it does not fit the run."""
+        try:
+            self._load_state(saved.training, saved.weights)
+        except ValueError as error:
+            raise InputError(
+                expected=f"the training state of this run in {self.folder}",
+                got=f"another ({error})",
+                do="restore the folder from a copy, or train again with --force",
+            ) from None
+
+    def roll_back(self, error: DivergedError) -> None:
+        """Return to the last good state with a lower learning rate. Raise `error` if that has been done before."""
+        if self.learning_rate_scale < 1:
+            raise error
+        if self.beginning is not None:
+            self._load_state(self.beginning, {})
+        else:
+            self.restore(read_run(self.folder, self.info.kind))
+        self.learning_rate_scale = LOWER_RATE
+        self.divergence.forget()
+        self.bar.write(
+            f"{error.got}: back to step {self.step:,}, this once, with {LOWER_RATE:g} times the learning rate"
+        )
+
+    def _load_state(self, state: TrainingState, best_weights: Mapping[str, Tensor]) -> None:
+        """Continue from a state; `best_weights` are those of the recorded evaluation, where they are kept."""
+        position = load_state(state, self.stage, self.optimizers, self.means, self.settings.device)
+        self.step, self.best = position.step, dict(position.best)
+        self.best_weights = dict(best_weights) if self.settings.keep_best and self.best else None
+        self.learning_rate_scale = position.learning_rate_scale
+        with self._unharmed_by("the log"):
+            self.log.resume(self.step, None if position.interval is None else position.interval.seconds)
+        self.bar.update(self.step - self.bar.n)
         self.bar.unpause()
 
     def _state(self) -> TrainingState:
-        """Return the training state; its "interval" is what has passed since the last line of the log.
+        """Return the state that a resumed run continues from."""
+        interval = Interval(self.means.count, self.log.seconds) if self.means.count else None
+        position = Position(self.step, self.best, interval, self.learning_rate_scale)
+        return collect_state(position, self.stage, self.optimizers, self.means, self.settings.device)
 
-        Right after a line, as at the end of a run, there is no interval: the log has the seconds, and two runs that did
-        the same have the same state, byte for byte.
-        """
-        tensors = {f"model/{name}": tensor for name, tensor in self.stage.model.state_dict().items()}
-        tensors |= {f"optimizer/{name}": tensor for name, tensor in self.optimizers.tensors().items()}
-        tensors |= {f"stage/{name}": tensor for name, tensor in self.stage.state().items()}
-        tensors |= {f"interval/{name}": total for name, total in self.means.sums.items()}
-        tensors["random/cpu"] = torch.get_rng_state()
-        if self.settings.device.type == "cuda":
-            tensors["random/cuda"] = torch.cuda.get_rng_state()
-        values: dict[str, Any] = {"step": self.step, "best": self.best}
-        if self.means.count:
-            values["interval"] = {"steps": self.means.count, "seconds": self.log.seconds}
-        return TrainingState(tensors=tensors, values=values)
+    def _note_saved(self, *, intact: bool) -> None:
+        """Note that the folder holds a checkpoint of this run: the last, or only the one before it."""
+        self.is_saved, self.beginning = intact, None
+        self.divergence.kept = f"the last good state is kept in {self.folder}"
 
     def _evaluate(self) -> None:
-        """Evaluate the model, write a preview, log the numbers, and raise InputError unless they are finite."""
+        """Evaluate the model, write a preview, log the numbers, and raise DivergedError unless they are finite."""
         self.stage.model.eval()
         forked = [self.settings.device] if self.settings.device.type == "cuda" else []
         with torch.no_grad(), torch.random.fork_rng(forked):  # evaluating must not change what is learned
             evaluation = self.stage.evaluate()
-            self.stage.preview(self.folder / PICTURES / f"step-{self.step:07d}.png", evaluation)
-        self.log.write(self.step, "held_out", evaluation.numbers)
-        self._check_finite({name: torch.tensor(value) for name, value in evaluation.numbers.items()})
+            with self._unharmed_by("the pictures"):
+                self.stage.preview(self.folder / PICTURES / f"step-{self.step:07d}.png", evaluation)
+        self._write_log("held_out", evaluation.numbers)
+        self.divergence.check(evaluation.numbers, self.step)
         if not self.settings.keep_best or not self.best or evaluation.is_better_than(self.best):
             self._record(evaluation)
         summary = f"\n  {evaluation.summary}" if evaluation.summary else ""
@@ -200,36 +249,26 @@ class _Trainer:
             self.best_weights = {k: v.detach().clone() for k, v in self.stage.model.state_dict().items()}
 
     def _report(self, losses: Mapping[str, Tensor], rate: float) -> None:
-        """Log the mean losses since the last line; show them in the progress bar. Raise InputError unless finite."""
-        self._check_finite(losses)
+        """Log the mean losses since the last line; show them in the progress bar. Raise DivergedError unless finite."""
+        self.divergence.check(losses, self.step)
         numbers = self.means.take() | self.stage.status()
-        self.bar.set_postfix_str(_in_words(numbers), refresh=False)
-        self.log.write(self.step, "train", numbers | {"learning_rate": rate})
+        self.bar.set_postfix_str(_in_words(_shown(numbers)), refresh=False)
+        self._write_log("train", numbers | {"learning_rate": rate})
 
-    def _check_finite(self, losses: Mapping[str, Tensor]) -> None:
-        """Raise InputError if a loss is NaN or infinite; a CPU-GPU sync for each."""
-        for name, loss in losses.items():
-            if not bool(torch.isfinite(loss)):
-                raise self._diverged("finite losses", f"{name} = {loss.item()}")
+    def _write_log(self, split: str, numbers: Mapping[str, float]) -> None:
+        """Append a line to the log, if that is possible."""
+        with self._unharmed_by("the log"):
+            self.log.write(self.step, split, numbers)
 
-    def _check_finite_state(self, tensors: Mapping[str, Tensor]) -> None:
-        """Raise InputError if a tensor holds NaN or infinity; a CPU-GPU sync for each.
-
-        A scalar may be infinite: so the quantizer marks the count of updates of a codebook that was set by hand.
-        """
-        for name, tensor in tensors.items():
-            wrong = tensor.isnan() if tensor.dim() == 0 else ~tensor.isfinite()
-            if bool(wrong.any()):
-                raise self._diverged("a finite state to save", f"{name} with {int(wrong.sum()):,} values that are not")
-
-    def _diverged(self, expected: str, got: str) -> InputError:
-        """Return the error that ends the run; it says which state is kept."""
-        kept = f"the last good state is kept in {self.folder}" if current(self.folder, CONFIG).exists() else ""
-        return InputError(
-            expected=expected,
-            got=f"{got} at step {self.step:,}",
-            do=f"lower --lr (now {self.settings.learning_rate:g}); {kept or 'nothing was saved yet'}",
-        )
+    @contextmanager
+    def _unharmed_by(self, what: str) -> Iterator[None]:
+        """Warn, once, if `what` cannot be written: no training ends for that."""
+        try:
+            yield
+        except (InputError, OSError) as error:
+            if what not in self.warned:
+                _log.warning("Warning: %s cannot be written, and training continues without (%s)", what, error)
+            self.warned.add(what)
 
     def _due(self, times: int) -> bool:
         """Return whether something that happens `times` times in the run, evenly and at its end, is due now."""
@@ -237,13 +276,9 @@ class _Trainer:
         return self.step * times // steps > (self.step - 1) * times // steps
 
 
-def _by_prefix(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """Return tensors grouped by what precedes the first slash of their names: {"a/b": x} -> {"a": {"b": x}}."""
-    groups: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        prefix, _, rest = name.partition("/")
-        groups.setdefault(prefix, {})[rest] = tensor
-    return groups
+def _shown(numbers: Mapping[str, float]) -> dict[str, float]:
+    """Return the numbers to show while training: the loss in bits where there is one, as evaluations have it."""
+    return {name: value for name, value in numbers.items() if name != "loss" or "bits_per_code" not in numbers}
 
 
 def _in_words(numbers: Mapping[str, float]) -> str:

@@ -4,6 +4,7 @@ import json
 import math
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -29,8 +30,14 @@ class MetricsLog:
         values = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
         line = {"step": step, "part": split, "seconds": self.seconds, **values}
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        with open(self.path, "ab", buffering=0) as file:
+            end = file.tell()
+            try:
+                file.write((json.dumps(line) + "\n").encode())
+            except OSError:
+                with suppress(OSError):
+                    file.truncate(end)  # no half of a line, which the next one would continue
+                raise
 
     def resume(self, step: int, seconds: float | None) -> None:
         """Continue after `step`, with the clock at `seconds`, or with None at the seconds of the last line."""
@@ -41,13 +48,16 @@ class MetricsLog:
         """Remove what was logged after `step` and a line cut short by a kill: a resumed run repeats those steps."""
         if not self.path.exists():
             return
-        kept = [f"{line}\n" for line in self.path.read_text("utf-8").splitlines() if _step_of(line) <= step]
-        write_atomic(self.path, "".join(kept).encode())
+        kept = [line for line in self._lines() if _number(line, "step", math.inf) <= step]
+        write_atomic(self.path, b"".join(line + b"\n" for line in kept))
 
     def _last_seconds(self) -> float:
         """Return the seconds of the last line, 0 without one."""
-        lines = self.path.read_text("utf-8").splitlines() if self.path.exists() else []
-        return max((float(json.loads(line).get("seconds", 0)) for line in lines), default=0.0)
+        return max((_number(line, "seconds", 0.0) for line in self._lines()), default=0.0)
+
+    def _lines(self) -> list[bytes]:
+        """Return the lines of the log, none if there is no log."""
+        return self.path.read_bytes().splitlines() if self.path.exists() else []
 
 
 class RunningMeans:
@@ -74,9 +84,9 @@ class RunningMeans:
         self.count, self.sums = count, dict(sums)
 
 
-def _step_of(line: str) -> float:
-    """Return the step of a line, infinity for a line that was cut short."""
+def _number(line: bytes, name: str, default: float) -> float:
+    """Return a number of a line, `default` for a line that was cut short or is no line of a log."""
     try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return math.inf
+        return float(json.loads(line)[name])
+    except (ValueError, KeyError, TypeError, RecursionError, OverflowError):
+        return default

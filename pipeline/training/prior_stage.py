@@ -3,7 +3,8 @@
 Legend: N grids in all, n in a batch, H W positions in a grid.
 """
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Protocol
 
@@ -34,6 +35,9 @@ class Grids(Protocol):
     def batch(self, indices: np.ndarray) -> tuple[Tensor, Tensor]:
         """Return the codes [n,H,W] and labels [n], both int64, of the rows `indices` [n]."""
 
+    def names(self) -> Iterable[str]:
+        """Return the names of the images, in the order of the rows."""
+
 
 class PriorStage:
     """A prior in training, on grids of which some are held out.
@@ -55,7 +59,12 @@ class PriorStage:
 
     def losses(self, indices: np.ndarray) -> dict[str, Tensor]:
         codes, labels = (tensor.to(self.device) for tensor in self.grids.batch(self.train_rows[indices]))
-        return {"loss": cross_entropy(self.model(codes, labels if self.model.config.num_classes else None), codes)}
+        loss = cross_entropy(self.model(codes, labels if self.model.config.num_classes else None), codes)
+        return {"loss": loss, "bits_per_code": loss.detach() / math.log(2)}
+
+    def names(self, indices: np.ndarray) -> list[str]:
+        names = list(self.grids.names())
+        return [names[row] for row in self.train_rows[indices]]
 
     def status(self) -> dict[str, float]:
         return {}

@@ -1,13 +1,12 @@
 """The folder of a training run: checked before any long work, cleared only when nothing can be refused any more."""
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import InputError
-from ..models.checkpoint import CONFIG, MODEL, TRAINING, CheckpointInfo, read_info
-from ..runtime.atomic_files import COMMIT, current
+from ..models.checkpoint import CONFIG, MODEL, TRAINING, SavedRun, has_checkpoint, read_run
+from ..runtime.atomic_files import COMMIT, committed
 from ..runtime.output_paths import check_output_folder, check_writable, remove_files
 
 PICTURES = "pictures"  # subfolder of the previews
@@ -32,19 +31,20 @@ class RunFolder:
             raise InputError(expected="--resume or --force", got="both", do="omit one")
 
 
-def saved_run(run: RunFolder, kind: str) -> CheckpointInfo | None:
+def saved_run(run: RunFolder, kind: str) -> SavedRun | None:
     """Return the checkpoint to resume from, or None to start anew.
 
     Raises:
-        InputError: it is of another kind, or the folder holds a foreign file that saving a checkpoint would replace.
+        InputError: it is damaged or of another kind, or the folder holds a foreign file that saving a checkpoint would
+            replace.
     """
     _check_commit(run.out)
-    if not run.resume or not current(run.out, CONFIG).exists():
+    if not run.resume or not has_checkpoint(run.out):
         return None
-    return read_info(run.out, kind)
+    return read_run(run.out, kind)
 
 
-def check_run_folder(run: RunFolder, saved: CheckpointInfo | None) -> None:
+def check_run_folder(run: RunFolder, saved: SavedRun | None) -> None:
     """Raise InputError unless the run may write into its folder: a new run needs an empty one, or `force`.
 
     Call it before any long work; it makes and removes nothing. What is left of a run that was killed before its first
@@ -57,7 +57,7 @@ def check_run_folder(run: RunFolder, saved: CheckpointInfo | None) -> None:
     check_output_folder(run.out, force=run.force or (run.resume and unsaved), hint="--resume to continue or ")
 
 
-def prepare_run_folder(run: RunFolder, saved: CheckpointInfo | None) -> None:
+def prepare_run_folder(run: RunFolder, saved: SavedRun | None) -> None:
     """Make the folder and remove what an older run logged there, unless that run is resumed.
 
     Call it last, when nothing can be refused any more. The checkpoint of the older run stays until the first save of
@@ -70,13 +70,8 @@ def prepare_run_folder(run: RunFolder, saved: CheckpointInfo | None) -> None:
 
 def _check_commit(folder: Path) -> None:
     """Raise InputError for a commit file that no save of a checkpoint wrote: the next save would replace it."""
-    try:
-        names = json.loads((folder / COMMIT).read_bytes())
-    except OSError:
-        return
-    except ValueError:
-        names = None
-    if not isinstance(names, list) or not all(name in (MODEL, CONFIG, TRAINING) for name in names):
+    foreign = set(committed(folder)) - {MODEL, CONFIG, TRAINING}
+    if foreign:
         raise InputError(
             expected=f"no {COMMIT} in --out {folder} but that of a checkpoint",
             got="another",

@@ -35,6 +35,9 @@ class Stage(Protocol):
     def losses(self, indices: np.ndarray) -> dict[str, Tensor]:
         """Return the scalar losses of a batch of items [B]; "loss" is the one that is minimised."""
 
+    def names(self, indices: np.ndarray) -> list[str]:
+        """Return the names of the images behind items [B], for messages."""
+
     def status(self) -> dict[str, float]:
         """Return numbers about the steps since the last call, for the log and the progress bar."""
 

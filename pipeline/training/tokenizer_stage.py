@@ -42,6 +42,9 @@ class BaselineStage:
         result = self.model(self.images.batch(self.train_rows[indices]).to(self.device))
         return {"loss": result.loss, "reconstruction": result.reconstruction_loss, "kl": result.kl}
 
+    def names(self, indices: np.ndarray) -> list[str]:
+        return [self.images.names[row] for row in self.train_rows[indices]]
+
     def status(self) -> dict[str, float]:
         return {}
 
@@ -83,6 +86,9 @@ class TokenizerStage:
             "reconstruction": result.reconstruction_loss,
             "commitment": result.commitment_loss,
         }
+
+    def names(self, indices: np.ndarray) -> list[str]:
+        return [self.images.names[row] for row in self.train_rows[indices]]
 
     def status(self) -> dict[str, float]:
         before, self.revived = self.revived, self.model.quantizer.revived.cpu().clone()

@@ -16,7 +16,7 @@ from ..codes.export import export_codes
 from ..codes.manifest import MANIFEST, read_manifest
 from ..errors import InputError
 from ..images.holdout import held_out
-from ..models.checkpoint import CONFIG, CheckpointInfo, check_same_tokenizer, read_info
+from ..models.checkpoint import CONFIG, CheckpointInfo, SavedRun, check_same_tokenizer, read_info
 from ..models.labels import all_labelled
 from ..models.loading import TrainedTokenizer, load_trained_tokenizer
 from ..runtime.device import choose_device, compile_networks, manual_seed
@@ -41,7 +41,7 @@ def train_prior(run: RunFolder, overrides: Mapping[str, Any], default_tokenizer:
         ValueError: a setting is out of its range.
     """
     saved = saved_run(run, "prior")
-    settings = resolve(PriorSettings, overrides, saved.training if saved else None)
+    settings = resolve(PriorSettings, overrides, saved.info.training if saved else None)
     _config(settings, num_codes=2, num_classes=0)  # refuses impossible settings before codes are exported
     device = choose_device(run.device)
     check_run_folder(run, saved)
@@ -56,7 +56,7 @@ def train_prior(run: RunFolder, overrides: Mapping[str, Any], default_tokenizer:
         _check_made_by(tokenizer, codes)
 
     manual_seed(settings.seed)
-    config = config_for(settings, codes) if saved is None else PriorConfig(**saved.config)
+    config = config_for(settings, codes) if saved is None else PriorConfig(**saved.info.config)
     model = GatedPixelCNN(config).to(device)
     if settings.compile:
         compile_networks(model)
@@ -68,7 +68,7 @@ def train_prior(run: RunFolder, overrides: Mapping[str, Any], default_tokenizer:
     info = _info(settings, config, codes, tokenizer_folder if required else None)
     prepare_run_folder(run, saved)
     loop = LoopSettings.from_settings(settings, device, keep_best=True)
-    return run_training(stage, info, loop, run.out, resume=saved is not None)
+    return run_training(stage, info, loop, run.out, resume=saved)
 
 
 def config_for(settings: PriorSettings, codes: CodeDataset) -> PriorConfig:
@@ -116,13 +116,13 @@ def explanation(stage: PriorStage, codes: CodeDataset) -> str:
     )
 
 
-def _open_codes(run: RunFolder, saved: CheckpointInfo | None, settings: PriorSettings, tokenizer: Path) -> CodeDataset:
+def _open_codes(run: RunFolder, saved: SavedRun | None, settings: PriorSettings, tokenizer: Path) -> CodeDataset:
     """Return the codes to learn, exported into the run first if none were named."""
     folders = _exported_codes(tokenizer, run, saved) if settings.codes is None else settings.codes
     codes = CodeDataset(folders)
     _check_learnable(codes)
     if saved is not None:
-        _check_resumable(saved, codes.manifest.tokenizer_fingerprint, f"codes in {codes.location}")
+        _check_resumable(saved.info, codes.manifest.tokenizer_fingerprint, f"codes in {codes.location}")
     return codes
 
 
@@ -146,14 +146,14 @@ def _check_learnable(codes: CodeDataset) -> None:
         )
 
 
-def _exported_codes(tokenizer: Path, run: RunFolder, saved: CheckpointInfo | None) -> Path:
+def _exported_codes(tokenizer: Path, run: RunFolder, saved: SavedRun | None) -> Path:
     """Return the folder of the codes of the tokenizer's own images, exported into the run unless they exist.
 
     An interrupted export continues, or with --force starts anew.
     """
     fingerprint = read_info(tokenizer, "tokenizer").fingerprint
     if saved is not None:
-        _check_resumable(saved, fingerprint, f"a tokenizer in {tokenizer}")
+        _check_resumable(saved.info, fingerprint, f"a tokenizer in {tokenizer}")
     out = run.out / "codes"
     existing = read_manifest(out) if (out / MANIFEST).exists() else None
     if existing is None or existing.tokenizer_fingerprint != fingerprint:

@@ -34,13 +34,13 @@ def train_tokenizer(run: RunFolder, overrides: Mapping[str, Any]) -> CheckpointI
         ValueError: a setting is out of its range.
     """
     saved = saved_run(run, "tokenizer")
-    settings = resolve(TokenizerSettings, overrides, saved.training if saved else None)
+    settings = resolve(TokenizerSettings, overrides, saved.info.training if saved else None)
     _refuse_idle_options(settings.bottleneck, overrides)
     _config(settings, in_channels=1, data_variance=1.0)  # refuses impossible settings before images are prepared
     device = choose_device(run.device)
     check_run_folder(run, saved)
     images = _open_images(settings)
-    config = config_for(settings, images) if saved is None else TokenizerConfig(**saved.config)
+    config = config_for(settings, images) if saved is None else TokenizerConfig(**saved.info.config)
     manual_seed(settings.seed)
     model = build_model(config).to(device)
     if settings.compile:
@@ -49,7 +49,7 @@ def train_tokenizer(run: RunFolder, overrides: Mapping[str, Any]) -> CheckpointI
     print(explanation(stage, images, config))
     prepare_run_folder(run, saved)
     loop = LoopSettings.from_settings(settings, device)
-    return run_training(stage, _info(settings, config, images), loop, run.out, resume=saved is not None)
+    return run_training(stage, _info(settings, config, images), loop, run.out, resume=saved)
 
 
 def _refuse_idle_options(bottleneck: str, overrides: Mapping[str, Any]) -> None:

@@ -18,15 +18,25 @@ from pipeline.models.checkpoint import (
     TrainingState,
     check_same_tokenizer,
     load_training,
-    load_weights,
     read_info,
     save_checkpoint,
 )
 from pipeline.models.loading import load_prior, load_tokenizer
+from pipeline.runtime.json_files import sealed
 from tokenizer import VQVAE, TokenizerConfig
 
 from ..conftest import Codegrid
-from ..support import HEIGHT, WIDTH, bits_of, brightness_tokenizer, digest_of, save_prior, save_tokenizer, tiny_prior
+from ..support import (
+    HEIGHT,
+    WIDTH,
+    bits_of,
+    brightness_tokenizer,
+    digest_of,
+    load_weights,
+    save_prior,
+    save_tokenizer,
+    tiny_prior,
+)
 
 
 @pytest.fixture
@@ -53,9 +63,11 @@ def one_line(error: pytest.ExceptionInfo[InputError]) -> str:
 
 
 def rewrite(folder: Path, **changes: Any) -> None:
-    """Change fields of config.json."""
+    """Change fields of config.json, on purpose: its checksum fits."""
     path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | changes), "utf-8")
+    content = json.loads(path.read_text("utf-8")) | changes
+    del content["checksum"]
+    path.write_bytes(sealed(content))
 
 
 def replace_weights(folder: Path, weights: dict[str, torch.Tensor]) -> None:
@@ -114,7 +126,7 @@ def test_the_info_comes_back_with_fingerprint_and_versions(tmp_path: Path, token
     assert replace(written, fingerprint="", versions={}) == info
     assert {"torch", "numpy"} <= set(written.versions)
     content = json.loads((tmp_path / "config.json").read_text("utf-8"))
-    assert set(content) == {field.name for field in fields(CheckpointInfo)}
+    assert set(content) == {field.name for field in fields(CheckpointInfo)} | {"checksum"}
     assert content["format_version"] == FORMAT_VERSION
 
 

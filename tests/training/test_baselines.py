@@ -13,14 +13,14 @@ from PIL import Image
 
 from pipeline.errors import InputError
 from pipeline.generation.image_pipeline import ImagePipeline
-from pipeline.models.checkpoint import load_training, load_weights, read_info
+from pipeline.models.checkpoint import load_training, read_info
 from pipeline.models.loading import load_tokenizer, load_trained_autoencoder
 from pipeline.training.run_folder import RunFolder
 from pipeline.training.train_tokenizer import train_tokenizer
 from tokenizer import Baseline
 
 from ..conftest import Codegrid, Trained
-from ..support import HEIGHT, WIDTH, digest_of
+from ..support import HEIGHT, WIDTH, digest_of, load_weights
 from .training_runs import lines_of
 
 BOTTLENECKS = ["vae", "ae"]
@@ -41,7 +41,9 @@ def baseline(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 
 
 def without_logs(folder: Path) -> dict[str, str]:
-    return {name: digest for name, digest in digest_of(folder).items() if not name.endswith(".jsonl")}
+    """Return the digests of the files of a run, without the log and without the save before the last."""
+    digests = digest_of(folder).items()
+    return {name: digest for name, digest in digests if not name.endswith(".jsonl") and "previous" not in name}
 
 
 # Trained and resumed

@@ -15,7 +15,7 @@ import cli
 from pipeline.codes.dataset import CodeDataset
 from pipeline.images.holdout import held_out
 from pipeline.images.image_set import open_images
-from pipeline.models.checkpoint import TrainingState, load_training, load_weights, read_info, save_checkpoint
+from pipeline.models.checkpoint import TrainingState, load_training, read_info, read_run, save_checkpoint
 from pipeline.models.loading import load_prior
 from pipeline.training import loop
 from pipeline.training.loop import run_training
@@ -30,7 +30,7 @@ from prior import GatedPixelCNN, PriorConfig
 from tokenizer import VQVAE, TokenizerConfig
 
 from ..conftest import Codegrid, Trained
-from ..support import brightness_tokenizer, digest_of, save_tokenizer
+from ..support import brightness_tokenizer, digest_of, load_weights, save_tokenizer
 from .training_runs import (
     Killed,
     Toy,
@@ -39,6 +39,7 @@ from .training_runs import (
     kill,
     lines_of,
     no_step_twice,
+    run_again,
     settings_of,
     stop_at,
     toy_info,
@@ -316,11 +317,13 @@ def test_a_run_stopped_within_an_interval_of_the_log_logs_the_same_lines(
     monkeypatch.setattr(loop, "LINES_PER_EVALUATION", 2)
     settings = settings_of(steps=4, evaluations=1, learning_rate=1e-2)
     uninterrupted, resumed = tmp_path / "uninterrupted", tmp_path / "resumed"
-    run_training(stage_of(), toy_info(), settings, uninterrupted, resume=False)
+    run_training(stage_of(), toy_info(), settings, uninterrupted)
     for before, stop in zip((0, *stops), stops, strict=False):
+        saved = read_run(resumed, "prior") if before else None
+        stage = with_ctrl_c_in(stage_of(), stop - before)
         with pytest.raises(KeyboardInterrupt):
-            run_training(with_ctrl_c_in(stage_of(), stop - before), toy_info(), settings, resumed, resume=before > 0)
-    run_training(stage_of(), toy_info(), settings, resumed, resume=True)
+            run_training(stage, toy_info(), settings, resumed, resume=saved)
+    run_again(stage_of(), settings, resumed)
     assert [line["step"] for line in train_lines(uninterrupted)] == [2, 4]
     assert train_lines(resumed) == train_lines(uninterrupted)
     for name in ("model.safetensors", "training.safetensors", "config.json"):
@@ -351,10 +354,10 @@ def test_the_seconds_of_a_resumed_run_count_those_before_it(
 
         toy.at_step = at_step
         if resume:
-            run_training(toy, toy_info(), settings, tmp_path, resume=True)
+            run_again(toy, settings, tmp_path)
         else:
             with pytest.raises(KeyboardInterrupt):
-                run_training(toy, toy_info(), settings, tmp_path, resume=False)
+                run_training(toy, toy_info(), settings, tmp_path)
         clock[0] += 500
     assert [(line["step"], line["seconds"]) for line in lines_of(tmp_path, "train")] == [
         (2, 20),
@@ -371,7 +374,7 @@ def test_a_state_saved_before_intervals_were_kept_still_resumes(
     monkeypatch.setattr(loop, "LINES_PER_EVALUATION", 2)
     settings = settings_of(steps=4, evaluations=1)
     with pytest.raises(KeyboardInterrupt):
-        run_training(with_ctrl_c_in(stage_of(), 3), toy_info(), settings, tmp_path, resume=False)
+        run_training(with_ctrl_c_in(stage_of(), 3), toy_info(), settings, tmp_path)
     log = tmp_path / "metrics.jsonl"
     log.write_text(re.sub(r'"seconds": [\d.]+', '"seconds": 70.5', log.read_text("utf-8")), "utf-8")
     state = load_training(tmp_path)
@@ -381,7 +384,7 @@ def test_a_state_saved_before_intervals_were_kept_still_resumes(
     values = {name: value for name, value in state.values.items() if name != "interval"}
     info, weights = read_info(tmp_path, "prior"), load_weights(tmp_path)
     save_checkpoint(tmp_path, info, weights, TrainingState(tensors=older, values=values))
-    run_training(stage_of(), toy_info(), settings, tmp_path, resume=True)
+    run_again(stage_of(), settings, tmp_path)
     lines = lines_of(tmp_path)
     assert [line["step"] for line in lines if line["part"] == "train"] == [2, 4]
     assert lines[-1]["seconds"] >= 70.5

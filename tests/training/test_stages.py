@@ -158,7 +158,7 @@ def test_every_setting_of_a_tokenizer_reaches_the_model(grey_folder: Path, bottl
 def test_a_line_of_the_log_is_the_mean_of_the_losses_since_the_line_before(tmp_path: Path) -> None:
     """20 lines in 60 steps, of 3 each; the loss of a step is the negative of the weight before it."""
     toy = Toy()
-    run_training(toy, toy_info(), settings_of(steps=60, evaluations=1), tmp_path, resume=False)
+    run_training(toy, toy_info(), settings_of(steps=60, evaluations=1), tmp_path)
     lines = lines_of(tmp_path, "train")
     assert [line["step"] for line in lines] == list(range(3, 61, 3))
     means = -np.reshape(toy.weights, (20, 3)).mean(axis=1)

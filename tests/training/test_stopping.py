@@ -12,13 +12,14 @@ import signal
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import cli
 from pipeline.errors import InputError
 from pipeline.images.image_set import open_images
-from pipeline.models.checkpoint import load_training, load_weights, read_info
+from pipeline.models.checkpoint import load_training, read_info, read_run
 from pipeline.models.loading import load_tokenizer
 from pipeline.training import loop
 from pipeline.training.loop import run_training
@@ -26,8 +27,20 @@ from pipeline.training.optimizer import Optimizers
 from pipeline.training.tokenizer_stage import TokenizerStage
 
 from ..conftest import Codegrid, Trained
-from ..support import digest_of
-from .training_runs import Killed, Toy, during, kill, no_step_twice, same_run, settings_of, stop_at, toy_info
+from ..support import digest_of, load_weights
+from .training_runs import (
+    Killed,
+    Toy,
+    during,
+    kill,
+    lines_of,
+    no_step_twice,
+    run_again,
+    same_run,
+    settings_of,
+    stop_at,
+    toy_info,
+)
 
 
 @pytest.fixture(params=["tokenizer", "gradient tokenizer in bf16", "prior"])
@@ -146,7 +159,7 @@ def test_the_same_seed_gives_the_same_weights_and_another_others(
 # Signals
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
 def test_signals_save_and_exit_with_their_status(
     tmp_path: Path,
     trained: Trained,
@@ -185,7 +198,7 @@ def test_a_run_in_a_thread_has_no_signals_and_needs_none(tmp_path: Path) -> None
     found: list[object] = []
     toy.at_step = lambda step: found.append(signal.getsignal(signal.SIGINT))
     arguments = (toy, toy_info(), settings_of(steps=2), tmp_path)
-    thread = threading.Thread(target=run_training, args=arguments, kwargs={"resume": False})
+    thread = threading.Thread(target=run_training, args=arguments)
     thread.start()
     thread.join()
     assert found == [before, before]
@@ -196,7 +209,7 @@ def test_a_run_in_a_thread_has_no_signals_and_needs_none(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(
+def test_a_loss_that_is_not_finite_again_stops_the_run_and_keeps_the_last_good_state(
     tmp_path: Path, command: list[object], value: float, codegrid: Codegrid, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "run"
@@ -204,13 +217,17 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(
     before = {name: digest for name, digest in digest_of(out).items() if name.endswith(("safetensors", "config.json"))}
     bad = torch.tensor(value, requires_grad=True)
     with monkeypatch.context() as patch:
-        during(patch, 2, lambda: {"loss": bad * 1})
+        for step in (2, 4):  # of those that this process takes: one is repeated from the last save
+            during(patch, step, lambda: {"loss": bad * 1})
         outcome = codegrid(*command, "--out", out, "--steps", 4, "--resume")
     assert outcome.status == 1
+    assert f"loss = {value} at step 4, in the batch of " in outcome.out
+    assert ": back to step 2, this once, with 0.5 times the learning rate" in outcome.out
     errors = [line for line in outcome.error_lines if line.startswith("Error: ")]
     assert len(errors) == len(outcome.error_lines) == 1
     rate = json.loads((out / "config.json").read_text("utf-8"))["training"]["lr"]
-    assert f"expected finite losses, got loss = {value} at step 3; lower --lr (now {rate:g})" in errors[0]
+    assert f"expected finite losses, got loss = {value} at step 4, in the batch of " in errors[0]
+    assert re.search(rf"\S+\.png, .*; lower --lr \(now {rate:g}\)", errors[0])
     after = digest_of(out)
     assert {name: after[name] for name in before} == before
     assert codegrid(*command, "--out", out, "--steps", 4, "--resume").status == 0
@@ -253,8 +270,8 @@ def test_a_loss_that_is_not_finite_is_named(tmp_path: Path) -> None:
         "loss": toy.model.weight.sum(),
         "commitment": toy.model.weight.sum() / 0,
     }
-    with pytest.raises(InputError, match="got commitment = nan at step 0; lower --lr"):
-        run_training(toy, toy_info(), settings_of(), tmp_path, resume=False)
+    with pytest.raises(InputError, match=r"got commitment = nan at step 1, in the batch of 2\.png, 4\.png; lower"):
+        run_training(toy, toy_info(), settings_of(), tmp_path)
     assert toy.weight == 0  # no step was taken
 
 
@@ -265,12 +282,91 @@ def test_a_score_that_is_not_finite_ends_the_run(
 ) -> None:
     """It comes from weights that are not finite, which no later step repairs; what was saved before stays."""
     monkeypatch.setattr(loop, "SAVE_EVERY_SECONDS", -1.0)
-    scores = iter([3.0, 2.0, wrong, 1.0])
+    scores = iter([3.0, 2.0, wrong, wrong])
     settings = settings_of(steps=4, keep_best=keep_best)
     with pytest.raises(InputError, match=rf"expected finite .*, got score = {wrong} at step 3; lower --lr"):
-        run_training(Toy(lambda weight: next(scores)), toy_info(), settings, tmp_path, resume=False)
+        run_training(Toy(lambda weight: next(scores)), toy_info(), settings, tmp_path)
     assert (read_info(tmp_path, "prior").step, read_info(tmp_path, "prior").metrics["score"]) == (2, 2.0)
     assert load_training(tmp_path).values["step"] == 2
+
+
+def nan_at(toy: Toy, *calls: int) -> None:
+    """Make the loss of the toy NaN in these calls, counted from 1."""
+    real = toy.losses
+
+    def losses(indices: np.ndarray) -> dict[str, torch.Tensor]:
+        found = real(indices)
+        return {"loss": found["loss"] * math.nan} if len(toy.seen) in calls else found
+
+    toy.losses = losses  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("saved_at", [None, 4])
+def test_a_loss_that_is_not_finite_takes_the_run_back_once(tmp_path: Path, saved_at: int | None) -> None:
+    """To its beginning, or to what was saved; the batches that follow are the same ones, the steps half as long."""
+    settings = settings_of(steps=12, evaluations=3, batch_size=3)
+    expected = Toy()
+    run_training(expected, toy_info(), settings, tmp_path / "expected")
+    toy, out = Toy(), tmp_path / "run"
+    if saved_at is not None:
+        toy.at_step = stop_at(saved_at)
+        with pytest.raises(KeyboardInterrupt):
+            run_training(toy, toy_info(), settings, out)
+    toy, back = Toy(), saved_at or 0
+    nan_at(toy, 7 - back)
+    if saved_at is None:
+        run_training(toy, toy_info(), settings, out)
+    else:
+        run_again(toy, settings, out)
+    before, after = toy.seen[: 7 - back], toy.seen[7 - back :]
+    assert before == expected.seen[back:7]
+    assert after == expected.seen[back:]
+    steps = np.diff([*toy.weights[7 - back :], toy.weight])
+    assert steps == pytest.approx(0.5 * np.diff([*expected.weights[back:], expected.weight]), rel=1e-4)
+    assert [line["step"] for line in lines_of(out, "train")] == list(range(1, 13))  # none twice
+    assert load_training(out).values["learning_rate_scale"] == 0.5
+
+
+def test_the_lower_rate_survives_a_stop_and_a_second_time_ends_the_run(tmp_path: Path) -> None:
+    settings = settings_of(steps=12)
+    toy = Toy()
+    nan_at(toy, 2)
+    toy.at_step = stop_at(6)
+    with pytest.raises(KeyboardInterrupt):
+        run_training(toy, toy_info(), settings, tmp_path)
+    before = digest_of(tmp_path)
+    toy = Toy()
+    nan_at(toy, 3)
+    with pytest.raises(InputError, match=r"loss = nan at step \d, in the batch of \d.png, \d.png; lower --lr"):
+        run_again(toy, settings, tmp_path)
+    after = digest_of(tmp_path)
+    assert {name: after[name] for name in before if "metrics" not in name} == {
+        name: digest for name, digest in before.items() if "metrics" not in name
+    }
+
+
+# What cannot be written and is no checkpoint never ends a training
+
+
+def test_a_log_and_pictures_that_cannot_be_written_are_one_warning_each(
+    tmp_path: Path, trained: Trained, codegrid: Codegrid, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A folder is in the place of the log's file, made while the run is on; a file in that of the pictures."""
+    out = tmp_path / "run"
+    command = ["train-prior", "--codes", trained.codes, "--tokenizer", trained.tokenizer, "--channels", 4]
+    with pytest.MonkeyPatch.context() as patch:
+
+        def spoil() -> None:
+            (out / "metrics.jsonl").mkdir(parents=True)
+            (out / "pictures").write_text("in the way")
+
+        during(patch, 1, spoil)
+        outcome = codegrid(*command, "--num-layers", 1, "--out", out, "--steps", 20)
+    assert outcome.status == 0
+    assert len(caplog.messages) == 2
+    assert "the log cannot be written" in caplog.messages[0]
+    assert "the pictures cannot be written" in caplog.messages[1]
+    assert load_training(out).values["step"] == 20
 
 
 # A state that is not finite is never saved
@@ -324,7 +420,7 @@ def test_a_stop_never_saves_a_state_that_is_not_finite(
         toy = toy_with_a_buffer()
         toy.at_step = stop_at(25)
         with pytest.raises(KeyboardInterrupt):
-            run_training(toy, toy_info(), settings, tmp_path, resume=False)
+            run_training(toy, toy_info(), settings, tmp_path)
     before = digest_of(tmp_path)
     toy = toy_with_a_buffer()
 
@@ -334,8 +430,9 @@ def test_a_stop_never_saves_a_state_that_is_not_finite(
             POISONS[poison](toy, monkeypatch)
 
     toy.at_step = at_step
+    saved = read_run(tmp_path, "prior") if existing else None
     with pytest.raises((InputError, KeyboardInterrupt)) as raised:
-        run_training(toy, toy_info(), settings, tmp_path, resume=existing)
+        run_training(toy, toy_info(), settings, tmp_path, resume=saved)
     assert re.match(r"expected a finite state .* at step 34; lower --lr \(now 0.1\)", str(raised.value))
     kept = f"the last good state is kept in {tmp_path}" if existing else "nothing was saved yet"
     assert kept in str(raised.value)
@@ -349,9 +446,9 @@ def test_a_stop_never_saves_a_state_that_is_not_finite(
 def test_a_state_that_is_saved_by_the_clock_is_checked_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loop, "SAVE_EVERY_SECONDS", -1.0)
     toy = toy_with_a_buffer()
-    toy.at_step = lambda step: poison_a_buffer(toy, monkeypatch) if step == 3 else None
+    toy.at_step = lambda step: poison_a_buffer(toy, monkeypatch) if step >= 3 else None
     with pytest.raises(InputError, match=r"got model/average .* at step 3"):
-        run_training(toy, toy_info(), settings_of(), tmp_path, resume=False)
+        run_training(toy, toy_info(), settings_of(), tmp_path)
     assert load_training(tmp_path).values["step"] == 2
 
 
@@ -382,5 +479,5 @@ def test_a_codebook_that_was_set_by_hand_is_a_finite_state(tmp_path: Path, train
     model.quantizer.set_codebook(model.quantizer.codebook.clone())
     assert any(bool(tensor.isinf().any()) for tensor in model.state_dict().values())
     stage = TokenizerStage(model, open_images(str(trained.images)).train)
-    run_training(stage, toy_info(), settings_of(learning_rate=1e-3), tmp_path, resume=False)
+    run_training(stage, toy_info(), settings_of(learning_rate=1e-3), tmp_path)
     assert load_training(tmp_path).values["step"] == 6

@@ -13,10 +13,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pipeline.models.checkpoint import CheckpointInfo, load_training
-from pipeline.training.loop import LoopSettings
+from pipeline.models.checkpoint import CheckpointInfo, load_training, read_run
+from pipeline.training.loop import LoopSettings, run_training
 from pipeline.training.prior_stage import PriorStage
-from pipeline.training.stage import Evaluation
+from pipeline.training.stage import Evaluation, Stage
 from pipeline.training.tokenizer_stage import TokenizerStage
 
 from ..support import digest_of
@@ -49,6 +49,9 @@ class Toy:
         self.at_step(len(self.seen))
         return {"loss": -self.model.weight.sum()}
 
+    def names(self, indices: np.ndarray) -> list[str]:
+        return [f"{index}.png" for index in indices]
+
     def status(self) -> dict[str, float]:
         return {}
 
@@ -71,6 +74,11 @@ class Toy:
 
 def toy_info() -> CheckpointInfo:
     return CheckpointInfo(kind="prior", config={}, step=0, class_names=[], preprocessing={}, training={})
+
+
+def run_again(stage: Stage, settings: LoopSettings, folder: Path) -> CheckpointInfo:
+    """Resume the run that was saved in `folder`."""
+    return run_training(stage, toy_info(), settings, folder, resume=read_run(folder, "prior"))
 
 
 def stop_at(step: int) -> Callable[[int], None]:
