@@ -32,6 +32,7 @@ from .checkpoint import (
 
 LARGEST_SIDE = 2**14  # pixels of an image that a tokenizer takes
 MOST_TENSORS = 2**14  # in a file of weights
+UNUSED_SIZE = 2**16  # that a config may name beyond its weights: a model without codes has a number of codes
 
 Config = TypeVar("Config", TokenizerConfig, PriorConfig)
 Model = TypeVar("Model", bound=nn.Module)
@@ -241,8 +242,8 @@ def _check_sizes(config: TokenizerConfig | PriorConfig, weights: Mapping[str, Te
     if tensors > MOST_TENSORS:
         raise ValueError(f"{tensors:,} tensors, more than {MOST_TENSORS:,}")
     for name, value in vars(config).items():
-        most = tensors if name.endswith("_layers") else numbers
-        if type(value) is int and value > max(most, 16):
+        most = tensors if name.endswith("_layers") else max(numbers, UNUSED_SIZE)
+        if type(value) is int and value > most:
             raise ValueError(
                 f"a config of {short(value)} {name}, and weights of {tensors} tensors, {numbers:,} numbers"
             )

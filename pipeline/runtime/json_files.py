@@ -29,8 +29,7 @@ def read_regular(path: Path, limit: int) -> bytes:
         raise ValueError("a folder" if stat.S_ISDIR(status.st_mode) else "no regular file")
     if status.st_size > limit:
         raise ValueError(f"{status.st_size:,} bytes, more than the {limit:,} that are possible")
-    with open(path, "rb") as file:
-        return file.read(status.st_size)
+    return path.read_bytes()
 
 
 def read_current(folder: Path, name: str, limit: int) -> bytes:
