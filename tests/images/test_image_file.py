@@ -17,9 +17,9 @@ from PIL import Image
 from pipeline.errors import InputError
 from pipeline.images import folder as folder_module
 from pipeline.images import image_file
-from pipeline.images.cache import Broken
 from pipeline.images.image_set import open_images
 from pipeline.images.preprocessing import Preprocessing
+from pipeline.images.source import Broken
 
 from ..support import ROOT
 from .test_image_set import fill, names_of
