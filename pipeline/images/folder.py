@@ -19,14 +19,13 @@ from dataclasses import asdict, astuple, dataclass
 from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
-from PIL import Image
 
 from ..errors import InputError
 from ..runtime.progress import with_progress
 from .cache import Built, open_entry
 from .folder_layout import SplitLayout, read_layout
 from .image_file import read_or_broken
-from .preprocessing import IMAGE_ERRORS, Preprocessing, is_grey, read_image, upright_size
+from .preprocessing import IMAGE_ERRORS, Preprocessing, is_grey, open_picture, read_image, upright_size
 from .source import Broken, Contents, Source, SourceSplit, check_broken
 
 DEFAULT_SIDE = 64  # pixels; what the images of a folder get if they differ in size, or a side is larger than
@@ -240,7 +239,7 @@ def _header(file: _File) -> Preprocessing | Broken:
 
 
 def _read_header(data: BinaryIO) -> Preprocessing:
-    with Image.open(data) as image:
+    with open_picture(data) as image:
         height, width = upright_size(image)
         return Preprocessing(height=height, width=width, channels=1 if is_grey(image) else 3)
 
