@@ -21,6 +21,7 @@ from .cache_folder import check_free, writing_cache
 from .source import Broken
 
 _BUFFER = 2**20  # bytes written at a time
+_LONGEST_HEADER = 10 + 2**16  # bytes, in version 1.0 of the .npy format
 _NOT_SUPPORTED = {errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS}  # by this file system: to reserve space
 
 
@@ -79,21 +80,21 @@ class NewArray:
 def read_images(path: Path, count: int, shape: tuple[int, ...]) -> np.ndarray:
     """Return the first `count` rows, uint8 [count, *shape], through a memory map, read-only.
 
+    The header is compared with the one that `NewArray` writes, and not parsed: numpy's parser is made for files that
+    are good, and fails in many ways on others.
+
     Raises:
         OSError: the file cannot be read.
         ValueError: it is no uint8 array of at least `count` rows of this shape; it is not mapped then.
     """
     with open(path, "rb") as file:
-        if np.lib.format.read_magic(file) != (1, 0):
-            raise ValueError("another version of the .npy format")
-        stored, columns_first, dtype = np.lib.format.read_array_header_1_0(file)
-        start = file.tell()
+        head = file.read(_LONGEST_HEADER)
         size = os.fstat(file.fileno()).st_size
-    if columns_first or dtype != np.uint8 or stored[1:] != shape or not stored or stored[0] < max(count, 1):
-        raise ValueError(f"{dtype} {list(stored)} in place of uint8 {[count, *shape]}")
-    if size != start + math.prod(stored):
-        raise ValueError(f"{size:,} bytes, which is not the size of its array")
-    return np.memmap(path, np.uint8, "r", start, shape=stored)[:count]
+    start = 10 + int.from_bytes(head[8:10], "little")  # where the rows begin, by the .npy format
+    rows, rest = divmod(size - start, math.prod(shape))
+    if rest != 0 or rows < max(count, 1) or head[:start] != _header((rows, *shape)):
+        raise ValueError(f"{path.name} is no uint8 array of {count} images {list(shape)}")
+    return np.memmap(path, np.uint8, "r", start, (rows, *shape))[:count]
 
 
 class _Hashed:
