@@ -295,7 +295,7 @@ def test_another_header_is_refused_whatever_it_says(header: str, tmp_path: Path)
         if (header, rows) == ("rows that are not there", 18):
             assert read_images(tmp_path / "a.npy", COUNT, SHAPE).shape == (COUNT, *SHAPE)  # they are
         else:
-            with pytest.raises(ValueError, match="a.npy is no uint8 array"):
+            with pytest.raises(ValueError, match=r"a\.npy is no uint8 array"):
                 read_images(tmp_path / "a.npy", COUNT, SHAPE)
 
 
