@@ -33,7 +33,7 @@ from .cache_folder import cache_folder, cannot_write, writing_cache
 FORMAT = 3  # of an entry and of every key; another number leaves older entries unused (2 had no checksums)
 _INDEX = "index.json"
 _CHUNK = 2**20  # bytes read at a time
-_SECONDS_UNSEEN = 2  # that a check may take before it shows a bar
+_SHOWN_FROM = 2**30  # bytes, whose check takes long enough to show how far it is
 
 # What reading an entry raises if it is damaged, or if something else is in its place.
 _DAMAGE = (OSError, ValueError, KeyError, TypeError, RecursionError, InputError)
@@ -132,8 +132,8 @@ def _check_files(folder: Path, files: Mapping[str, StoredFile]) -> None:
         if not (folder / name).is_file() or (folder / name).stat().st_size != file.size:
             raise ValueError(f"{name} is no file of {file.size:,} bytes")
     total = sum(file.size for file in files.values())
-    options = {"unit_scale": True, "leave": False, "delay": _SECONDS_UNSEEN}
-    with progress_bar(total, "checking the image cache", "B", **options) as bar:
+    hidden = total < _SHOWN_FROM
+    with progress_bar(total, "checking the image cache", "B", disable=hidden, unit_scale=True, leave=False) as bar:
         for name, file in files.items():
             if _sha256(folder / name, bar) != file.sha256:
                 raise ValueError(f"the checksum of {name} is another one")
