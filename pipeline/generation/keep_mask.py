@@ -11,14 +11,13 @@ from pathlib import Path
 
 import torch
 from einops import reduce
-from PIL import Image
 from torch import Tensor
 
 from prior.raster import UNKNOWN
 from tokenizer import VQVAE
 
 from ..errors import InputError
-from ..images.preprocessing import IMAGE_ERRORS, Preprocessing, prepare, upright_size, why_unreadable
+from ..images.preprocessing import IMAGE_ERRORS, Preprocessing, open_picture, prepare, upright_size, why_unreadable
 
 HALVES = ("top", "bottom", "left", "right")
 
@@ -66,7 +65,7 @@ def mask_from_file(path: Path, size: tuple[int, int]) -> Tensor:
         InputError: the file is no picture, or one of another size.
     """
     try:
-        with Image.open(path) as picture:
+        with open_picture(path) as picture:
             height, width = upright_size(picture)
             pixels = prepare(picture, Preprocessing(height=height, width=width, channels=1))[0]
     except IMAGE_ERRORS as error:

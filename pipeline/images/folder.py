@@ -5,24 +5,28 @@ Names are paths relative to the folder with `/` as separator, in Unicode NFC, in
 Legend: C channels, H' W' height and width in pixels.
 """
 
+import errno
+import logging
 import os
 import re
+import stat
+import sys
 import unicodedata
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
-from PIL import Image
 
 from ..errors import InputError
 from ..runtime.progress import with_progress
-from .cache import Broken, open_entry
+from .cache import Built, open_entry
 from .folder_layout import SplitLayout, read_layout
 from .image_file import read_or_broken
-from .preprocessing import IMAGE_ERRORS, Preprocessing, is_grey, read_image, upright_size
-from .source import Contents, Source, SourceSplit, check_broken
+from .preprocessing import IMAGE_ERRORS, Preprocessing, is_grey, open_picture, read_image, upright_size
+from .source import Broken, Contents, Source, SourceSplit, check_broken
 
 DEFAULT_SIDE = 64  # pixels; what the images of a folder get if they differ in size, or a side is larger than
 LARGEST_NATIVE = 128  # this; other folders keep their size
@@ -31,7 +35,23 @@ IMAGE_FILE = re.compile(
     re.IGNORECASE,
 )
 
+MOST_PATHS = 100  # through links to one folder; more would come from a handful of folders that link to each other
+
 _CHUNK = 512  # files read at a time
+_LASTING = {  # errors of one entry, which do not pass by waiting
+    errno.ENOENT: "no such file, or a link to none",
+    errno.ELOOP: "a link in a circle",
+    errno.EACCES: "no permission to read it",
+    errno.EPERM: "no permission to read it",
+    errno.ENAMETOOLONG: "a path that is too long",
+}
+_NO_FILES = {  # what may have the name of an image
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+_log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 
@@ -43,6 +63,17 @@ class _File:
     name: str  # relative to the folder, NFC, with `/`
     size: int  # bytes
     changed: int  # time of the last change, ns
+    unusable: str = ""  # why it cannot be read, such as a link to nothing; it is never opened then
+
+
+@dataclass(frozen=True)
+class _Folder:
+    """A folder to list."""
+
+    path: str
+    prefix: str  # what the names of its files begin with
+    real: str  # the path without links
+    through: tuple[str, ...]  # the folders, without links, that hold the links on the way
 
 
 def folder_source(folder: str) -> Source:
@@ -54,7 +85,7 @@ def folder_source(folder: str) -> Source:
     files = _list_files(folder)
     identity = {
         "folder": folder,
-        "files": [(file.name, file.size, file.changed) for file in files],
+        "files": [(file.name, file.size, file.changed, file.unusable) for file in files],
     }
     return Source(
         identity=identity,
@@ -69,7 +100,7 @@ def folder_source(folder: str) -> Source:
 def _list_files(folder: str) -> list[_File]:
     """Return the image files below `folder`, by name. Raise InputError if it cannot be read or holds none."""
     try:
-        files = sorted(_walk(folder, "", ()), key=lambda file: (file.name, file.path))
+        files = sorted(_walk(folder), key=lambda file: (file.name, file.path))
     except OSError as error:
         raise InputError(
             expected=f"a folder that can be read at {folder}", got=str(error), do="check the path"
@@ -83,20 +114,81 @@ def _list_files(folder: str) -> list[_File]:
     return files
 
 
-def _walk(folder: str, prefix: str, above: tuple[str, ...]) -> Iterator[_File]:
-    """Yield the image files below `folder` but the hidden ones; follow links, but never in a circle."""
-    real = os.path.realpath(folder)
-    if real in above:
-        return
-    with os.scandir(folder) as entries:
-        visible = [entry for entry in entries if not entry.name.startswith((".", "__MACOSX"))]
-    for entry in visible:
-        name = prefix + unicodedata.normalize("NFC", entry.name)
-        if entry.is_dir():
-            yield from _walk(entry.path, f"{name}/", (*above, real))
-        elif entry.is_file() and IMAGE_FILE.fullmatch(os.path.splitext(entry.name)[1]):
-            status = entry.stat()
-            yield _File(entry.path, name, status.st_size, status.st_mtime_ns)
+def _walk(top: str) -> Iterator[_File]:
+    """Yield the image files below `top` but the hidden ones; follow links, but never in a circle."""
+    pending = [_Folder(top, "", os.path.realpath(top), ())]
+    listed: Counter[str] = Counter()
+    while pending:
+        folder = pending.pop()
+        listed[folder.real] += 1
+        if listed[folder.real] > MOST_PATHS:
+            raise _too_many_paths(folder.real)
+        for entry in _visible(folder):
+            name = folder.prefix + unicodedata.normalize("NFC", entry.name)
+            if _is_folder(entry):
+                pending.extend(_below(folder, entry, name))
+            elif IMAGE_FILE.fullmatch(os.path.splitext(entry.name)[1]):
+                yield _file(entry, name)
+
+
+def _below(folder: _Folder, entry: os.DirEntry[str], name: str) -> list[_Folder]:
+    """Return the folder of an entry, in a list; an empty one if it is a link in a circle."""
+    if not entry.is_symlink() and sys.platform != "win32":  # whose junctions are no links to Python
+        return [_Folder(entry.path, f"{name}/", os.path.join(folder.real, entry.name), folder.through)]
+    real, through = os.path.realpath(entry.path), (*folder.through, folder.real)
+    circle = any(_is_in(path, real) for path in through)
+    return [] if circle else [_Folder(entry.path, f"{name}/", real, through)]
+
+
+def _is_in(path: str, folder: str) -> bool:
+    """Return whether a path is that of a folder or of what is in it; both without links."""
+    return os.path.join(path, "").startswith(os.path.join(folder, ""))
+
+
+def _visible(folder: _Folder) -> list[os.DirEntry[str]]:
+    """Return the entries of a folder but the hidden ones; none, and a warning, if it may not be read."""
+    try:
+        with os.scandir(folder.path) as entries:
+            return [entry for entry in entries if not entry.name.startswith((".", "__MACOSX"))]
+    except OSError as error:
+        if not folder.prefix or error.errno not in _LASTING:
+            raise
+        _log.warning("Warning: skipped the folder %s: %s", folder.path, _LASTING[error.errno])
+        return []
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    """Return whether an entry is a folder or a link to one; False if it leads nowhere."""
+    try:
+        return entry.is_dir()
+    except OSError as error:
+        if error.errno not in _LASTING:
+            raise
+        return False
+
+
+def _file(entry: os.DirEntry[str], name: str) -> _File:
+    """Return the file of an entry that is named like an image; if it is none that can be read, with the reason."""
+    try:
+        status = entry.stat()
+    except OSError as error:
+        if error.errno not in _LASTING:
+            raise
+        return _File(entry.path, name, 0, 0, _LASTING[error.errno])
+    kind = stat.S_IFMT(status.st_mode)
+    if kind != stat.S_IFREG:
+        return _File(entry.path, name, 0, 0, f"{_NO_FILES.get(kind, 'something else')} in place of a file")
+    if not os.access(entry.path, os.R_OK):
+        return _File(entry.path, name, 0, 0, _LASTING[errno.EACCES])
+    return _File(entry.path, name, status.st_size, status.st_mtime_ns)
+
+
+def _too_many_paths(folder: str) -> InputError:
+    return InputError(
+        expected="links between folders of images that end somewhere",
+        got=f"more than {MOST_PATHS} paths that lead to {folder}",
+        do="remove some of the links",
+    )
 
 
 # Headers
@@ -104,8 +196,19 @@ def _walk(folder: str, prefix: str, above: tuple[str, ...]) -> Iterator[_File]:
 
 def _native(identity: dict[str, Any], files: list[_File]) -> Preprocessing:
     """Return the images' common size if it is small, else 64x64, and 1 channel if all are grey; kept in the cache."""
-    _, index = open_entry({"headers": identity}, lambda _: {"native": asdict(_read_headers(files))})
-    return Preprocessing(**index["native"])
+    return open_entry(
+        {"headers": identity},
+        lambda _: Built({"native": asdict(_read_headers(files))}),
+        lambda _, index: _stored_native(index),
+    )
+
+
+def _stored_native(index: dict[str, Any]) -> Preprocessing:
+    """Return what the cache holds. Raise TypeError, KeyError or InputError if it is something else."""
+    native = Preprocessing(**index["native"])
+    if any(type(value) is not int for value in astuple(native)):
+        raise TypeError("a size that is no whole number")
+    return native
 
 
 def _read_headers(files: list[_File]) -> Preprocessing:
@@ -126,6 +229,8 @@ def _read_headers(files: list[_File]) -> Preprocessing:
 
 def _header(file: _File) -> Preprocessing | Broken:
     """Return the size and channels of one file. Raise InputError if the system cannot read it."""
+    if file.unusable:
+        return Broken(file.unusable)
     try:
         with open(file.path, "rb") as data:
             return _read_header(data)
@@ -134,7 +239,7 @@ def _header(file: _File) -> Preprocessing | Broken:
 
 
 def _read_header(data: BinaryIO) -> Preprocessing:
-    with Image.open(data) as image:
+    with open_picture(data) as image:
         height, width = upright_size(image)
         return Preprocessing(height=height, width=width, channels=1 if is_grey(image) else 3)
 
@@ -143,8 +248,10 @@ def _read_header(data: BinaryIO) -> Preprocessing:
 
 
 def _contents(folder: str, files: list[_File]) -> Contents:
-    layout = read_layout(folder, [file.name for file in files])
-    return Contents(layout.class_names, _split(files, layout.train), _split(files, layout.test))
+    usable = [file for file in files if not file.unusable]
+    unusable = {file.name: file.unusable for file in files if file.unusable}
+    layout = read_layout(folder, [file.name for file in usable])
+    return Contents(layout.class_names, _split(usable, layout.train), _split(usable, layout.test), unusable)
 
 
 def _split(files: list[_File], layout: SplitLayout) -> SourceSplit:

@@ -17,8 +17,8 @@ from collections.abc import Callable
 from typing import BinaryIO, TypeVar
 
 from ..errors import InputError
-from .cache import Broken
 from .preprocessing import IMAGE_ERRORS, why_unreadable
+from .source import Broken
 
 RETRY_DELAYS = (0.1, 0.4, 1.6)  # seconds before each further attempt
 _PASSING = (OSError, MemoryError)

@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import InputError
-from .cache import cache_folder, open_entry, read_images, write_images
+from .cache import Built, StoredFile, open_entry
+from .cache_folder import cache_folder
+from .cached_array import NewArray, read_images
 from .folder import folder_source
 from .glyphs import glyph_source
 from .preprocessing import Preprocessing, to_float
@@ -87,20 +89,20 @@ def open_images(
         data_root = os.path.abspath(os.path.expanduser(data_root))
     found = _find(source, data_root)
     preprocessing = _preprocessing(found, image_size, channels, multiple_of)
-    folder, index = open_entry(
+    stored = open_entry(
         {"source": found.identity, "preprocessing": asdict(preprocessing)},
         lambda folder: _build(found, preprocessing, folder),
+        lambda folder, index: _read(preprocessing, folder, index),
     )
-    _warn_of(index["broken"])
-    train, test = (_open_split(folder, split, index[split]) for split in SPLITS)
+    _warn_of(stored.broken)
     return ImageSet(
         source=source_name(source),
         data_root=data_root,
         preprocessing=preprocessing,
-        class_names=tuple(index["class_names"]),
-        train=train,
-        test=test,
-        broken=tuple(index["broken"]),
+        class_names=stored.class_names,
+        train=stored.train,
+        test=stored.test,
+        broken=tuple(stored.broken),
     )
 
 
@@ -172,23 +174,73 @@ def _check_multiple(height: int, width: int, multiple_of: int) -> None:
     )
 
 
-def _build(found: Source, preprocessing: Preprocessing, folder: Path) -> dict[str, Any]:
-    """Write the arrays of both splits; return their index."""
+@dataclass(frozen=True)
+class _Stored:
+    """What an entry of the cache holds."""
+
+    class_names: tuple[str, ...]
+    broken: dict[str, str]  # name -> why
+    train: ImageSplit
+    test: ImageSplit
+
+
+def _build(found: Source, preprocessing: Preprocessing, folder: Path) -> Built:
+    """Write the arrays of both splits. Raise InputError if the disk has no room for them, before an image is read."""
     contents = found.contents()
-    splits = (contents.train, contents.test)
-    shape = (preprocessing.channels, preprocessing.height, preprocessing.width)
-    broken: dict[str, str] = {}
+    splits = {"train": contents.train, "test": contents.test}
+    arrays = {
+        name: NewArray(folder / f"{name}.npy", len(split.names), _shape(preprocessing))
+        for name, split in splits.items()
+    }
+    broken = dict(contents.broken)
     index: dict[str, Any] = {"class_names": list(contents.class_names), "broken": broken}
-    for name, split in zip(SPLITS, splits, strict=True):
-        images = split.prepared(preprocessing)
-        kept, unread = write_images(folder / f"{name}.npy", images, len(split.names), shape)
+    files: dict[str, StoredFile] = {}
+    for name, split in splits.items():
+        written = arrays[name].write(split.prepared(preprocessing))
+        files[f"{name}.npy"] = StoredFile(arrays[name].size, written.sha256)
         index[name] = {
-            "names": [split.names[i] for i in kept],
-            "labels": [int(split.labels[i]) for i in kept],
+            "names": [split.names[i] for i in written.kept],
+            "labels": [int(split.labels[i]) for i in written.kept],
         }
-        broken |= {split.names[i]: reason for i, reason in unread.items()}
-    check_broken(broken, sum(len(split.names) for split in splits), len(index["train"]["names"]))
-    return index
+        broken |= {split.names[i]: reason for i, reason in written.broken.items()}
+    total = sum(len(split.names) for split in splits.values()) + len(contents.broken)
+    check_broken(broken, total, len(index["train"]["names"]))
+    return Built(index, files)
+
+
+def _read(preprocessing: Preprocessing, folder: Path, index: dict[str, Any]) -> _Stored:
+    """Return what `_build` stored. Raise ValueError, TypeError or KeyError if it is anything else."""
+    broken = index["broken"]
+    _require(isinstance(broken, dict) and _are(str, list(broken.values())), "broken")
+    _require(_are(str, index["class_names"]), "class_names")
+    class_names = tuple(index["class_names"])
+    shape = _shape(preprocessing)
+    train, test = (_read_split(folder / f"{name}.npy", index[name], shape, len(class_names)) for name in SPLITS)
+    return _Stored(class_names, broken, train, test)
+
+
+def _read_split(path: Path, index: dict[str, Any], shape: tuple[int, ...], classes: int) -> ImageSplit:
+    """Return the images, labels and names of one split. Raises as `_read` does."""
+    names, labels = index["names"], index["labels"]
+    _require(_are(str, names), "names")
+    _require(_are(int, labels) and all(-1 <= label < classes for label in labels), "labels")
+    _require(len(names) == len(labels), "labels")
+    images = read_images(path, len(labels), shape)
+    return ImageSplit(images, np.array(labels, dtype=np.int64), tuple(names))
+
+
+def _require(holds: bool, what: str) -> None:
+    if not holds:
+        raise ValueError(f"{what} is not what it was")
+
+
+def _are(kind: type, values: object) -> bool:
+    """Return whether `values` is a list of nothing but this type."""
+    return type(values) is list and all(type(value) is kind for value in values)
+
+
+def _shape(preprocessing: Preprocessing) -> tuple[int, int, int]:
+    return (preprocessing.channels, preprocessing.height, preprocessing.width)
 
 
 def _warn_of(broken: dict[str, str]) -> None:
@@ -197,9 +249,3 @@ def _warn_of(broken: dict[str, str]) -> None:
         _log.warning("Warning: skipped the broken image %s: %s", name, reason)
     if len(broken) > 10:
         _log.warning("Warning: skipped %d more broken images", len(broken) - 10)
-
-
-def _open_split(folder: Path, split: str, index: dict[str, Any]) -> ImageSplit:
-    labels = np.array(index["labels"], dtype=np.int64)
-    images = read_images(folder / f"{split}.npy", len(labels))
-    return ImageSplit(images, labels, tuple(index["names"]))

@@ -5,8 +5,11 @@ Legend: C channels (1 grey, 3 RGB); H' and W' height and width in pixels.
 
 from __future__ import annotations
 
+import re
 import struct
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
@@ -15,6 +18,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from ..errors import InputError
+from .pillow_warnings import PillowWarnings
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,7 +38,10 @@ IMAGE_ERRORS = (
     struct.error,
     zlib.error,
     Image.DecompressionBombError,
+    Image.DecompressionBombWarning,  # an error in `open_picture`
 )
+
+_PILLOW_WARNINGS = PillowWarnings()
 
 _TURNS = {  # EXIF orientation -> what turns the picture upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -94,14 +101,31 @@ def prepare(image: Image.Image, preprocessing: Preprocessing) -> np.ndarray:
 
 def read_image(file: str | Path | BinaryIO, preprocessing: Preprocessing) -> np.ndarray:
     """Return `prepare` of a file or of its bytes. Raise one of IMAGE_ERRORS if it cannot be read."""
-    with Image.open(file) as image:
+    with open_picture(file) as image:
         return prepare(image, preprocessing)
+
+
+@contextmanager
+def open_picture(file: str | Path | BinaryIO) -> Iterator[Image.Image]:
+    """Open a picture for the duration of `with`, in which it should be decoded, too.
+
+    Raises:
+        One of IMAGE_ERRORS: it cannot be read, has more pixels than Image.MAX_IMAGE_PIXELS, or is PostScript, which
+            Pillow has another program run.
+    """
+    with _PILLOW_WARNINGS, Image.open(file) as image:
+        if image.format == "EPS":
+            raise UnidentifiedImageError("PostScript")
+        yield image
 
 
 def why_unreadable(error: BaseException) -> str:
     """Return one short line for a person that says what one of IMAGE_ERRORS means."""
     if isinstance(error, UnidentifiedImageError):
         return "not an image Pillow can read"
+    if isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)):
+        pixels = re.search(r"\d+", str(error))
+        return f"{int(pixels[0]) if pixels else 0:,} pixels, more than the limit of {Image.MAX_IMAGE_PIXELS:,}"
     return " ".join(str(error).split()) or type(error).__name__
 
 

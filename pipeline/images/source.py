@@ -4,17 +4,23 @@ Legend: C channels, H' W' height and width in pixels.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from ..errors import InputError
-from .cache import Broken
 from .preprocessing import Preprocessing
 
 SPLITS = ("train", "test")
 BROKEN_ONE_IN = 10  # more broken files than one in this many are refused
+
+
+@dataclass(frozen=True)
+class Broken:
+    """Takes the place of an image that could not be read."""
+
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -33,6 +39,7 @@ class Contents:
     class_names: Sequence[str]
     train: SourceSplit
     test: SourceSplit
+    broken: Mapping[str, str] = field(default_factory=dict)  # what is in no split because it cannot be a file -> why
 
 
 @dataclass(frozen=True)

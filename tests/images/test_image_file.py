@@ -17,9 +17,9 @@ from PIL import Image
 from pipeline.errors import InputError
 from pipeline.images import folder as folder_module
 from pipeline.images import image_file
-from pipeline.images.cache import Broken
 from pipeline.images.image_set import open_images
 from pipeline.images.preprocessing import Preprocessing
+from pipeline.images.source import Broken
 
 from ..support import ROOT
 from .test_image_set import fill, names_of
@@ -254,7 +254,6 @@ def test_damaged_files_are_skipped_at_once(folder: Path, waits: list[float], mon
     assert open_images(str(folder), image_size=SIZES[1], channels=3).broken == (VICTIM, "08.png", "09.png")
 
 
-@pytest.mark.filterwarnings("ignore")  # those of Pillow about damaged files
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".gif", ".tif", ".bmp", ".webp", ".tga", ".pcx", ".jp2", ".ico"])
 def test_no_damage_to_the_bytes_counts_as_an_error_that_passes(tmp_path: Path, waits: list[float], suffix: str) -> None:
     """Cut short anywhere, or with any byte replaced: read, or broken, and never a stop."""
