@@ -1,6 +1,5 @@
 """The folder of a training run: checked before any long work, cleared only when nothing can be refused any more."""
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,10 +7,16 @@ from pathlib import Path
 from ..errors import InputError
 from ..models.checkpoint import CONFIG, MODEL, TRAINING, CheckpointInfo, read_info
 from ..runtime.atomic_files import COMMIT, current
-from ..runtime.output_paths import check_output_folder, check_writable, remove_files
+from ..runtime.filesystem import check_only_files, check_subfolder, check_writable, make_folder
+from ..runtime.output_paths import check_output_folder, remove_files
+from ..runtime.untrusted_json import read_untrusted_json
 
+LOG = "metrics.jsonl"
 PICTURES = "pictures"  # subfolder of the previews
-LOGS = re.compile(rf"metrics\.jsonl|{PICTURES}/step-([0-9]{{7}}|[1-9][0-9]{{7,}})(-codebook)?\.png")
+PREVIOUS = "previous"  # subfolder of the save before the last, with the same file names
+CHECKPOINT = (MODEL, CONFIG, TRAINING)
+MOST_COMMIT_BYTES = 4096
+LOGS = re.compile(rf"{re.escape(LOG)}|{PICTURES}/step-([0-9]{{7}}|[1-9][0-9]{{7,}})(-codebook)?\.png")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,8 +41,10 @@ def saved_run(run: RunFolder, kind: str) -> CheckpointInfo | None:
     """Return the checkpoint to resume from, or None to start anew.
 
     Raises:
-        InputError: it is of another kind, or the folder holds a foreign file that saving a checkpoint would replace.
+        InputError: it is of another kind, or the folder holds something that saving a checkpoint would replace and that
+            no save wrote.
     """
+    _check_files(run.out)
     _check_commit(run.out)
     if not run.resume or not current(run.out, CONFIG).exists():
         return None
@@ -47,9 +54,12 @@ def saved_run(run: RunFolder, kind: str) -> CheckpointInfo | None:
 def check_run_folder(run: RunFolder, saved: CheckpointInfo | None) -> None:
     """Raise InputError unless the run may write into its folder: a new run needs an empty one, or `force`.
 
+    Whatever `force` and `resume` are, nothing but files may be in the places of files, and folders in those of folders.
+
     Call it before any long work; it makes and removes nothing. What is left of a run that was killed before its first
     save may be replaced with `resume` alone.
     """
+    _check_files(run.out)
     if saved is not None:
         check_writable(run.out)
         return
@@ -58,25 +68,37 @@ def check_run_folder(run: RunFolder, saved: CheckpointInfo | None) -> None:
 
 
 def prepare_run_folder(run: RunFolder, saved: CheckpointInfo | None) -> None:
-    """Make the folder and remove what an older run logged there, unless that run is resumed.
+    """Make the folder and remove what an older run logged there and its save before the last, unless it is resumed.
 
-    Call it last, when nothing can be refused any more. The checkpoint of the older run stays until the first save of
-    the new one replaces it.
+    Call it last, when nothing can be refused any more. The last checkpoint of the older run stays until the first save
+    of the new one replaces it.
+
+    Raises:
+        InputError: the folder cannot be made, or a file cannot be removed.
     """
-    run.out.mkdir(parents=True, exist_ok=True)
+    make_folder(run.out)
     if saved is None:
         remove_files(run.out, LOGS.fullmatch, subfolder=PICTURES)
+        remove_files(run.out, {f"{PREVIOUS}/{name}" for name in CHECKPOINT}.__contains__, subfolder=PREVIOUS)
+
+
+def _check_files(folder: Path) -> None:
+    """Raise InputError if something in the folder is not of the kind that a run writes under its name."""
+    check_only_files(folder, (*CHECKPOINT, COMMIT, LOG))
+    check_subfolder(folder / PICTURES, may_be_link=True)
+    check_subfolder(folder / PREVIOUS, may_be_link=False)  # files are moved into it, which a link to a disk forbids
+    check_only_files(folder / PREVIOUS, CHECKPOINT)
 
 
 def _check_commit(folder: Path) -> None:
     """Raise InputError for a commit file that no save of a checkpoint wrote: the next save would replace it."""
     try:
-        names = json.loads((folder / COMMIT).read_bytes())
+        names = read_untrusted_json(folder / COMMIT, MOST_COMMIT_BYTES)
     except OSError:
         return
     except ValueError:
         names = None
-    if not isinstance(names, list) or not all(name in (MODEL, CONFIG, TRAINING) for name in names):
+    if not isinstance(names, list) or not all(name in CHECKPOINT for name in names):
         raise InputError(
             expected=f"no {COMMIT} in --out {folder} but that of a checkpoint",
             got="another",
