@@ -82,6 +82,6 @@ def full_disk_line(act: Callable[[], object]) -> bool:
         line = str(error)
     else:
         return False
-    assert re.search(r"[0-9,]+ bytes .*No space left on device; free space", line), line
+    assert re.search(r"[0-9,]+ bytes.*No space left on device.*; free ", line), line
     assert "\n" not in line
     return True

@@ -138,7 +138,7 @@ def test_the_lock_of_a_killed_run_is_no_reason_to_refuse(tmp_path: Path) -> None
 def test_rubbish_in_the_commit_file(out: Path, content: str) -> None:
     (out / "commit.json").write_text(content, "latin-1")
     for options in OPTIONS:
-        with pytest.raises(InputError, match=r"expected no commit\.json in --out .* got another; move it away"):
+        with pytest.raises(InputError, match=r"expected no commit\.json in .* got another; move it away"):
             saved_run(RunFolder(out=out, **options), "prior")
 
 
