@@ -340,7 +340,7 @@ def evaluate(tokenizer: Path, prior: Path | None, json_file: Path | None, force:
     from pipeline.runtime.output_paths import check_output_file
 
     if json_file is not None:
-        check_output_file(json_file, force=force, option="--json")
+        check_output_file(json_file, force=force, option="--json", suffix=".json")
     numbers = run(tokenizer, prior, **chosen).to_json()
     for name, value in numbers.items():
         click.echo(f"{name:>14}  {value:.6g}" if isinstance(value, float) else f"{name:>14}  {value}")
@@ -372,7 +372,7 @@ def measure_rate(tokenizer: Path, prior: Path | None, json_file: Path | None, fo
     from pipeline.runtime.output_paths import check_output_file
 
     if json_file is not None:
-        check_output_file(json_file, force=force, option="--json")
+        check_output_file(json_file, force=force, option="--json", suffix=".json")
     rate = run(tokenizer, prior, **chosen)
     for split, numbers in rate.splits.items():
         click.echo(f"{split}: {rate_table(numbers)}\n")

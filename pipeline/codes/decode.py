@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import chain
 from pathlib import Path
@@ -13,11 +13,13 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..images.png import save_grid
-from ..images.png_folder import ImageFolder, read_record, written_count
+from ..images.png_folder import ImageFolder, is_count, read_record, written_count
 from ..models.checkpoint import check_same_tokenizer
 from ..models.inference import decode_codes as decode
 from ..models.loading import load_trained_tokenizer
 from ..runtime.atomic_files import TEMPORARY, to_json
+from ..runtime.filesystem import FILE_SUFFIXES
+from ..runtime.folder_lock import only_writer
 from ..runtime.output_paths import OutputFiles, check_output_file, check_output_folder
 from ..runtime.progress import with_progress
 from .dataset import CodeDataset
@@ -60,7 +62,8 @@ def decode_codes(
             refused if it is in the way.
 
     Raises:
-        InputError: the codes, the tokenizer, the rows or `out` cannot be used.
+        InputError: the codes, the tokenizer, the rows or `out` cannot be used, another run writes into the folder, the
+            decoder gives NaN or infinity, or an image cannot be written; in a folder, those before it are kept.
     """
     codes = CodeDataset(folder)
     _check_start(codes, start)
@@ -68,10 +71,7 @@ def decode_codes(
     n = min(remaining, n if n is not None else SHEET_IMAGES if suffix == ".png" else remaining)
     if n < 1:
         raise ValueError(f"n: expected at least 1 image, got {n}")
-    if suffix in (".png", ".npy"):
-        check_output_file(out, force=force)
-    else:
-        check_output_folder(out, force=force, written=_files(start, n), earlier=_earlier(out))
+    _check_out(out, start, n, force=force)
     tokenizer = load_trained_tokenizer(tokenizer_folder, device)
     remedy = "name the tokenizer that made them"
     check_same_tokenizer(tokenizer.info.fingerprint, codes.manifest.tokenizer_fingerprint, f"codes in {folder}", remedy)
@@ -80,14 +80,32 @@ def decode_codes(
         return codes.batch(np.arange(start + first, start + last))[0]
 
     record = DecodeRecord(start=start, n=n, finished=0, tokenizer_fingerprint=tokenizer.info.fingerprint)
-    with closing(with_progress(decode(tokenizer.model, rows, n), n, "decoding", size=len)) as images:
+    decoded = decode(tokenizer.model, rows, n, folder=tokenizer_folder)
+    with closing(with_progress(decoded, n, "decoding", size=len)) as images:
         if suffix == ".png":
             save_grid(torch.cat(list(images)), out)
         elif suffix == ".npy":
             _write_array(images, n, out)
         else:
-            _write_folder(images, out, record)
+            with only_writer(out, "decoding run"):
+                _check_out(out, start, n, force=force)  # again: another run may have ended meanwhile
+                _write_folder(images, out, record)
     return n
+
+
+def _check_out(out: Path, start: int, n: int, *, force: bool) -> None:
+    """Raise InputError unless `n` images from row `start` on may be written to `out`; nothing is made or removed."""
+    suffix = out.suffix.lower()
+    if suffix in (".png", ".npy"):
+        check_output_file(out, force=force)
+    elif suffix in FILE_SUFFIXES and not os.path.isdir(out):
+        raise InputError(
+            expected="a folder, FILE.png or FILE.npy as --out",
+            got=f"{out}, which looks like a file of another format",
+            do=f"name one of them, such as {out.with_suffix('.png')}",
+        )
+    else:
+        check_output_folder(out, force=force, written=_files(start, n), earlier=_earlier(out))
 
 
 def _check_start(codes: CodeDataset, start: int) -> None:
@@ -101,21 +119,46 @@ def _check_start(codes: CodeDataset, start: int) -> None:
 
 
 def _write_array(images: Iterator[Tensor], n: int, out: Path) -> None:
-    """Write batch by batch into a temporary file, which is renamed once complete and on the disk, or else removed."""
+    """Write batch by batch into a temporary file, which is renamed once complete and on the disk, or else removed.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
     first = next(images)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f"{out.name}{TEMPORARY}")
+    size, temporary = n * first[0].numel(), out.with_name(f"{out.name}{TEMPORARY}")
+    with _write_errors(out, size):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        file = open(temporary, "wb")  # noqa: SIM115 (closed below, where an error of closing hides no other)
     try:
-        with open(temporary, "wb") as file:
+        with _write_errors(out, size):
             header = {"descr": "|u1", "fortran_order": False, "shape": (n, *first.shape[1:])}
             np.lib.format.write_array_header_1_0(file, header)
-            for batch in chain([first], images):
+        for batch in chain([first], images):
+            with _write_errors(out, size):
                 file.write(batch.numpy().tobytes())
+        with _write_errors(out, size):
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, out)
+            file.close()  # Windows renames no open file
+            os.replace(temporary, out)
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # the disk is full, or its folder is gone: the error above says so
+            file.close()
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def _write_errors(out: Path, size: int) -> Iterator[None]:
+    """Raise InputError for an error of the system while `size` bytes are written to `out`."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            expected=f"to write {size:,} bytes to {out}",
+            got=error.strerror or str(error),
+            do="free space there or name another file",
+        ) from None
 
 
 def _write_folder(images: Iterator[Tensor], out: Path, record: DecodeRecord) -> None:
@@ -144,4 +187,4 @@ def _earlier(folder: Path) -> list[OutputFiles]:
     if content is None or not {field.name for field in fields(DecodeRecord)} <= content.keys():
         return []
     start, count = content["start"], written_count(content["finished"], content["n"])
-    return [_files(start, count)] if isinstance(start, int) and count is not None else []
+    return [_files(start, count)] if is_count(start) and count is not None else []

@@ -96,7 +96,7 @@ def export_codes(
 def _locked(out: Path, group: ProcessGroup) -> Iterator[None]:
     """Let the main process hold the lock of `out`. Raise InputError if another export holds it."""
     with ExitStack() as stack:
-        group.run_on_main(lambda: stack.enter_context(only_writer(out)))
+        group.run_on_main(lambda: stack.enter_context(only_writer(out, "export")))
         yield
 
 

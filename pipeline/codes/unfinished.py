@@ -12,8 +12,8 @@ from pathlib import Path
 
 from ..errors import InputError
 from ..runtime.atomic_files import TEMPORARY, sha256
+from ..runtime.filesystem import check_writable
 from ..runtime.folder_lock import LOCK
-from ..runtime.output_paths import check_writable
 from .card import CARD_MARK
 from .manifest import CARD, MANIFEST, CodeManifest, ShardEntry, read_manifest, shard_entry, short, write_manifest
 

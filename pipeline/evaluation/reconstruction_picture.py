@@ -27,14 +27,15 @@ def reconstruct_to_file(
     """Write a picture of the first n images of a split, each above its reconstruction.
 
     Raises:
-        InputError: the tokenizer, the images or the file cannot be used.
+        InputError: the tokenizer, the images or the file cannot be used, or the decoder gives NaN or infinity.
     """
-    check_output_file(out, force=force)
+    check_output_file(out, force=force, suffix=".png")
     trained = load_trained_autoencoder(tokenizer_folder, device)
     chosen = split_of(images_of(trained.info, data=data, data_root=data_root), split)
     if n > len(chosen):
         print(f"note: the {split} split has {len(chosen)} images, fewer than --n {n}", file=sys.stderr)
     images = to_uint8(chosen.batch(np.arange(min(n, len(chosen)))))
     columns = min(8, len(images))
-    save_grid(above_and_below(images, reconstruct_images(trained.model, images), columns), out, columns=columns)
+    reconstructed = reconstruct_images(trained.model, images, folder=tokenizer_folder)
+    save_grid(above_and_below(images, reconstructed, columns), out, columns=columns)
     return out

@@ -15,12 +15,10 @@ from tokenizer import VQVAE
 from ..errors import InputError
 from ..images.preprocessing import to_float, to_uint8
 from ..models.checkpoint import CheckpointInfo
-from ..models.inference import reconstruct_images
+from ..models.inference import decode_codes, reconstruct_images
 from ..models.labels import Labels, resolve_labels
 from ..models.loading import TrainedPrior, TrainedTokenizer, load_pair
 from .keep_mask import keep_pixels, known_codes
-
-DECODE_BATCH = 256
 
 
 class Sampled(NamedTuple):
@@ -108,7 +106,7 @@ class ImagePipeline:
             on_row: called with the number of finished rows of the grid after each.
 
         Raises:
-            InputError: a label that the prior does not know.
+            InputError: a label that the prior does not know, or a decoder that gives NaN or infinity.
             ValueError: another argument out of its range.
         """
         codes = sample_codes(
@@ -156,7 +154,8 @@ class ImagePipeline:
             on_row: see there.
 
         Raises:
-            InputError: a label that the prior does not know, or images or a mask of the wrong shape.
+            InputError: a label that the prior does not know, images or a mask of the wrong shape, or a decoder that
+                gives NaN or infinity.
             ValueError: another argument out of its range.
         """
         size, count = self.tokenizer_info.preprocessing, len(images)
@@ -171,8 +170,7 @@ class ImagePipeline:
         floats = (to_float(images) if images.dtype == torch.uint8 else images.float()).cpu()
         keep = keep_mask.bool().cpu().expand(count, *shape[1:])
         generator = seeded_generator(seed)
-        device = next(self.tokenizer.parameters()).device
-        known = known_codes(self.tokenizer, floats.to(device), keep.to(device))
+        known = known_codes(self.tokenizer, floats, keep)
         chosen = None if labels is None else self.labels_for(count, labels)
         if chosen is None and self.class_names:
             chosen = open_labels(count, candidates, len(self.class_names), generator)
@@ -198,14 +196,23 @@ class ImagePipeline:
         return resolve_labels(n, labels, self.class_names)
 
     def decode(self, codes: Tensor) -> Tensor:
-        """Decode codes [n,H,W] to uint8 images [n,C,H',W'], on the CPU."""
-        device = next(self.tokenizer.parameters()).device
-        batches = codes.split(DECODE_BATCH)
-        return torch.cat([to_uint8(self.tokenizer.decode(batch.to(device))).cpu() for batch in batches])
+        """Decode codes [n,H,W] to uint8 images [n,C,H',W'] on the CPU, bit for bit those of `decode-codes`.
+
+        Raises:
+            InputError: the decoder gives NaN or infinity.
+        """
+        size, folder = self.tokenizer_info.preprocessing, self.trained_tokenizer.folder
+        none = torch.empty(0, size["channels"], size["height"], size["width"], dtype=torch.uint8)
+        images = decode_codes(self.tokenizer, lambda start, stop: codes[start:stop], len(codes), folder=folder)
+        return torch.cat([none, *images])
 
     def reconstruct(self, images: Tensor) -> Tensor:
-        """Return the reconstructions, uint8 [n,C,H',W'] on the CPU, of images [n,C,H',W'], uint8 or float in [0,1]."""
-        return reconstruct_images(self.tokenizer, images)
+        """Return the reconstructions, uint8 [n,C,H',W'] on the CPU, of images [n,C,H',W'], uint8 or float in [0,1].
+
+        Raises:
+            InputError: the decoder gives NaN or infinity.
+        """
+        return reconstruct_images(self.tokenizer, images, folder=self.trained_tokenizer.folder)
 
 
 def open_labels(count: int, num_particles: int, num_classes: int, generator: torch.Generator) -> Tensor:

@@ -18,13 +18,19 @@ from tokenizer import VQVAE
 
 from ..errors import InputError
 from ..images.preprocessing import IMAGE_ERRORS, Preprocessing, open_picture, prepare, upright_size, why_unreadable
+from ..models.inference import encode_images
 
 HALVES = ("top", "bottom", "left", "right")
 
 
 def known_codes(tokenizer: VQVAE, images: Tensor, keep: Tensor) -> Tensor:
-    """Return the codes [n,H,W] of images [n,C,H',W'] in [0,1], -1 unless `keep` [n,H',W'] is True on all its cell."""
-    codes = tokenizer.encode(hide_pixels(images, keep))
+    """Return the codes [n,H,W] of images [n,C,H',W'] in [0,1], -1 unless `keep` [n,H',W'] is True on all its cell.
+
+    They are on the CPU. Of images that are kept completely they are those that `export-codes` writes.
+    """
+    hidden = hide_pixels(images, keep)
+    none = torch.empty(0, *tokenizer.grid(*keep.shape[1:]), dtype=torch.int64)
+    codes = torch.cat([none, *encode_images(tokenizer, lambda start, stop: hidden[start:stop], len(hidden))])
     side = tokenizer.config.downsample
     all_kept = reduce(keep.float(), "n (h p) (w q) -> n h w", "min", p=side, q=side) > 0
     return codes.masked_fill(~all_kept.to(codes.device), UNKNOWN)

@@ -1,5 +1,6 @@
 """A folder of sampled or completed images: a contact sheet, a PNG of each, their codes, and a record."""
 
+import math
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -18,7 +19,6 @@ from ..errors import InputError
 from ..images.png import save_grid
 from ..images.png_folder import ImageFolder
 from ..images.preprocessing import IMAGE_ERRORS, Preprocessing, read_image, to_float, to_uint8, why_unreadable
-from ..runtime.atomic_files import write_atomic
 from ..runtime.progress import Progress, progress_bar
 from .image_pipeline import ImagePipeline, Sampled
 from .keep_mask import HALVES, half_mask, hide_pixels, mask_from_file
@@ -29,8 +29,8 @@ from .sample_record import (
     SAMPLE,
     Fingerprints,
     SampleRecord,
-    check_sample_folder,
     earlier_samples,
+    only_run_in,
     sample_files,
 )
 
@@ -61,14 +61,15 @@ def sample_to_folder(pipeline: ImagePipeline, options: SampleOptions, out: Path,
     """Sample images into `out`: grid.png, images/, codes.npy, sample.json; return the path of grid.png.
 
     Raises:
-        InputError: an unknown label, or a folder that cannot be used.
+        InputError: an unknown label, a folder that cannot be used, or images that cannot be written; the images that
+            were finished are kept, and the record says how many.
         ValueError: an option out of its range.
-        KeyboardInterrupt: Ctrl-C; the images that were finished are kept, and the record says how many.
+        KeyboardInterrupt: Ctrl-C; the images that were finished are kept, too.
     """
-    check_sample_folder(out, SAMPLE, options.n, force=force)
     labels = pipeline.labels_for(options.n, options.labels or None)
+    record = _record(pipeline, options, labels)
     batches: list[Sampled] = []
-    with _image_folder(out, SAMPLE, _record(pipeline, options, labels)) as folder:
+    with only_run_in(out, SAMPLE, options.n, force=force), _image_folder(out, SAMPLE, record, pipeline) as folder:
         try:
             with _progress(options.n) as bar:
                 for batch in _sampled(pipeline, options, labels, bar):
@@ -114,7 +115,6 @@ def complete_to_folder(
     """
     if candidates < 1:
         raise ValueError(f"candidates: expected at least 1, got {candidates}")
-    check_sample_folder(out, COMPLETION, options.n, force=force)
     labels = pipeline.labels_for(options.n, options.labels) if options.labels else None
     original = _read(image, Preprocessing(**pipeline.tokenizer_info.preprocessing))
     size = (original.shape[1], original.shape[2])
@@ -127,7 +127,10 @@ def complete_to_folder(
         )
     kept = to_uint8(hide_pixels(to_float(original[None]), mask[None]))
     record = _record(pipeline, options, labels, image=str(image), keep=keep, candidates=candidates)
-    with _image_folder(out, COMPLETION, record) as folder:
+    with (
+        only_run_in(out, COMPLETION, options.n, force=force),
+        _image_folder(out, COMPLETION, record, pipeline) as folder,
+    ):
         with _progress(options.n) as bar:
             completed = pipeline.complete(
                 repeat(original, "c h w -> n c h w", n=options.n),
@@ -197,14 +200,21 @@ def _record(
     )
 
 
-def _image_folder(out: Path, name: str, record: SampleRecord) -> ImageFolder:
+def _image_folder(out: Path, name: str, record: SampleRecord, pipeline: ImagePipeline) -> ImageFolder:
     """Return the folder for the images of `record`, whose file has this name."""
-    files = sample_files(name, record.finished)
-    return ImageFolder(out, files, earlier_samples(out), lambda finished: record.of_first(finished).to_bytes())
+    files, size = sample_files(name, record.finished), pipeline.tokenizer_info.preprocessing
+    codes = record.finished * math.prod(pipeline.grid) * torch.int64.itemsize
+    sheet = min(record.finished, MOST_IN_GRID) * size["channels"] * size["height"] * size["width"]
+    return ImageFolder(
+        out,
+        files,
+        earlier_samples(out),
+        lambda finished: record.of_first(finished).to_bytes(),
+        other_bytes=codes + sheet,
+    )
 
 
 def _finish(folder: ImageFolder, codes: Tensor, shown: Tensor, columns: int | None = None) -> None:
     """Keep the images of these codes [n,H,W], and write the codes and a contact sheet of the images `shown`."""
-    folder.close(len(codes))
-    write_atomic(folder.folder / CODES, npy_bytes(codes.cpu().numpy()))
+    folder.close(len(codes), {CODES: npy_bytes(codes.cpu().numpy())})
     save_grid(shown, folder.folder / GRID, columns=columns)

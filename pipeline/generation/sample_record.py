@@ -1,14 +1,17 @@
 """The record of sampled images, `sample.json` or `complete.json`: their options, and which files were written."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from ..images.png_folder import read_record, written_count
 from ..runtime.atomic_files import to_json
+from ..runtime.folder_lock import only_writer
 from ..runtime.output_paths import OutputFiles, check_output_folder
 
 SAMPLE, COMPLETION = "sample.json", "complete.json"
+RUNS = {SAMPLE: "sampling run", COMPLETION: "completion"}  # what writes the record, in words
 GRID, CODES = "grid.png", "codes.npy"
 
 
@@ -65,6 +68,18 @@ def check_sample_folder(folder: Path, record: str, count: int, *, force: bool) -
     """
     written = sample_files(record, count)
     check_output_folder(folder, force=force, written=written, earlier=earlier_samples(folder))
+
+
+@contextmanager
+def only_run_in(folder: Path, record: str, count: int, *, force: bool) -> Iterator[None]:
+    """Hold the lock of `folder` for the duration of `with`, once `check_sample_folder` has accepted it.
+
+    Raises:
+        InputError: the folder cannot be used, or another run writes into it.
+    """
+    with only_writer(folder, RUNS[record]):
+        check_sample_folder(folder, record, count, force=force)  # here, where no other run can change what it holds
+        yield
 
 
 def _count(path: Path) -> int | None:

@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from threading import Lock
 
 import torch
@@ -23,8 +24,10 @@ from torch import Tensor, nn
 from prior.sampling import evaluating
 from tokenizer import VQVAE, Baseline
 
+from ..errors import InputError
 from ..images.preprocessing import to_float, to_uint8
 
+IN_MEMORY = "memory"  # where a model comes from that was not loaded from a folder
 BLOCK = 64  # items; on two cores 64 gave 4,400 images of 32x32 a second, 32 gave 4,080 and 256 gave 4,030
 
 Load = Callable[[int, int], Tensor]  # (start, stop) -> items [stop - start,...]; called from several threads
@@ -42,7 +45,7 @@ def encode_images(tokenizer: VQVAE, images: Load, count: int, *, batch_size: int
     return in_blocks(tokenizer, tokenizer.encode, images, count, batch_size=batch_size)
 
 
-def decode_codes(tokenizer: VQVAE, codes: Load, count: int) -> Iterator[Tensor]:
+def decode_codes(tokenizer: VQVAE, codes: Load, count: int, *, folder: Path | str = IN_MEMORY) -> Iterator[Tensor]:
     """Yield the images of code grids 0 .. count - 1, uint8 [n,C,H',W'] on the CPU, batch by batch in order.
 
     They are bit for bit what `reconstruct_images` returns for the images that the codes came from.
@@ -51,19 +54,31 @@ def decode_codes(tokenizer: VQVAE, codes: Load, count: int) -> Iterator[Tensor]:
         tokenizer: put into `eval()` mode for the duration.
         codes: (start, stop) -> codes int64 [stop - start,H,W]; called from several threads.
         count: of grids.
+        folder: where the tokenizer comes from, for the message.
+
+    Raises:
+        InputError: the decoder gives NaN or infinity.
     """
-    return in_blocks(tokenizer, lambda block: to_uint8(tokenizer.decode(block)), codes, count)
+    return in_blocks(tokenizer, lambda block: _finite_uint8(tokenizer.decode(block), folder), codes, count)
 
 
-def reconstruct_images(model: VQVAE | Baseline, images: Tensor) -> Tensor:
+def reconstruct_images(model: VQVAE | Baseline, images: Tensor, *, folder: Path | str = IN_MEMORY) -> Tensor:
     """Return the reconstructions, uint8 [n,C,H',W'] on the CPU, of as many images [n,C,H',W'], uint8 or float in [0,1].
 
     The reconstruction of an image is the same to the bit, alone or among others.
+
+    Args:
+        model: put into `eval()` mode for the duration.
+        images: on any device.
+        folder: where the model comes from, for the message.
+
+    Raises:
+        InputError: the decoder gives NaN or infinity.
     """
     floats = to_float(images) if images.dtype == torch.uint8 else images
     reconstructed = in_blocks(
         model,
-        lambda block: to_uint8(model.decode(model.encode(block))),
+        lambda block: _finite_uint8(model.decode(model.encode(block)), folder),
         lambda start, stop: floats[start:stop],
         len(floats),
     )
@@ -120,6 +135,17 @@ def run_in_blocks(
         finally:
             pool.shutdown(cancel_futures=True)
             torch.set_num_threads(threads)  # for threads that start from now on
+
+
+def _finite_uint8(decoded: Tensor, folder: Path | str) -> Tensor:
+    """Return decoded images [n,C,H',W'] as uint8. Raise InputError for values that are no numbers."""
+    if not bool(decoded.isfinite().all()):
+        raise InputError(
+            expected=f"finite pixels from the decoder in {folder}",
+            got="NaN or infinity",
+            do="restore the folder from a copy, or run train-tokenizer again",
+        )
+    return to_uint8(decoded)
 
 
 def _padded(items: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 The lock is the system's, on the file `.codegrid.lock` in the folder (`flock`, or on Windows `msvcrt.locking`), and not
 the file itself: a file that a killed process leaves locks nothing, and the next writer takes it over and removes it.
+The file says who holds the lock, for the message to the next.
 
 What is guaranteed: on one machine, only one process at a time writes into a folder. Machines that share a network
 folder see each other's locks where its file system carries them (NFS does, from version 4 on and earlier with its lock
@@ -12,32 +13,43 @@ import errno
 import json
 import logging
 import os
+import shlex
 import socket
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..errors import InputError
-from .output_paths import missing_folders, remove_if_empty, unwritable
+from .filesystem import check_folder_name, check_only_files, missing_folders, no_folder, remove_if_empty, unwritable
 
 LOCK = ".codegrid.lock"
+MOST_BYTES = 4096  # of the file; a longer one is not ours
+LONGEST_COMMAND = 200  # characters of the command that holds the lock, as the message shows it
 _HELD = {errno.EACCES, errno.EAGAIN, errno.EDEADLK}  # what the systems say if another process has the lock
 _LOCKED_BYTE = 2**20  # on Windows no other process can read a locked byte, so it is one behind the content
+# A link is not followed, so that no other file is written; a named pipe does not wait for its other end.
+_OPEN = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
 
 _log = logging.getLogger(__name__)
 
 
 @contextmanager
-def only_writer(folder: Path) -> Iterator[None]:
+def only_writer(folder: Path, what: str) -> Iterator[None]:
     """Hold the lock of `folder` for the duration of `with`; make the folder, and remove it again if it stays empty.
 
+    Args:
+        folder: that is written into.
+        what: what writes into it, for messages: "training run", "export", "sampling run".
+
     Raises:
-        InputError: another process holds the lock, or the folder cannot be made or written.
+        InputError: another process holds the lock, or the folder or the file of its lock cannot be made or written.
     """
+    check_folder_name(folder)
     made = missing_folders(folder)
     try:
-        file = _acquire(folder)
+        file = _acquire(folder, what)
         try:
             yield
         finally:
@@ -46,16 +58,15 @@ def only_writer(folder: Path) -> Iterator[None]:
         remove_if_empty(made)
 
 
-def _acquire(folder: Path) -> int:
+def _acquire(folder: Path, what: str) -> int:
     """Return the file descriptor that holds the lock."""
     path = folder / LOCK
     while True:
         file = _open(path)
         try:
-            _lock(file, path)
+            _lock(file, path, what)
             if _is_at(file, path):  # and is not a file that another process removed as it released its lock
-                os.ftruncate(file, 0)
-                os.write(file, json.dumps({"process": os.getpid(), "machine": socket.gethostname()}).encode())
+                _introduce(file, what)
                 return file
         except BaseException:
             os.close(file)
@@ -65,46 +76,88 @@ def _acquire(folder: Path) -> int:
 
 def _open(path: Path, attempts: int = 10) -> int:
     """Open the lock's file, made with its folder if it is missing. Raise InputError if that cannot be done."""
+    check_only_files(path.parent, [path.name])
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        return os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        return os.open(path, _OPEN, 0o666)
     except OSError as error:
         # Opening fails with the one, `mkdir` with the other, if another process removes its empty folder meanwhile.
         may_pass = isinstance(error, (FileNotFoundError, FileExistsError))
         if may_pass and attempts > 1:
             return _open(path, attempts - 1)
-        raise unwritable(path.parent, error) from None
+        raise _unusable(path, error) from None
 
 
-def _lock(file: int, path: Path) -> None:
+def _unusable(path: Path, error: OSError) -> InputError:
+    """Return the error that says why the lock's file cannot be opened, or its folder cannot be made."""
+    folder = path.parent
+    if os.path.lexists(folder) and not os.path.isdir(folder):
+        return no_folder(folder)
+    if not os.path.lexists(path):
+        return unwritable(folder, error)
+    return InputError(
+        expected=f"a file that can be read and written at {path}",
+        got=error.strerror or str(error),
+        do="remove it, unless another run writes into this folder",
+    )
+
+
+def _lock(file: int, path: Path, what: str) -> None:
     """Take the lock, or raise InputError if another process has it."""
     try:
         _system_lock(file)
     except OSError as error:
         if error.errno not in _HELD:
-            _log.warning("Warning: no lock on %s (%s): see that no other export writes there", path, error.strerror)
+            _log.warning("Warning: no lock on %s (%s): see that no other run writes there", path, error.strerror)
             return
         raise InputError(
-            expected=f"one export at a time into {path.parent}",
-            got=f"another export that writes into it, {_holder(path)}",
+            expected=f"{path.parent} for this {what} alone",
+            got=_holder(file),
             do="wait until it has ended, or name another folder",
         ) from None
 
 
-def _holder(path: Path) -> str:
-    """Return in words which process wrote the lock's file."""
+def _introduce(file: int, what: str) -> None:
+    """Write into the lock's file who holds the lock."""
+    command = shlex.join([os.path.basename(word) for word in sys.argv[:1]] + sys.argv[1:])
+    content = {
+        "what": what,
+        "process": os.getpid(),
+        "machine": socket.gethostname(),
+        "since": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "command": _in_one_line(command, LONGEST_COMMAND),
+    }
+    with suppress(OSError):  # the lock holds on a full disk, too
+        os.ftruncate(file, 0)
+        os.write(file, json.dumps(content).encode())
+
+
+def _holder(file: int) -> str:
+    """Return in words who wrote the lock's file."""
     try:
-        content = json.loads(path.read_bytes())
-        return f"process {int(content['process'])} on {content['machine']}"
-    except (OSError, ValueError, KeyError, TypeError):  # that process is writing it at this moment
-        return "of an unknown process"
+        os.lseek(file, 0, os.SEEK_SET)
+        content = json.loads(os.read(file, MOST_BYTES))
+        words = {name: _in_one_line(str(content[name]), LONGEST_COMMAND) for name in ("what", "machine", "since")}
+        process, command = int(content["process"]), _in_one_line(str(content["command"]), LONGEST_COMMAND)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):  # that process is writing it at this moment
+        return "another run that writes into it, of an unknown process"
+    return (
+        f"another {words['what']} that writes into it, process {process} on {words['machine']} "
+        f"since {words['since']}: {command}"
+    )
+
+
+def _in_one_line(text: str, longest: int) -> str:
+    """Return the text without characters that a terminal does not show, cut to this many characters."""
+    shown = "".join(character if character.isprintable() else "?" for character in text)
+    return shown if len(shown) <= longest else f"{shown[: longest - 3]}..."
 
 
 def _is_at(file: int, path: Path) -> bool:
     """Return whether `path` still names the open file."""
     try:
-        return os.path.samestat(os.fstat(file), os.stat(path))
-    except FileNotFoundError:
+        return os.path.samestat(os.fstat(file), os.lstat(path))
+    except OSError:
         return False
 
 
@@ -128,7 +181,7 @@ else:
 
     def _release(path: Path, file: int) -> None:
         try:
-            with suppress(FileNotFoundError):
+            with suppress(OSError):  # its folder is gone, or has become read-only: the file alone locks nothing
                 os.unlink(path)  # first: once the lock is free, the file may be another's
         finally:
             os.close(file)

@@ -6,14 +6,23 @@ name, tells which files are removable; a link or a folder in the place of such a
 """
 
 import os
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from tempfile import TemporaryFile
 
 from ..errors import InputError
 from .atomic_files import TEMPORARY
+from .filesystem import (
+    FILE_SUFFIXES,
+    check_folder_name,
+    check_writable,
+    is_regular,
+    is_taken,
+    kind_of,
+    make_folder,
+    names_in,
+)
+from .folder_lock import LOCK
 
 Removable = Callable[[str], object]  # the name of a file relative to its folder, with "/" -> true if it may be removed
 
@@ -65,11 +74,12 @@ def check_output_folder(
         earlier: what earlier runs wrote into the folder, as their records say.
 
     Raises:
-        InputError: it holds something and `force` is off, it cannot be written, or a file of the user has a
-            name that will be written.
+        InputError: it holds something and `force` is off, it cannot be written, its name looks like that of a file, or
+            a file of the user has a name that will be written.
     """
     check_writable(folder)
-    if not force and folder.is_dir() and any(folder.iterdir()):
+    check_folder_name(folder)
+    if not force and set(names_in(folder)) - {LOCK}:
         raise InputError(
             expected=f"an empty or new folder as --out {folder}",
             got="a folder with files in it",
@@ -79,42 +89,44 @@ def check_output_folder(
         _check_nothing_foreign(folder, written, earlier)
 
 
-def check_output_file(path: Path, *, force: bool, option: str = "--out") -> None:
+def check_output_file(path: Path, *, force: bool, option: str = "--out", suffix: str | None = None) -> None:
     """Check that the file `path` may be written; nothing is made or removed.
 
+    Args:
+        path: of the file.
+        force: whether it may exist already.
+        option: which option names it, for the message.
+        suffix: of its format, such as ".png"; a name that ends like a file of another format is refused.
+
     Raises:
-        InputError: it exists and `force` is off, it is a folder, or its folder cannot be written.
+        InputError: it exists and `force` is off, something other than a file is there, its temporary file exists, its
+            name is that of another format, or its folder cannot be written.
     """
-    if path.is_dir():
+    if os.path.isdir(path):
         raise InputError(expected=f"a file as {option}", got=f"the folder {path}", do="add a file name")
     check_writable(path.parent)
-    if os.path.lexists(path) and not force:
+    if suffix is not None and path.suffix.lower() in FILE_SUFFIXES - {suffix}:
+        raise InputError(
+            expected=f"a name that ends in {suffix} as {option}", got=str(path), do=f"name {path.with_suffix(suffix)}"
+        )
+    if is_taken(path) and not os.path.isfile(path):
+        raise InputError(expected=f"a file as {option} {path}", got=kind_of(path), do="remove it or name another file")
+    if is_taken(path) and not force:
         raise InputError(
             expected=f"a new file as {option} {path}", got="an existing one", do="name another, or use --force"
         )
-
-
-def check_writable(folder: Path) -> None:
-    """Raise InputError unless files can be written into `folder`, or into the nearest folder above it that exists."""
-    try:
-        with TemporaryFile(dir=_nearest_existing(folder)):
-            pass
-    except OSError as error:
-        raise unwritable(folder, error) from None
-
-
-def unwritable(folder: Path, error: OSError) -> InputError:
-    """Return the error that says why `folder` cannot be written."""
-    return InputError(
-        expected=f"a folder that can be written at {folder}",
-        got=error.strerror or str(error),
-        do="name another folder or change its permissions",
-    )
+    temporary = path.with_name(f"{path.name}{TEMPORARY}")
+    if is_taken(temporary):
+        raise InputError(
+            expected=f"nothing at {temporary}, where {option} {path} is written first",
+            got=f"{kind_of(temporary)} that may be yours or left by a killed run",
+            do="move it away or name another file",
+        )
 
 
 def prepare_output(folder: Path, earlier: Sequence[OutputFiles]) -> None:
     """Make `folder`, and remove from it what `earlier` runs wrote."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     for files in earlier:
         remove_run(folder, files)
 
@@ -128,32 +140,33 @@ def remove_run(folder: Path, files: OutputFiles) -> None:
 def remove_files(folder: Path, removable: Removable, *, subfolder: str) -> None:
     """Remove the `removable` files of `folder` and its `subfolder`, and temporary files of them that a kill left.
 
-    Links are neither followed nor removed, and no folder is removed.
+    Links are neither followed nor removed, and no folder is removed. Raise InputError for a file that stays.
     """
-    for name in _names_in(folder, subfolder):
-        if removable(name.removesuffix(TEMPORARY)) and _is_regular(folder / name):
-            (folder / name).unlink(missing_ok=True)
+    for name in _names_at_two_levels(folder, subfolder):
+        if removable(name.removesuffix(TEMPORARY)) and is_regular(folder / name):
+            remove_file(folder / name)
 
 
-def missing_folders(folder: Path) -> list[Path]:
-    """Return those of `folder` and the folders above it that do not exist, the lowest first."""
-    return [path for path in (folder, *folder.parents) if not path.exists()]
-
-
-def remove_if_empty(folders: Iterable[Path]) -> None:
-    """Remove those of `folders` that are empty, in this order."""
-    for folder in folders:
-        with suppress(OSError):  # it holds something
-            folder.rmdir()
+def remove_file(path: Path) -> None:
+    """Remove a file, which may be gone already. Raise InputError if it stays."""
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise InputError(
+            expected=f"to remove {path}, which codegrid wrote",
+            got=error.strerror or str(error),
+            do="name another folder or change its permissions",
+        ) from None
 
 
 def _check_nothing_foreign(folder: Path, written: OutputFiles, earlier: Sequence[OutputFiles]) -> None:
     """Raise InputError if writing would replace something that none of the `earlier` runs wrote."""
     inner = folder / written.subfolder
-    if inner != folder and (inner.is_symlink() or (inner.exists() and not inner.is_dir())):
+    if inner != folder and is_taken(inner) and (inner.is_symlink() or not os.path.isdir(inner)):
         foreign = [written.subfolder]
     else:
-        taken = [name for name in _names_in(folder, written.subfolder) if name.removesuffix(TEMPORARY) in written]
+        names = _names_at_two_levels(folder, written.subfolder)
+        taken = [name for name in names if name.removesuffix(TEMPORARY) in written]
         foreign = sorted(name for name in taken if not _is_of(earlier, folder, name))
     if foreign:
         raise InputError(
@@ -165,30 +178,12 @@ def _check_nothing_foreign(folder: Path, written: OutputFiles, earlier: Sequence
 
 def _is_of(runs: Sequence[OutputFiles], folder: Path, name: str) -> bool:
     """Return whether one of the runs wrote this file."""
-    return _is_regular(folder / name) and any(name.removesuffix(TEMPORARY) in files for files in runs)
+    return is_regular(folder / name) and any(name.removesuffix(TEMPORARY) in files for files in runs)
 
 
-def _names_in(folder: Path, subfolder: str) -> list[str]:
+def _names_at_two_levels(folder: Path, subfolder: str) -> list[str]:
     """Return the names of everything in `folder` and, unless that is a link, in its `subfolder`."""
-    if not folder.is_dir():
-        return []
-    names = [path.name for path in folder.iterdir()]
-    inner = folder / subfolder
-    if subfolder and inner.is_dir() and not inner.is_symlink():
-        names += [f"{subfolder}/{path.name}" for path in inner.iterdir()]
+    names, inner = names_in(folder), folder / subfolder
+    if subfolder and not inner.is_symlink():
+        names += [f"{subfolder}/{name}" for name in names_in(inner)]
     return names
-
-
-def _is_regular(path: Path) -> bool:
-    return path.is_file() and not path.is_symlink()
-
-
-def _nearest_existing(path: Path) -> Path:
-    """Return `path`, or the nearest folder above it that exists. Raises OSError if that cannot be found out."""
-    try:
-        path.lstat()
-    except FileNotFoundError:
-        if path.parent == path:
-            raise
-        return _nearest_existing(path.parent)
-    return path

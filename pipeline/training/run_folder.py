@@ -5,12 +5,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import InputError
-from ..models.checkpoint import CONFIG, MODEL, TRAINING, SavedRun, has_checkpoint, read_run
+from ..models.checkpoint import CONFIG, MODEL, PREVIOUS, TRAINING, SavedRun, has_checkpoint, read_run
 from ..runtime.atomic_files import COMMIT, committed
-from ..runtime.output_paths import check_output_folder, check_writable, remove_files
+from ..runtime.filesystem import check_only_files, check_subfolder, check_writable, make_folder
+from ..runtime.output_paths import check_output_folder, remove_files
 
+LOG = "metrics.jsonl"
 PICTURES = "pictures"  # subfolder of the previews
-LOGS = re.compile(rf"metrics\.jsonl|{PICTURES}/step-([0-9]{{7}}|[1-9][0-9]{{7,}})(-codebook)?\.png")
+CHECKPOINT = (MODEL, CONFIG, TRAINING)
+LOGS = re.compile(rf"{re.escape(LOG)}|{PICTURES}/step-([0-9]{{7}}|[1-9][0-9]{{7,}})(-codebook)?\.png")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,9 +38,10 @@ def saved_run(run: RunFolder, kind: str) -> SavedRun | None:
     """Return the checkpoint to resume from, or None to start anew.
 
     Raises:
-        InputError: it is damaged or of another kind, or the folder holds a foreign file that saving a checkpoint would
-            replace.
+        InputError: it is damaged or of another kind, or the folder holds something that saving a checkpoint would
+            replace and that no save wrote.
     """
+    _check_files(run.out)
     _check_commit(run.out)
     if not run.resume or not has_checkpoint(run.out):
         return None
@@ -47,9 +51,12 @@ def saved_run(run: RunFolder, kind: str) -> SavedRun | None:
 def check_run_folder(run: RunFolder, saved: SavedRun | None) -> None:
     """Raise InputError unless the run may write into its folder: a new run needs an empty one, or `force`.
 
+    Whatever `force` and `resume` are, nothing but files may be in the places of files, and folders in those of folders.
+
     Call it before any long work; it makes and removes nothing. What is left of a run that was killed before its first
     save may be replaced with `resume` alone.
     """
+    _check_files(run.out)
     if saved is not None:
         check_writable(run.out)
         return
@@ -58,14 +65,26 @@ def check_run_folder(run: RunFolder, saved: SavedRun | None) -> None:
 
 
 def prepare_run_folder(run: RunFolder, saved: SavedRun | None) -> None:
-    """Make the folder and remove what an older run logged there, unless that run is resumed.
+    """Make the folder and remove what an older run logged there and its save before the last, unless it is resumed.
 
-    Call it last, when nothing can be refused any more. The checkpoint of the older run stays until the first save of
-    the new one replaces it.
+    Call it last, when nothing can be refused any more. The last checkpoint of the older run stays until the first save
+    of the new one replaces it.
+
+    Raises:
+        InputError: the folder cannot be made, or a file cannot be removed.
     """
-    run.out.mkdir(parents=True, exist_ok=True)
+    make_folder(run.out)
     if saved is None:
         remove_files(run.out, LOGS.fullmatch, subfolder=PICTURES)
+        remove_files(run.out, {f"{PREVIOUS}/{name}" for name in CHECKPOINT}.__contains__, subfolder=PREVIOUS)
+
+
+def _check_files(folder: Path) -> None:
+    """Raise InputError if something in the folder is not of the kind that a run writes under its name."""
+    check_only_files(folder, (*CHECKPOINT, COMMIT, LOG))
+    check_subfolder(folder / PICTURES, may_be_link=True)
+    check_subfolder(folder / PREVIOUS, may_be_link=False)  # files are moved into it, which a link to a disk forbids
+    check_only_files(folder / PREVIOUS, CHECKPOINT)
 
 
 def _check_commit(folder: Path) -> None:

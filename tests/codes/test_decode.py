@@ -1,9 +1,12 @@
 """decode-codes: the images that the tokenizer decodes from its own codes, to the bit, in each of three formats."""
 
+import itertools
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,12 +18,14 @@ from pipeline.codes.dataset import CodeDataset
 from pipeline.codes.decode import SHEET_IMAGES, decode_codes
 from pipeline.codes.manifest import read_manifest, write_manifest
 from pipeline.errors import InputError
+from pipeline.images import png_folder
 from pipeline.images.image_set import open_images
 from pipeline.images.png import save_grid
 from pipeline.models.inference import BLOCK, reconstruct_images
 from pipeline.models.loading import load_tokenizer
 
 from ..conftest import Codegrid, Trained
+from ..disks import failing_writes, full_disk_line
 from ..support import CELL, STEP, brightness_tokenizer, digest_of, save_tokenizer
 from ..training.training_runs import Killed
 from .code_folders import random_rows, request, write_rows
@@ -198,7 +203,7 @@ def test_a_code_out_of_range(tmp_path: Path, many: Path, damaged: Path, codegrid
 def failing(after: int, error: BaseException) -> Callable[..., Iterator[Tensor]]:
     """Return a function for the place of `decode`, which yields `after` images and raises `error`."""
 
-    def images(tokenizer: object, codes: Callable[[int, int], Tensor], count: int) -> Iterator[Tensor]:
+    def images(tokenizer: object, codes: object, count: int, *, folder: Path) -> Iterator[Tensor]:
         for _ in range(after):
             yield torch.zeros(1, 1, 6, 10, dtype=torch.uint8)
         raise error
@@ -271,3 +276,122 @@ def test_ctrl_c_ends_with_130(
     monkeypatch.setattr("pipeline.codes.decode.decode", failing(1, KeyboardInterrupt()))
     outcome = codegrid(*decode(trained, tmp_path / "out.npy"))
     assert (outcome.status, list(tmp_path.iterdir())) == (130, [])
+
+
+# Destinations
+
+
+@pytest.mark.parametrize("name", ["x.jpg", "x.json", "x.NPZ"])
+def test_a_format_that_decode_codes_does_not_write(
+    tmp_path: Path, trained: Trained, codegrid: Codegrid, name: str
+) -> None:
+    """Unless it is a folder that exists."""
+    outcome = codegrid(*decode(trained, tmp_path / name))
+    line = f"a folder, FILE.png or FILE.npy as --out, got {tmp_path / name}, which looks like a file of another format"
+    assert outcome.error_lines == [f"Error: expected {line}; name one of them, such as {tmp_path / 'x.png'}"]
+    assert outcome.status == 1
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / name).mkdir()
+    assert codegrid(*decode(trained, tmp_path / name, "--n", 2)).status == 0
+    assert len(list((tmp_path / name).glob("*.png"))) == 2
+
+
+@pytest.mark.parametrize("name", OUTPUTS)
+@pytest.mark.parametrize("count", [1, 10**6], ids=["once", "from then on"])
+def test_a_write_that_fails_leaves_no_half(tmp_path: Path, many: Path, name: str, count: int) -> None:
+    """Each write; a folder keeps the images before it, which its record counts, and a file is the old one."""
+    out, rows, kept = tmp_path / "deep" / name, 4, []
+
+    def act() -> None:
+        decode_codes(many / "codes", many / "tokenizer", out, start=2, n=rows, force=True)
+
+    for first in itertools.count():
+        shutil.rmtree(tmp_path / "deep", ignore_errors=True)
+        if name != "out":
+            out.parent.mkdir()
+            out.write_bytes(b"old")
+        with failing_writes(first, count) as writes:
+            refused = full_disk_line(act)
+        assert refused == (first < len(writes))
+        if not refused:
+            break
+        if name != "out":
+            assert {path.name: path.read_bytes() for path in out.parent.iterdir()} == {name: b"old"}
+        elif out.exists():
+            finished = json.loads((out / "decode.json").read_text("utf-8"))["finished"]
+            names = [*(f"{row:05d}.png" for row in range(2, 2 + finished)), "decode.json"]
+            assert sorted(path.name for path in out.iterdir()) == names
+            kept.append(finished)
+    # in a folder: the record, the reserved space, the images, the record
+    assert len(writes) == (rows + 3 if name == "out" else 1)
+    assert kept == ([1, 2, 3] if name == "out" and count == 1 else [])
+
+
+def test_an_array_whose_writes_fail(tmp_path: Path, many: Path) -> None:
+    """On a device without space, whose error comes with the write and not with the flush to the disk."""
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full")
+    real = open
+
+    def full(path: object, *arguments: Any, **options: Any) -> Any:
+        return real("/dev/full" if str(path).endswith("out.npy.new") else path, *arguments, **options)  # type: ignore[call-overload]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("builtins.open", full)
+        line = r"expected to write [0-9,]+ bytes to .*out.npy, got No space left on device; free space"
+        with pytest.raises(InputError, match=line):
+            decode_codes(many / "codes", many / "tokenizer", tmp_path / "out.npy")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_of_two_into_one_folder_the_second_is_refused(
+    tmp_path: Path, many: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With --force; the first is not disturbed."""
+    write, refusals = png_folder.save_png, []
+
+    def act() -> None:
+        decode_codes(many / "codes", many / "tokenizer", tmp_path / "out", n=3, force=True)
+
+    def meanwhile(image: Tensor, path: Path) -> None:
+        if not refusals:
+            with pytest.raises(InputError) as refused:
+                act()
+            refusals.append(str(refused.value))
+        write(image, path)
+
+    monkeypatch.setattr(png_folder, "save_png", meanwhile)
+    act()
+    assert f"{tmp_path / 'out'} for this decoding run alone, got another decoding run that writes" in refusals[0]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        *(f"{row:05d}.png" for row in range(3)),
+        "decode.json",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "intact"),
+    [
+        ({}, True),
+        ({"finished": 0}, True),
+        *(({"start": start}, False) for start in (-5, 10**12, 10**400, "2", 2.0, True, None, [2])),
+        *(({"n": n}, False) for n in (10**12, 10**400, -1, "2", None, 1)),
+        *(({"finished": finished}, False) for finished in (10**12, -1, "2", None)),
+    ],
+)
+def test_a_record_of_absurd_numbers_is_none(
+    tmp_path: Path, many: Path, changes: dict[str, object], intact: bool
+) -> None:
+    """So that no file that it may seem to name is replaced."""
+    out = tmp_path / "out"
+    decode_codes(many / "codes", many / "tokenizer", out, start=2, n=2)
+    record = json.loads((out / "decode.json").read_text("utf-8"))
+    (out / "decode.json").write_text(json.dumps(record | changes))
+    before = digest_of(out)
+    if intact:
+        decode_codes(many / "codes", many / "tokenizer", out, n=1, force=True)
+        assert sorted(path.name for path in out.iterdir()) == ["00000.png", "decode.json"]
+    else:
+        with pytest.raises(InputError, match=r"got decode\.json; move it away"):
+            decode_codes(many / "codes", many / "tokenizer", out, n=1, force=True)
+        assert digest_of(out) == before

@@ -553,7 +553,7 @@ def test_what_can_be_refused_is_refused_before_images_are_prepared(
         (tmp_path / "file").touch()
         out = tmp_path / "file" if what == "a file" else tmp_path / "file" / "codes"
     elif what == "another export":
-        locks.enter_context(only_writer(out))
+        locks.enter_context(only_writer(out, "export"))
     else:
         changed = {"split": "test", "source": "glyphs", "flips": True, "shard size": 5}[what]
         options[{"source": "data", "shard size": "shard_size"}.get(what, what)] = changed

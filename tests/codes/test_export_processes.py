@@ -307,7 +307,7 @@ def test_a_folder_that_another_export_writes_is_reported_once(
     tmp_path: Path, tokenizer: Path, exporters: Exporters
 ) -> None:
     """The processes of one export are one writer."""
-    with only_writer(tmp_path / "codes"):
+    with only_writer(tmp_path / "codes", "export"):
         outcomes = exporters.export(3, tokenizer, tmp_path / "codes")
     assert [type(outcome) for outcome in outcomes] == [InputError, OtherProcessError, OtherProcessError]
     assert "another export that writes into it" in str(outcomes[0])

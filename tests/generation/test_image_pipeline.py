@@ -9,9 +9,14 @@ import pytest
 import torch
 from PIL import Image
 
+from pipeline.codes.dataset import CodeDataset
+from pipeline.codes.decode import decode_codes
+from pipeline.codes.export import export_codes
 from pipeline.errors import InputError
 from pipeline.evaluation.reconstruction_picture import reconstruct_to_file
 from pipeline.generation.image_pipeline import ImagePipeline
+from pipeline.generation.keep_mask import known_codes
+from pipeline.images.image_set import open_images
 from pipeline.images.png import GAP, above_and_below, enlarge, tile
 from pipeline.images.preprocessing import to_uint8
 from prior import sample_codes
@@ -180,14 +185,49 @@ def test_what_the_tokenizer_knows_exactly_comes_back_exactly(unlabelled: ImagePi
 
 
 def test_many_are_decoded_in_parts(unlabelled: ImagePipeline, monkeypatch: pytest.MonkeyPatch) -> None:
-    """P17: the last batch is smaller."""
+    """P17: the last block is padded, and not even one image is another for it; none are none."""
     codes, decode, sizes = torch.randint(LEVELS, (7, *GRID)), VQVAE.decode, []
     images = unlabelled.decode(codes)
-    monkeypatch.setattr("pipeline.generation.image_pipeline.DECODE_BATCH", 3)
+    monkeypatch.setattr("pipeline.models.inference.BLOCK", 3)
     monkeypatch.setattr(VQVAE, "decode", lambda model, batch: sizes.append(len(batch)) or decode(model, batch))
     assert torch.equal(unlabelled.decode(codes), images)
-    assert sizes == [3, 3, 1]
+    assert sizes == [3, 3, 3]
+    assert unlabelled.decode(codes[:0]).shape == (0, 1, HEIGHT, WIDTH)
     assert torch.equal(unlabelled.reconstruct(images), images)
+
+
+@pytest.fixture
+def _networks_that_depend_on_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As convolutions do in the last bit, and here so that everybody sees it."""
+    encode, decode = VQVAE.encode, VQVAE.decode
+    monkeypatch.setattr(VQVAE, "encode", lambda model, images: (encode(model, images) + len(images)) % LEVELS)
+    monkeypatch.setattr(VQVAE, "decode", lambda model, codes: (decode(model, codes) + len(codes) / 255) % 1)
+
+
+@pytest.mark.usefixtures("_networks_that_depend_on_the_batch")
+@pytest.mark.parametrize("n", [1, 3, 70])
+def test_a_sample_is_decoded_alone_as_among_many(colour: ImagePipeline, n: int) -> None:
+    codes = torch.randint(LEVELS, (n, *colour.grid), generator=torch.Generator().manual_seed(n))
+    images = colour.decode(codes)
+    assert torch.equal(images, torch.cat([colour.decode(codes[i : i + 1]) for i in range(n)]))
+
+
+@pytest.mark.usefixtures("_networks_that_depend_on_the_batch")
+def test_samples_and_completions_see_what_the_commands_for_codes_write(
+    tmp_path: Path, trained: Trained, colour: ImagePipeline
+) -> None:
+    """`decode` gives the bytes of decode-codes; a completion that keeps all sees the codes of export-codes."""
+    export_codes(trained.tokenizer, tmp_path / "codes", device="cpu")
+    decode_codes(tmp_path / "codes", trained.tokenizer, tmp_path / "decoded.npy", device="cpu")
+    count = len(CodeDataset(tmp_path / "codes"))
+    codes = CodeDataset(tmp_path / "codes").batch(np.arange(count))[0]
+    decoded = np.load(tmp_path / "decoded.npy", allow_pickle=False)
+    np.testing.assert_array_equal(colour.decode(codes).numpy(), decoded)
+    images = open_images(str(trained.images)).train.batch(np.arange(count))
+    for start in (0, count - 1):
+        keep = torch.ones(count - start, HEIGHT, WIDTH, dtype=torch.bool)
+        assert torch.equal(known_codes(colour.tokenizer, images[start:], keep), codes[start:])
+        np.testing.assert_array_equal(colour.decode(codes[start:]).numpy(), decoded[start:])
 
 
 @pytest.mark.parametrize(

@@ -277,13 +277,13 @@ def test_a_grey_picture_is_completed(tmp_path: Path, labelled: ImagePipeline, pi
     Image.fromarray(grey).save(tmp_path / "grey.png")
     Image.fromarray(np.kron(grey, np.ones((3, 3), dtype=np.uint8))).save(tmp_path / "large.png")
     for name in ("grey.png", "large.png", "picture.png"):
-        out = tmp_path / f"of {name}"
+        out = tmp_path / f"of {name.removesuffix('.png')}"
         options = SampleOptions(n=3, labels=("ring", "0"))
         complete_to_folder(labelled, tmp_path / name, "left", options, out, candidates=2)
         record = json.loads((out / "complete.json").read_text("utf-8"))
         assert (record["labels"], record["class_names"]) == ([1, 2, 1], ["ring", "0", "ring"])
         assert pixels_of(out / "images" / "00002.png").shape == (1, *SIZE)
-    shown = pixels_of(tmp_path / "of grey.png" / "images" / "00000.png")[0]
+    shown = pixels_of(tmp_path / "of grey" / "images" / "00000.png")[0]
     assert torch.equal(shown[:, : WIDTH // 2], torch.from_numpy(grey)[:, : WIDTH // 2])
 
 

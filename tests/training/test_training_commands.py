@@ -195,7 +195,7 @@ def test_a_run_that_cannot_be_written_is_not_resumed(
     shutil.copytree(trained.tokenizer, tmp_path / "run")
     before = digest_of(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr("pipeline.runtime.output_paths.TemporaryFile", temporary_file)
+        patch.setattr("pipeline.runtime.filesystem.TemporaryFile", temporary_file)
         outcome = codegrid("train-tokenizer", "--out", tmp_path / "run", "--resume", "--steps", 9)
     assert outcome.status == 1
     (line,) = outcome.error_lines

@@ -1,0 +1,87 @@
+"""Disks that are full or fail: what `os.fsync` says to each file that the program writes.
+
+`write_atomic` is wrapped, so that a write that fails removes its temporary file and becomes an InputError, as the
+callers may expect of it.
+"""
+
+import errno
+import os
+import re
+import stat
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import InputError
+from pipeline.runtime import atomic_files
+
+Write = Callable[[Path, bytes], None]
+
+
+@contextmanager
+def failing_writes(first: int, count: int = 1) -> Iterator[list[int]]:
+    """Let `count` writes from the write `first` on fail, counted from 0; yield the numbers of all writes."""
+    writes: list[int] = []
+
+    def fails(file: int) -> bool:
+        writes.append(len(writes))
+        return first <= writes[-1] < first + count
+
+    with _disk(fails):
+        yield writes
+
+
+@contextmanager
+def disk_of(folder: Path, size: int) -> Iterator[None]:
+    """Let a write fail while the files below `folder` have more than `size` bytes together."""
+
+    def fails(file: int) -> bool:
+        return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) > size
+
+    with _disk(fails):
+        yield
+
+
+@contextmanager
+def _disk(fails: Callable[[int], bool]) -> Iterator[None]:
+    """Let the writes fail of which `fails` says so, given the open file."""
+
+    def fsync(file: int) -> None:
+        if stat.S_ISREG(os.fstat(file).st_mode) and fails(file):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", fsync)
+        for name, module in list(sys.modules.items()):
+            if name.startswith("pipeline.") and "write_atomic" in vars(module):
+                patch.setattr(module, "write_atomic", _or_input_error(atomic_files.write_atomic))
+        yield
+
+
+def _or_input_error(write: Write) -> Write:
+    def written(path: Path, data: bytes) -> None:
+        try:
+            write(path, data)
+        except OSError as error:
+            path.with_name(f"{path.name}.new").unlink(missing_ok=True)
+            raise InputError(
+                expected=f"to write {len(data):,} bytes to {path}", got=str(error.strerror), do="free space"
+            ) from None
+
+    return written
+
+
+def full_disk_line(act: Callable[[], object]) -> bool:
+    """Run `act`, and return whether it was refused; assert that the line says for how many bytes there is no space."""
+    try:
+        act()
+    except InputError as error:
+        line = str(error)
+    else:
+        return False
+    assert re.search(r"[0-9,]+ bytes.*No space left on device.*; free ", line), line
+    assert "\n" not in line
+    return True
