@@ -1,14 +1,23 @@
 """The command line: one thin command per verb. Everything heavy is imported when a command runs, not before."""
 
+import os
+import shlex
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
+from click.shell_completion import shell_complete
 
 from pipeline import __version__
+from pipeline.errors import InputError
+from pipeline.runtime.console import check_output, note, prepare_console, say
 from pipeline.training.recipes import PriorSettings, TokenizerSettings
+
+if TYPE_CHECKING:
+    from pipeline.models.checkpoint import CheckpointInfo
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -132,7 +141,7 @@ def cli(ctx: click.Context, debug: bool) -> None:
       codegrid sample --n 64
     """
     if ctx.invoked_subcommand is None:
-        click.echo(ctx.get_help())
+        say(*ctx.get_help().split("\n"))
 
 
 @cli.command("train-tokenizer")
@@ -160,11 +169,10 @@ def train_tokenizer(out: Path, device: str, resume: bool, force: bool, **overrid
     from pipeline.training.train_tokenizer import train_tokenizer as run
 
     overrides |= {name: int(overrides[name]) for name in ("channels", "downsample") if overrides[name] is not None}
-    click.echo(f"stage one: a tokenizer for {overrides['data'] or 'the built-in glyphs'}, into {out}")
     info = run(RunFolder(out=out, resume=resume, force=force, device=device), overrides)
-    click.echo(f"done: {info.step:,} steps; {describe(info.metrics)}")
+    say(done_line(info), written_line(out))
     if info.config["bottleneck"] == "vq":
-        click.echo("next: codegrid train-prior")
+        say(f"next: {command_line('train-prior', tokenizer=out)}")
 
 
 @cli.command("export-codes")
@@ -211,7 +219,7 @@ def verify_codes(codes: Path, tokenizer: Path | None, data: str | None, data_roo
     from pipeline.codes.verify import verify_codes as run
 
     manifest = run(codes, tokenizer, data=data, data_root=data_root)
-    click.echo(f"as its manifest says: {manifest.count:,} grids by the tokenizer {manifest.tokenizer_fingerprint}")
+    say(f"as its manifest says: {manifest.count:,} grids by the tokenizer {manifest.tokenizer_fingerprint}")
 
 
 @cli.command("decode-codes")
@@ -230,7 +238,7 @@ def decode_codes(codes: Path, tokenizer: Path, out: Path, **chosen: Any) -> None
     """
     from pipeline.codes.decode import decode_codes as run
 
-    click.echo(f"{run(codes, tokenizer, out, **chosen):,} images: {out}")
+    say(f"{run(codes, tokenizer, out, **chosen):,} images: {out}")
 
 
 @cli.command("train-prior")
@@ -249,10 +257,10 @@ def train_prior(out: Path, device: str, resume: bool, force: bool, **overrides: 
     from pipeline.training.train_prior import train_prior as run
 
     overrides["codes"] = list(overrides["codes"]) or None
-    learned = ", ".join(overrides["codes"] or ["the codes of the tokenizer"])
-    click.echo(f"stage two: a prior over {learned}, into {out}")
     info = run(RunFolder(out=out, resume=resume, force=force, device=device), overrides, TOKENIZER)
-    click.echo(f"done: best at step {info.step:,}; {describe(info.metrics)}\nnext: codegrid sample --n 64")
+    say(done_line(info), written_line(out))
+    tokenizer = Path(info.training.get("tokenizer") or TOKENIZER)
+    say(f"next: {command_line('sample', '--n', '64', tokenizer=tokenizer, prior=out)}")
 
 
 @cli.command()
@@ -271,7 +279,7 @@ def sample(out: Path, tokenizer: Path, prior: Path, device: str, force: bool, **
     check_sample_folder(out, SAMPLE, chosen["n"], force=force)  # before the models are loaded
     images = ImagePipeline.from_pretrained(tokenizer, prior, device)
     picture = sample_to_folder(images, SampleOptions.of(**chosen), out, force=force)
-    click.echo(f"{chosen['n']} new images: {picture}")
+    say(f"{chosen['n']} new images: {picture}")
 
 
 @cli.command()
@@ -307,7 +315,7 @@ def complete(
     pipeline = ImagePipeline.from_pretrained(tokenizer, prior, device)
     options = SampleOptions.of(**chosen)
     picture = complete_to_folder(pipeline, image, keep, options, out, candidates=candidates, force=force)
-    click.echo(f"the picture, what is kept, and {chosen['n']} completions: {picture}")
+    say(f"the picture, what is kept, and {chosen['n']} completions: {picture}")
 
 
 @cli.command()
@@ -322,7 +330,7 @@ def reconstruct(tokenizer: Path, out: Path, **chosen: Any) -> None:
     """Show originals above their reconstructions, in one PNG."""
     from pipeline.evaluation.reconstruction_picture import reconstruct_to_file
 
-    click.echo(f"originals above reconstructions: {reconstruct_to_file(tokenizer, out, **chosen)}")
+    say(f"originals above reconstructions: {reconstruct_to_file(tokenizer, out, **chosen)}")
 
 
 @cli.command()
@@ -343,7 +351,7 @@ def evaluate(tokenizer: Path, prior: Path | None, json_file: Path | None, force:
         check_output_file(json_file, force=force, option="--json")
     numbers = run(tokenizer, prior, **chosen).to_json()
     for name, value in numbers.items():
-        click.echo(f"{name:>14}  {value:.6g}" if isinstance(value, float) else f"{name:>14}  {value}")
+        say(f"{name:>14}  {value:.6g}" if isinstance(value, float) else f"{name:>14}  {value}")
     if json_file is not None:
         write_atomic(json_file, to_json(numbers))
 
@@ -375,45 +383,88 @@ def measure_rate(tokenizer: Path, prior: Path | None, json_file: Path | None, fo
         check_output_file(json_file, force=force, option="--json")
     rate = run(tokenizer, prior, **chosen)
     for split, numbers in rate.splits.items():
-        click.echo(f"{split}: {rate_table(numbers)}\n")
-    for warning in rate.warnings:
-        click.echo(f"note: {warning}")
+        say(*f"{split}: {rate_table(numbers)}\n".split("\n"))
+    say(*(f"note: {warning}" for warning in rate.warnings))
     if json_file is not None:
         write_atomic(json_file, to_json(rate.to_json()))
 
 
-def describe(numbers: dict[str, float]) -> str:
-    """Return the numbers of an evaluation in one line."""
-    return ", ".join(f"{name} {value:.4g}" for name, value in numbers.items() if name != "step")
+def done_line(info: "CheckpointInfo") -> str:
+    """Return what a training run reached, in one line: its steps, which of them is saved, and the numbers of that."""
+    steps = info.training.get("steps", info.step)
+    saved = "" if info.step == steps else f", the best of them {info.step:,}"
+    numbers = ", ".join(f"{name} {value:.4g}" for name, value in info.metrics.items() if name != "step")
+    return f"done: {steps:,} steps{saved}; {numbers}"
+
+
+def written_line(out: Path) -> str:
+    """Return where the results of a training run are, in one line."""
+    names = [name for name in ("model.safetensors", "metrics.jsonl", "pictures", "codes") if (out / name).exists()]
+    return f"in {out}: {', '.join(names)}"
+
+
+def command_line(command: str, *words: str, tokenizer: Path, prior: Path = PRIOR) -> str:
+    """Return a command on these folders as a shell takes it; default folders are omitted."""
+    chosen = {"--tokenizer": (tokenizer, TOKENIZER), "--prior": (prior, PRIOR)}
+    folders = [word for option, (path, default) in chosen.items() if path != default for word in (option, str(path))]
+    quoted = subprocess.list2cmdline if os.name == "nt" else shlex.join
+    return quoted(["codegrid", command, *words, *folders])
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
-    """Run a command and exit with 0 when it is done, 1 if it failed, 2 if the command line is wrong, 130 on Ctrl-C."""
+    """Run a command and exit.
+
+    The status is 0 when it is done, 1 if it failed, 2 if the command line is wrong, 130 on Ctrl-C, 141 if nobody reads
+    standard output any more.
+    """
+    prepare_console()
     arguments = sys.argv[1:] if arguments is None else arguments
     debug = "--debug" in arguments  # at any position
-    arguments = [argument for argument in arguments if argument != "--debug"]
     try:
-        cli.main(arguments, prog_name="codegrid", standalone_mode=False)
+        run_command([argument for argument in arguments if argument != "--debug"])
+        check_output()
     except click.UsageError as error:
         hint = f" (see {error.ctx.command_path} --help)" if error.ctx else ""
-        fail(error.format_message() + hint, 2)
-    except click.exceptions.Exit as exit_:
-        sys.exit(exit_.exit_code)
-    except click.Abort:
+        fail(in_one_line(error.format_message()) + hint, 2)
+    except KeyboardInterrupt:
+        note("")  # after the ^C on a terminal
         sys.exit(130)
     except Exception as error:  # the boundary to the user: every error becomes one line
         if debug:
             raise
-        from pipeline.errors import InputError
-
-        known = isinstance(error, (InputError, ValueError))
-        fail(str(error) if known else f"{type(error).__name__}: {error} (--debug shows where)", 1)
+        if isinstance(error, InputError):
+            fail(str(error), 1)
+        known = isinstance(error, ValueError) and not isinstance(error, UnicodeError)
+        message = in_one_line(str(error))
+        fail(message if known else f"{type(error).__name__}: {message} (--debug shows where)", 1)
     sys.exit(0)
+
+
+def run_command(arguments: list[str]) -> None:
+    """Parse the command line and do what it says; or complete it, where a shell asks for that."""
+    if instruction := os.environ.get("_CODEGRID_COMPLETE"):
+        sys.exit(shell_complete(cli, {}, "codegrid", "_CODEGRID_COMPLETE", instruction))
+    try:
+        with cli.make_context("codegrid", arguments) as context:
+            cli.invoke(context)
+    except click.exceptions.Exit as exit_:  # of --help and --version
+        if exit_.exit_code:
+            sys.exit(exit_.exit_code)
+    except BrokenPipeError:
+        say()  # what click printed itself, such as a help text, is not yet written
+        check_output()
+        raise
+
+
+def in_one_line(message: str) -> str:
+    """Return a message of a library, which may have several lines, in one."""
+    return " ".join(message.split())
 
 
 def fail(message: str, status: int) -> NoReturn:
     """Print an error in one line and exit with this status."""
-    click.echo(f"Error: {' '.join(message.split())}", err=True)
+    say()  # writes what is left, so that nothing fails as the program ends
+    note(f"Error: {message}")
     sys.exit(status)
 
 

@@ -25,9 +25,10 @@ from ..models.checkpoint import (
     save_checkpoint,
 )
 from ..runtime.atomic_files import current
+from ..runtime.console import say
 from ..runtime.device import autocast
 from ..runtime.interrupts import StopSignal
-from ..runtime.progress import progress_bar
+from ..runtime.progress import Progress
 from .metrics_log import MetricsLog, RunningMeans
 from .optimizer import Optimizers
 from .recipes import PriorSettings, TokenizerSettings
@@ -96,7 +97,8 @@ class _Trainer:
         self.optimizers = Optimizers(stage.model, settings.optimizer, settings.learning_rate)
         self.log = MetricsLog(folder / "metrics.jsonl")
         self.means = RunningMeans()
-        self.bar = progress_bar(settings.steps, None, "step", smoothing=0.05)
+        item = "image" if info.kind == "tokenizer" else "grid"
+        self.bar = Progress(settings.steps, unit="step", batch_size=settings.batch_size, item=item)
         self.saved_at = time.monotonic()
 
     def advance(self) -> None:
@@ -158,8 +160,7 @@ class _Trainer:
         sums = {name: tensor.to(self.settings.device) for name, tensor in groups.get("interval", {}).items()}
         self.means.load(interval["steps"], sums)
         self.log.resume(self.step, interval["seconds"])
-        self.bar.update(self.step)
-        self.bar.unpause()
+        self.bar.start_at(self.step)
 
     def _state(self) -> TrainingState:
         """Return the training state; its "interval" is what has passed since the last line of the log.
@@ -190,8 +191,8 @@ class _Trainer:
         self._check_finite({name: torch.tensor(value) for name, value in evaluation.numbers.items()})
         if not self.settings.keep_best or not self.best or evaluation.is_better_than(self.best):
             self._record(evaluation)
-        summary = f"\n  {evaluation.summary}" if evaluation.summary else ""
-        self.bar.write(f"step {self.step:,}: {_in_words(evaluation.numbers)}{summary}")
+        summary = [f"  {evaluation.summary}"] if evaluation.summary else []
+        say(f"step {self.step:,}: {_in_words(evaluation.numbers)}", *summary)
 
     def _record(self, evaluation: Evaluation) -> None:
         """Record this evaluation for the checkpoint and, where the best weights are kept, the present weights."""
@@ -203,7 +204,7 @@ class _Trainer:
         """Log the mean losses since the last line; show them in the progress bar. Raise InputError unless finite."""
         self._check_finite(losses)
         numbers = self.means.take() | self.stage.status()
-        self.bar.set_postfix_str(_in_words(numbers), refresh=False)
+        self.bar.set_numbers(_in_words(numbers))
         self.log.write(self.step, "train", numbers | {"learning_rate": rate})
 
     def _check_finite(self, losses: Mapping[str, Tensor]) -> None:

@@ -58,7 +58,7 @@ def test_training_says_what_an_image_becomes_and_promises_no_prior(
     outcome = codegrid(*command, "--steps", 2)
     assert outcome.status == 0
     assert f"becomes 2x3 {latents} (a baseline: no codes, no prior)" in outcome.out
-    assert re.search(r"done: 2 steps; mse \d\S*, psnr \d\S*, nmse \d\S*$", outcome.out.rstrip())
+    assert re.search(r"done: 2 steps; mse \d\S*, psnr \d\S*, nmse \d\S*$", outcome.out, re.MULTILINE)
     assert "train-prior" not in outcome.out + outcome.err
     assert {frozenset(line) & {"mse", "psnr", "nmse"} for line in lines_of(out, "held_out")} == {
         frozenset({"mse", "psnr", "nmse"})
