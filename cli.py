@@ -1,6 +1,8 @@
 """The command line: one thin command per verb. Everything heavy is imported when a command runs, not before."""
 
+import math
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -13,7 +15,7 @@ from click.shell_completion import shell_complete
 
 from pipeline import __version__
 from pipeline.errors import InputError
-from pipeline.runtime.console import check_output, note, prepare_console, say
+from pipeline.runtime.console import check_output, note, prepare_console, record_closed, say
 from pipeline.training.recipes import PriorSettings, TokenizerSettings
 
 if TYPE_CHECKING:
@@ -24,7 +26,19 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 TOKENIZER = Path("checkpoints/tokenizer")
 PRIOR = Path("checkpoints/prior")
 STAGE_ONE, STAGE_TWO = TokenizerSettings(), PriorSettings()  # the defaults, for the help texts
+MOST_IMAGES, LARGEST_BATCH = 10**6, 2**20  # beyond these and the next a number is a slip; before, memory is the limit
+MOST_CODES, LARGEST_WIDTH, MOST_LAYERS = 2**24, 2**16, 1000
 DATA_HELP = "glyphs, a torchvision name (mnist, cifar10, ...), or a folder of images."
+
+
+class FiniteRange(click.FloatRange):
+    """The type of a finite number in a range; click takes NaN and infinity as well."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number: float = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"expected a finite number, got {value}", param, ctx)
+        return number
 
 
 class ImageSize(click.ParamType):
@@ -36,7 +50,7 @@ class ImageSize(click.ParamType):
         if isinstance(value, tuple):
             return value
         sides = value.lower().split("x")
-        if len(sides) > 2 or not all(side.isdecimal() and int(side) > 0 for side in sides):
+        if len(sides) > 2 or not all(re.fullmatch("0*[1-9][0-9]{0,4}", side) for side in sides):
             self.fail(f"expected N or HxW in pixels, such as 64 or 48x64, got {value!r}", param, ctx)
         return int(sides[0]), int(sides[-1])
 
@@ -94,8 +108,8 @@ replace_json_option = click.option("--force", is_flag=True, help="Replace the fi
 measured_prior_option = click.option("--prior", type=PathType(), help="Also measure this prior.")
 training_options = options(
     setting("steps", click.IntRange(min=1), "In all.", STAGE_ONE, STAGE_TWO),
-    setting("batch_size", click.IntRange(min=1), "Items a step.", STAGE_ONE, STAGE_TWO),
-    setting("lr", click.FloatRange(min=0, min_open=True), "Learning rate.", STAGE_ONE, STAGE_TWO),
+    setting("batch_size", click.IntRange(1, LARGEST_BATCH), "Items a step.", STAGE_ONE, STAGE_TWO),
+    setting("lr", FiniteRange(min=0, min_open=True), "Learning rate.", STAGE_ONE, STAGE_TWO),
     setting("seed", click.IntRange(min=0), "Seed of everything random.", STAGE_ONE, STAGE_TWO),
     setting(
         "precision",
@@ -114,9 +128,9 @@ sampling_options = options(
     click.option(
         "--label", "labels", multiple=True, metavar="NAME|INDEX", help="Class to sample; repeatable, in turn."
     ),
-    click.option("--temperature", type=click.FloatRange(min=0), default=1.0, show_default=True, help="0 is greedy."),
+    click.option("--temperature", type=FiniteRange(min=0), default=1.0, show_default=True, help="0 is greedy."),
     click.option("--top-k", type=click.IntRange(min=1), help="Keep the k most likely codes."),
-    click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), help="Keep codes up to this probability."),
+    click.option("--top-p", type=FiniteRange(0, 1, min_open=True), help="Keep codes up to this probability."),
     click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True),
     tokenizer_option,
     click.option("--prior", type=PathType(), default=PRIOR, show_default=True, help="Folder that train-prior wrote."),
@@ -150,18 +164,18 @@ def cli(ctx: click.Context, debug: bool) -> None:
 @click.option("--out", type=PathType(), default=TOKENIZER, show_default=True, help="Folder to write.")
 @click.option("--image-size", type=ImageSize(), help="Resize and centre-crop.  [default: the images' own]")
 @click.option("--channels", type=click.Choice(["1", "3"]), help="Grey or colour.  [default: the images' own]")
-@setting("num_codes", click.IntRange(min=2), "K, size of the codebook.", STAGE_ONE)
-@setting("code_dim", click.IntRange(min=1), "D, dimension of its vectors.", STAGE_ONE)
+@setting("num_codes", click.IntRange(2, MOST_CODES), "K, size of the codebook.", STAGE_ONE)
+@setting("code_dim", click.IntRange(1, LARGEST_WIDTH), "D, dimension of its vectors.", STAGE_ONE)
 @setting("downsample", click.Choice(["2", "4", "8", "16"]), "Pixels a code covers.", STAGE_ONE)
-@setting("hidden_channels", click.IntRange(min=2), "Width of the network.", STAGE_ONE)
-@setting("num_residual_layers", click.IntRange(min=0), "Blocks on either side.", STAGE_ONE)
-@setting("residual_channels", click.IntRange(min=1), "Width inside a block.", STAGE_ONE)
+@setting("hidden_channels", click.IntRange(2, LARGEST_WIDTH), "Width of the network.", STAGE_ONE)
+@setting("num_residual_layers", click.IntRange(0, MOST_LAYERS), "Blocks on either side.", STAGE_ONE)
+@setting("residual_channels", click.IntRange(1, LARGEST_WIDTH), "Width inside a block.", STAGE_ONE)
 @setting("codebook_update", click.Choice(["ema", "gradient"]), "", STAGE_ONE)
-@setting("commitment_weight", click.FloatRange(min=0), "beta, on the encoder.", STAGE_ONE)
+@setting("commitment_weight", FiniteRange(min=0), "beta, on the encoder.", STAGE_ONE)
 @setting(
     "bottleneck", click.Choice(["vq", "vae", "ae"]), "Codes; or, to compare with, a Gaussian or nothing.", STAGE_ONE
 )
-@setting("kl_weight", click.FloatRange(min=0), "Of --bottleneck vae.", STAGE_ONE)
+@setting("kl_weight", FiniteRange(min=0), "Of --bottleneck vae.", STAGE_ONE)
 @training_options
 def train_tokenizer(out: Path, device: str, resume: bool, force: bool, **overrides: Any) -> None:
     """Stage one: images to grids of codes, and back."""
@@ -247,9 +261,9 @@ def decode_codes(codes: Path, tokenizer: Path, out: Path, **chosen: Any) -> None
 )
 @click.option("--tokenizer", metavar="DIR", help=f"For codes and pictures.  [default: {TOKENIZER}]")
 @click.option("--out", type=PathType(), default=PRIOR, show_default=True, help="Folder to write.")
-@setting("channels", click.IntRange(min=1), "Width of the two stacks.", STAGE_TWO)
-@setting("num_layers", click.IntRange(min=1), "Gated layers.", STAGE_TWO)
-@setting("dropout", click.FloatRange(0, 1, max_open=True), "In training.", STAGE_TWO)
+@setting("channels", click.IntRange(1, LARGEST_WIDTH), "Width of the two stacks.", STAGE_TWO)
+@setting("num_layers", click.IntRange(1, MOST_LAYERS), "Gated layers.", STAGE_TWO)
+@setting("dropout", FiniteRange(0, 1, max_open=True), "In training.", STAGE_TWO)
 @training_options
 def train_prior(out: Path, device: str, resume: bool, force: bool, **overrides: Any) -> None:
     """Stage two: the probability of the code grids."""
@@ -264,7 +278,7 @@ def train_prior(out: Path, device: str, resume: bool, force: bool, **overrides: 
 
 
 @cli.command()
-@click.option("--n", type=click.IntRange(min=1), default=64, show_default=True, help="How many images.")
+@click.option("--n", type=click.IntRange(1, MOST_IMAGES), default=64, show_default=True, help="How many images.")
 @click.option("--out", type=PathType(), default=Path("samples"), show_default=True, help="Folder to write.")
 @sampling_options
 def sample(out: Path, tokenizer: Path, prior: Path, device: str, force: bool, **chosen: Any) -> None:
@@ -285,8 +299,10 @@ def sample(out: Path, tokenizer: Path, prior: Path, device: str, force: bool, **
 @cli.command()
 @click.option("--image", type=PathType(), required=True, help="The picture.")
 @click.option("--keep", required=True, metavar="top|bottom|left|right|MASK.png", help="What is kept: white in a mask.")
-@click.option("--n", type=click.IntRange(min=1), default=8, show_default=True, help="How many completions.")
-@click.option("--candidates", type=click.IntRange(min=1), default=32, show_default=True, help="Sampled for each.")
+@click.option("--n", type=click.IntRange(1, MOST_IMAGES), default=8, show_default=True, help="How many completions.")
+@click.option(
+    "--candidates", type=click.IntRange(1, MOST_IMAGES), default=32, show_default=True, help="Sampled for each."
+)
 @click.option("--out", type=PathType(), default=Path("completions"), show_default=True, help="Folder to write.")
 @sampling_options
 def complete(
@@ -434,9 +450,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
             raise
         if isinstance(error, InputError):
             fail(str(error), 1)
-        known = isinstance(error, ValueError) and not isinstance(error, UnicodeError)
-        message = in_one_line(str(error))
-        fail(message if known else f"{type(error).__name__}: {message} (--debug shows where)", 1)
+        fail(in_words(error), 1)
     sys.exit(0)
 
 
@@ -450,10 +464,21 @@ def run_command(arguments: list[str]) -> None:
     except click.exceptions.Exit as exit_:  # of --help and --version
         if exit_.exit_code:
             sys.exit(exit_.exit_code)
-    except BrokenPipeError:
-        say()  # what click printed itself, such as a help text, is not yet written
+    except BrokenPipeError as error:  # click prints help texts itself
+        record_closed(error)
         check_output()
-        raise
+
+
+def in_words(error: Exception) -> str:
+    """Return what an error that is no InputError says, in one line."""
+    message = in_one_line(str(error))
+    if isinstance(error, MemoryError) or "can't allocate memory" in message or "out of memory" in message:
+        size = re.search(r"allocate ([\d.,]+ ?\w+)", message)
+        got = f"too little for a further {size[1]}" if size else "too little"
+        return f"expected memory for this, got {got}; choose smaller sizes or end other programs"
+    if isinstance(error, ValueError) and not isinstance(error, UnicodeError):
+        return message
+    return f"{type(error).__name__}: {message} (--debug shows where)"
 
 
 def in_one_line(message: str) -> str:

@@ -87,12 +87,10 @@ def test_each_command_says_what_comes_next(
     tmp_path: Path, image_folder: Path, codegrid: Codegrid, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    printed = codegrid(*TOKENIZER, "--data", image_folder).out
-    assert printed.startswith(f"stage one: a tokenizer for {image_folder}, into {Path('checkpoints/tokenizer')}\n")
+    printed, out = codegrid(*TOKENIZER, "--data", image_folder).out, Path("checkpoints/tokenizer")
+    assert printed.startswith(f"stage one: a tokenizer for {image_folder}, into {out}\n")
     assert re.search(r"\ndone: 2 steps; mse 0\.\d+, .*\n", printed)
-    assert printed.endswith(
-        f"\nin {Path('checkpoints/tokenizer')}: model.safetensors, metrics.jsonl, pictures\nnext: codegrid train-prior\n"
-    )
+    assert printed.endswith(f"\nin {out}: model.safetensors, metrics.jsonl, pictures\nnext: codegrid train-prior\n")
     printed = codegrid(*PRIOR).out
     codes = Path("checkpoints/prior/codes")
     assert f"\nstage two: a prior over the codes in {codes}, into {codes.parent}\n" in printed

@@ -75,6 +75,14 @@ def output_closed() -> bool:
     return _lost is not None and _lost.errno in READER_GONE
 
 
+def record_closed(error: BrokenPipeError) -> None:
+    """Record that nobody reads standard output, as another library found that writes to it."""
+    global _lost
+    _lost = error
+    if sys.stdout is not None:
+        _mute(sys.stdout)
+
+
 def check_output() -> None:
     """Return if every line on standard output was written.
 
