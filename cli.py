@@ -1,21 +1,44 @@
 """The command line: one thin command per verb. Everything heavy is imported when a command runs, not before."""
 
+import math
+import os
+import re
+import shlex
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
+from click.shell_completion import shell_complete
 
 from pipeline import __version__
+from pipeline.errors import InputError
+from pipeline.runtime.console import check_output, note, prepare_console, record_closed, say
 from pipeline.training.recipes import PriorSettings, TokenizerSettings
+
+if TYPE_CHECKING:
+    from pipeline.models.checkpoint import CheckpointInfo
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 TOKENIZER = Path("checkpoints/tokenizer")
 PRIOR = Path("checkpoints/prior")
 STAGE_ONE, STAGE_TWO = TokenizerSettings(), PriorSettings()  # the defaults, for the help texts
+MOST_IMAGES, LARGEST_BATCH = 10**6, 2**20  # beyond these and the next a number is a slip; before, memory is the limit
+MOST_CODES, LARGEST_WIDTH, MOST_LAYERS = 2**24, 2**16, 1000
 DATA_HELP = "glyphs, a torchvision name (mnist, cifar10, ...), or a folder of images."
+
+
+class FiniteRange(click.FloatRange):
+    """The type of a finite number in a range; click takes NaN and infinity as well."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number: float = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"expected a finite number, got {value}", param, ctx)
+        return number
 
 
 class ImageSize(click.ParamType):
@@ -27,7 +50,7 @@ class ImageSize(click.ParamType):
         if isinstance(value, tuple):
             return value
         sides = value.lower().split("x")
-        if len(sides) > 2 or not all(side.isdecimal() and int(side) > 0 for side in sides):
+        if len(sides) > 2 or not all(re.fullmatch("0*[1-9][0-9]{0,4}", side) for side in sides):
             self.fail(f"expected N or HxW in pixels, such as 64 or 48x64, got {value!r}", param, ctx)
         return int(sides[0]), int(sides[-1])
 
@@ -85,8 +108,8 @@ replace_json_option = click.option("--force", is_flag=True, help="Replace the fi
 measured_prior_option = click.option("--prior", type=PathType(), help="Also measure this prior.")
 training_options = options(
     setting("steps", click.IntRange(min=1), "In all.", STAGE_ONE, STAGE_TWO),
-    setting("batch_size", click.IntRange(min=1), "Items a step.", STAGE_ONE, STAGE_TWO),
-    setting("lr", click.FloatRange(min=0, min_open=True), "Learning rate.", STAGE_ONE, STAGE_TWO),
+    setting("batch_size", click.IntRange(1, LARGEST_BATCH), "Items a step.", STAGE_ONE, STAGE_TWO),
+    setting("lr", FiniteRange(min=0, min_open=True), "Learning rate.", STAGE_ONE, STAGE_TWO),
     setting("seed", click.IntRange(min=0), "Seed of everything random.", STAGE_ONE, STAGE_TWO),
     setting(
         "precision",
@@ -105,9 +128,9 @@ sampling_options = options(
     click.option(
         "--label", "labels", multiple=True, metavar="NAME|INDEX", help="Class to sample; repeatable, in turn."
     ),
-    click.option("--temperature", type=click.FloatRange(min=0), default=1.0, show_default=True, help="0 is greedy."),
+    click.option("--temperature", type=FiniteRange(min=0), default=1.0, show_default=True, help="0 is greedy."),
     click.option("--top-k", type=click.IntRange(min=1), help="Keep the k most likely codes."),
-    click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), help="Keep codes up to this probability."),
+    click.option("--top-p", type=FiniteRange(0, 1, min_open=True), help="Keep codes up to this probability."),
     click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True),
     tokenizer_option,
     click.option("--prior", type=PathType(), default=PRIOR, show_default=True, help="Folder that train-prior wrote."),
@@ -132,7 +155,7 @@ def cli(ctx: click.Context, debug: bool) -> None:
       codegrid sample --n 64
     """
     if ctx.invoked_subcommand is None:
-        click.echo(ctx.get_help())
+        say(*ctx.get_help().split("\n"))
 
 
 @cli.command("train-tokenizer")
@@ -141,18 +164,18 @@ def cli(ctx: click.Context, debug: bool) -> None:
 @click.option("--out", type=PathType(), default=TOKENIZER, show_default=True, help="Folder to write.")
 @click.option("--image-size", type=ImageSize(), help="Resize and centre-crop.  [default: the images' own]")
 @click.option("--channels", type=click.Choice(["1", "3"]), help="Grey or colour.  [default: the images' own]")
-@setting("num_codes", click.IntRange(min=2), "K, size of the codebook.", STAGE_ONE)
-@setting("code_dim", click.IntRange(min=1), "D, dimension of its vectors.", STAGE_ONE)
+@setting("num_codes", click.IntRange(2, MOST_CODES), "K, size of the codebook.", STAGE_ONE)
+@setting("code_dim", click.IntRange(1, LARGEST_WIDTH), "D, dimension of its vectors.", STAGE_ONE)
 @setting("downsample", click.Choice(["2", "4", "8", "16"]), "Pixels a code covers.", STAGE_ONE)
-@setting("hidden_channels", click.IntRange(min=2), "Width of the network.", STAGE_ONE)
-@setting("num_residual_layers", click.IntRange(min=0), "Blocks on either side.", STAGE_ONE)
-@setting("residual_channels", click.IntRange(min=1), "Width inside a block.", STAGE_ONE)
+@setting("hidden_channels", click.IntRange(2, LARGEST_WIDTH), "Width of the network.", STAGE_ONE)
+@setting("num_residual_layers", click.IntRange(0, MOST_LAYERS), "Blocks on either side.", STAGE_ONE)
+@setting("residual_channels", click.IntRange(1, LARGEST_WIDTH), "Width inside a block.", STAGE_ONE)
 @setting("codebook_update", click.Choice(["ema", "gradient"]), "", STAGE_ONE)
-@setting("commitment_weight", click.FloatRange(min=0), "beta, on the encoder.", STAGE_ONE)
+@setting("commitment_weight", FiniteRange(min=0), "beta, on the encoder.", STAGE_ONE)
 @setting(
     "bottleneck", click.Choice(["vq", "vae", "ae"]), "Codes; or, to compare with, a Gaussian or nothing.", STAGE_ONE
 )
-@setting("kl_weight", click.FloatRange(min=0), "Of --bottleneck vae.", STAGE_ONE)
+@setting("kl_weight", FiniteRange(min=0), "Of --bottleneck vae.", STAGE_ONE)
 @training_options
 def train_tokenizer(out: Path, device: str, resume: bool, force: bool, **overrides: Any) -> None:
     """Stage one: images to grids of codes, and back."""
@@ -160,11 +183,10 @@ def train_tokenizer(out: Path, device: str, resume: bool, force: bool, **overrid
     from pipeline.training.train_tokenizer import train_tokenizer as run
 
     overrides |= {name: int(overrides[name]) for name in ("channels", "downsample") if overrides[name] is not None}
-    click.echo(f"stage one: a tokenizer for {overrides['data'] or 'the built-in glyphs'}, into {out}")
     info = run(RunFolder(out=out, resume=resume, force=force, device=device), overrides)
-    click.echo(f"done: {info.step:,} steps; {describe(info.metrics)}")
+    say(done_line(info), written_line(out))
     if info.config["bottleneck"] == "vq":
-        click.echo("next: codegrid train-prior")
+        say(f"next: {command_line('train-prior', tokenizer=out)}")
 
 
 @cli.command("export-codes")
@@ -211,7 +233,7 @@ def verify_codes(codes: Path, tokenizer: Path | None, data: str | None, data_roo
     from pipeline.codes.verify import verify_codes as run
 
     manifest = run(codes, tokenizer, data=data, data_root=data_root)
-    click.echo(f"as its manifest says: {manifest.count:,} grids by the tokenizer {manifest.tokenizer_fingerprint}")
+    say(f"as its manifest says: {manifest.count:,} grids by the tokenizer {manifest.tokenizer_fingerprint}")
 
 
 @cli.command("decode-codes")
@@ -230,7 +252,7 @@ def decode_codes(codes: Path, tokenizer: Path, out: Path, **chosen: Any) -> None
     """
     from pipeline.codes.decode import decode_codes as run
 
-    click.echo(f"{run(codes, tokenizer, out, **chosen):,} images: {out}")
+    say(f"{run(codes, tokenizer, out, **chosen):,} images: {out}")
 
 
 @cli.command("train-prior")
@@ -239,9 +261,9 @@ def decode_codes(codes: Path, tokenizer: Path, out: Path, **chosen: Any) -> None
 )
 @click.option("--tokenizer", metavar="DIR", help=f"For codes and pictures.  [default: {TOKENIZER}]")
 @click.option("--out", type=PathType(), default=PRIOR, show_default=True, help="Folder to write.")
-@setting("channels", click.IntRange(min=1), "Width of the two stacks.", STAGE_TWO)
-@setting("num_layers", click.IntRange(min=1), "Gated layers.", STAGE_TWO)
-@setting("dropout", click.FloatRange(0, 1, max_open=True), "In training.", STAGE_TWO)
+@setting("channels", click.IntRange(1, LARGEST_WIDTH), "Width of the two stacks.", STAGE_TWO)
+@setting("num_layers", click.IntRange(1, MOST_LAYERS), "Gated layers.", STAGE_TWO)
+@setting("dropout", FiniteRange(0, 1, max_open=True), "In training.", STAGE_TWO)
 @training_options
 def train_prior(out: Path, device: str, resume: bool, force: bool, **overrides: Any) -> None:
     """Stage two: the probability of the code grids."""
@@ -249,14 +271,14 @@ def train_prior(out: Path, device: str, resume: bool, force: bool, **overrides: 
     from pipeline.training.train_prior import train_prior as run
 
     overrides["codes"] = list(overrides["codes"]) or None
-    learned = ", ".join(overrides["codes"] or ["the codes of the tokenizer"])
-    click.echo(f"stage two: a prior over {learned}, into {out}")
     info = run(RunFolder(out=out, resume=resume, force=force, device=device), overrides, TOKENIZER)
-    click.echo(f"done: best at step {info.step:,}; {describe(info.metrics)}\nnext: codegrid sample --n 64")
+    say(done_line(info), written_line(out))
+    tokenizer = Path(info.training.get("tokenizer") or TOKENIZER)
+    say(f"next: {command_line('sample', '--n', '64', tokenizer=tokenizer, prior=out)}")
 
 
 @cli.command()
-@click.option("--n", type=click.IntRange(min=1), default=64, show_default=True, help="How many images.")
+@click.option("--n", type=click.IntRange(1, MOST_IMAGES), default=64, show_default=True, help="How many images.")
 @click.option("--out", type=PathType(), default=Path("samples"), show_default=True, help="Folder to write.")
 @sampling_options
 def sample(out: Path, tokenizer: Path, prior: Path, device: str, force: bool, **chosen: Any) -> None:
@@ -271,14 +293,16 @@ def sample(out: Path, tokenizer: Path, prior: Path, device: str, force: bool, **
     check_sample_folder(out, SAMPLE, chosen["n"], force=force)  # before the models are loaded
     images = ImagePipeline.from_pretrained(tokenizer, prior, device)
     picture = sample_to_folder(images, SampleOptions.of(**chosen), out, force=force)
-    click.echo(f"{chosen['n']} new images: {picture}")
+    say(f"{chosen['n']} new images: {picture}")
 
 
 @cli.command()
 @click.option("--image", type=PathType(), required=True, help="The picture.")
 @click.option("--keep", required=True, metavar="top|bottom|left|right|MASK.png", help="What is kept: white in a mask.")
-@click.option("--n", type=click.IntRange(min=1), default=8, show_default=True, help="How many completions.")
-@click.option("--candidates", type=click.IntRange(min=1), default=32, show_default=True, help="Sampled for each.")
+@click.option("--n", type=click.IntRange(1, MOST_IMAGES), default=8, show_default=True, help="How many completions.")
+@click.option(
+    "--candidates", type=click.IntRange(1, MOST_IMAGES), default=32, show_default=True, help="Sampled for each."
+)
 @click.option("--out", type=PathType(), default=Path("completions"), show_default=True, help="Folder to write.")
 @sampling_options
 def complete(
@@ -307,7 +331,7 @@ def complete(
     pipeline = ImagePipeline.from_pretrained(tokenizer, prior, device)
     options = SampleOptions.of(**chosen)
     picture = complete_to_folder(pipeline, image, keep, options, out, candidates=candidates, force=force)
-    click.echo(f"the picture, what is kept, and {chosen['n']} completions: {picture}")
+    say(f"the picture, what is kept, and {chosen['n']} completions: {picture}")
 
 
 @cli.command()
@@ -322,7 +346,7 @@ def reconstruct(tokenizer: Path, out: Path, **chosen: Any) -> None:
     """Show originals above their reconstructions, in one PNG."""
     from pipeline.evaluation.reconstruction_picture import reconstruct_to_file
 
-    click.echo(f"originals above reconstructions: {reconstruct_to_file(tokenizer, out, **chosen)}")
+    say(f"originals above reconstructions: {reconstruct_to_file(tokenizer, out, **chosen)}")
 
 
 @cli.command()
@@ -343,7 +367,7 @@ def evaluate(tokenizer: Path, prior: Path | None, json_file: Path | None, force:
         check_output_file(json_file, force=force, option="--json", suffix=".json")
     numbers = run(tokenizer, prior, **chosen).to_json()
     for name, value in numbers.items():
-        click.echo(f"{name:>14}  {value:.6g}" if isinstance(value, float) else f"{name:>14}  {value}")
+        say(f"{name:>14}  {value:.6g}" if isinstance(value, float) else f"{name:>14}  {value}")
     if json_file is not None:
         write_atomic(json_file, to_json(numbers))
 
@@ -375,45 +399,97 @@ def measure_rate(tokenizer: Path, prior: Path | None, json_file: Path | None, fo
         check_output_file(json_file, force=force, option="--json", suffix=".json")
     rate = run(tokenizer, prior, **chosen)
     for split, numbers in rate.splits.items():
-        click.echo(f"{split}: {rate_table(numbers)}\n")
-    for warning in rate.warnings:
-        click.echo(f"note: {warning}")
+        say(*f"{split}: {rate_table(numbers)}\n".split("\n"))
+    say(*(f"note: {warning}" for warning in rate.warnings))
     if json_file is not None:
         write_atomic(json_file, to_json(rate.to_json()))
 
 
-def describe(numbers: dict[str, float]) -> str:
-    """Return the numbers of an evaluation in one line."""
-    return ", ".join(f"{name} {value:.4g}" for name, value in numbers.items() if name != "step")
+def done_line(info: "CheckpointInfo") -> str:
+    """Return what a training run reached, in one line: its steps, which of them is saved, and the numbers of that."""
+    steps = info.training.get("steps", info.step)
+    saved = "" if info.step == steps else f", the best of them {info.step:,}"
+    numbers = ", ".join(f"{name} {value:.4g}" for name, value in info.metrics.items() if name != "step")
+    return f"done: {steps:,} steps{saved}; {numbers}"
+
+
+def written_line(out: Path) -> str:
+    """Return where the results of a training run are, in one line."""
+    names = [name for name in ("model.safetensors", "metrics.jsonl", "pictures", "codes") if (out / name).exists()]
+    return f"in {out}: {', '.join(names)}"
+
+
+def command_line(command: str, *words: str, tokenizer: Path, prior: Path = PRIOR) -> str:
+    """Return a command on these folders as a shell takes it; default folders are omitted."""
+    chosen = {"--tokenizer": (tokenizer, TOKENIZER), "--prior": (prior, PRIOR)}
+    folders = [word for option, (path, default) in chosen.items() if path != default for word in (option, str(path))]
+    quoted = subprocess.list2cmdline if os.name == "nt" else shlex.join
+    return quoted(["codegrid", command, *words, *folders])
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
-    """Run a command and exit with 0 when it is done, 1 if it failed, 2 if the command line is wrong, 130 on Ctrl-C."""
+    """Run a command and exit.
+
+    The status is 0 when it is done, 1 if it failed, 2 if the command line is wrong, 130 on Ctrl-C, 141 if nobody reads
+    standard output any more.
+    """
+    prepare_console()
     arguments = sys.argv[1:] if arguments is None else arguments
     debug = "--debug" in arguments  # at any position
-    arguments = [argument for argument in arguments if argument != "--debug"]
     try:
-        cli.main(arguments, prog_name="codegrid", standalone_mode=False)
+        run_command([argument for argument in arguments if argument != "--debug"])
+        check_output()
     except click.UsageError as error:
         hint = f" (see {error.ctx.command_path} --help)" if error.ctx else ""
-        fail(error.format_message() + hint, 2)
-    except click.exceptions.Exit as exit_:
-        sys.exit(exit_.exit_code)
-    except click.Abort:
+        fail(in_one_line(error.format_message()) + hint, 2)
+    except KeyboardInterrupt:
+        note("")  # after the ^C on a terminal
         sys.exit(130)
     except Exception as error:  # the boundary to the user: every error becomes one line
         if debug:
             raise
-        from pipeline.errors import InputError
-
-        known = isinstance(error, (InputError, ValueError))
-        fail(str(error) if known else f"{type(error).__name__}: {error} (--debug shows where)", 1)
+        if isinstance(error, InputError):
+            fail(str(error), 1)
+        fail(in_words(error), 1)
     sys.exit(0)
+
+
+def run_command(arguments: list[str]) -> None:
+    """Parse the command line and do what it says; or complete it, where a shell asks for that."""
+    if instruction := os.environ.get("_CODEGRID_COMPLETE"):
+        sys.exit(shell_complete(cli, {}, "codegrid", "_CODEGRID_COMPLETE", instruction))
+    try:
+        with cli.make_context("codegrid", arguments) as context:
+            cli.invoke(context)
+    except click.exceptions.Exit as exit_:  # of --help and --version
+        if exit_.exit_code:
+            sys.exit(exit_.exit_code)
+    except BrokenPipeError as error:  # click prints help texts itself
+        record_closed(error)
+        check_output()
+
+
+def in_words(error: Exception) -> str:
+    """Return what an error that is no InputError says, in one line."""
+    message = in_one_line(str(error))
+    if isinstance(error, MemoryError) or "can't allocate memory" in message or "out of memory" in message:
+        size = re.search(r"allocate ([\d.,]+ ?\w+)", message)
+        got = f"too little for a further {size[1]}" if size else "too little"
+        return f"expected memory for this, got {got}; choose smaller sizes or end other programs"
+    if isinstance(error, ValueError) and not isinstance(error, UnicodeError):
+        return message
+    return f"{type(error).__name__}: {message} (--debug shows where)"
+
+
+def in_one_line(message: str) -> str:
+    """Return a message of a library, which may have several lines, in one."""
+    return " ".join(message.split())
 
 
 def fail(message: str, status: int) -> NoReturn:
     """Print an error in one line and exit with this status."""
-    click.echo(f"Error: {' '.join(message.split())}", err=True)
+    say()  # writes what is left, so that nothing fails as the program ends
+    note(f"Error: {message}")
     sys.exit(status)
 
 

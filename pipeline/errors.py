@@ -1,4 +1,18 @@
-"""The one error that is meant for the person at the keyboard."""
+"""The one error that is meant for the person at the keyboard, and what makes any text safe to print on one line."""
+
+import re
+
+# Control characters (C0, C1), line and paragraph separators, what turns the direction of writing, lone surrogates.
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: str) -> str:
+    r"""Return `text` with an escape in place of every character that breaks a line, or acts on a terminal.
+
+    So no name of a file or a class can move the cursor, colour the screen or forge a line: ESC becomes `\x1b`, a line
+    break `\n`, a byte of a name that is not UTF-8 `\xff`. All other Unicode stays. To escape twice changes nothing.
+    """
+    return _UNPRINTABLE.sub(lambda found: _escape(found[0]), text)
 
 
 class InputError(Exception):
@@ -9,6 +23,13 @@ class InputError(Exception):
     """
 
     def __init__(self, *, expected: str, got: str, do: str) -> None:
-        line = f"expected {expected}, got {got}; {do}"
-        super().__init__(" ".join(line.split("\n")))
+        super().__init__(printable(f"expected {expected}, got {got}; {do}"))
         self.expected, self.got, self.do = expected, got, do
+
+
+def _escape(character: str) -> str:
+    """Return the escape of one character; of one that Python put in place of an undecodable byte, that of the byte."""
+    code = ord(character)
+    if 0xDC80 <= code <= 0xDCFF:
+        return f"\\x{code - 0xDC00:02x}"
+    return character.encode("unicode_escape").decode()

@@ -43,10 +43,9 @@ class Outcome:
 
     @property
     def error_lines(self) -> list[str]:
-        """The lines on standard error that belong to no progress bar."""
-        written = re.sub(r"\x1b\[\d*[A-Z]", "", self.err)  # how tqdm moves the cursor
-        lines = [line.strip() for line in re.split(r"[\r\n]", written)]
-        return [line for line in lines if line and not re.search(r"\d+(%\||(image|step|row|batch) )", line)]
+        """The lines on standard error that tell no progress."""
+        lines = [line.strip() for line in self.err.splitlines()]
+        return [line for line in lines if line and not re.search(r"\d of [\d,]+ .*\(\d+ %\)", line)]
 
 
 def as_a_program(*arguments: object, cwd: Path) -> Outcome:

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,13 @@ import pytest
 from PIL import Image
 
 import cli
+from pipeline.errors import printable
 from pipeline.generation import image_pipeline, sample_folder
 from pipeline.models.checkpoint import load_training, read_info
 from pipeline.models.loading import load_tokenizer
 
 from .conftest import Codegrid, Trained
-from .support import HEIGHT, ROOT, WIDTH, as_a_program, brightness_tokenizer, digest_of, save_tokenizer
+from .support import HEIGHT, ROOT, WIDTH, as_a_program, brightness_tokenizer, digest_of, fill_with_cells, save_tokenizer
 
 # Bad input: one line, the right status, nothing lost
 
@@ -381,3 +383,288 @@ def test_ctrl_c_exits_130_after_saving(tmp_path: Path, image_folder: Path, codeg
     assert load_tokenizer(out).config.num_codes == 16
     assert codegrid("train-tokenizer", "--out", out, "--resume", "--steps", int(stopped) + 1).status == 0
     assert load_training(out).values["step"] == int(stopped) + 1
+
+
+# Every command: the status, and one line
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A command, with what it needs, and what is wrong for it."""
+
+    needs: str  # options that would do
+    missing: str  # an option whose folder or file is missing
+    impossible: tuple[str, ...]  # an option each that has an impossible value; the status is 2
+    also: tuple[str, ...] = ()  # the same, known only once something is read; the status is 1
+
+
+WIDTHS = ("--num-codes 1", "--num-codes 99999999999999999999999", "--code-dim 0", "--hidden-channels 1000000000000")
+TRAINING = ("--steps 0", "--batch-size 0", "--batch-size 1000000000000", "--lr 0", "--lr nan", "--lr inf", "--seed -1")
+SAMPLING = ("--n 0", "--n 1000000000000", "--n 1.5", "--temperature nan", "--temperature inf", "--top-k 0", "--top-p 0")
+COMMANDS = {
+    "train-tokenizer": Refused(
+        needs="--data {images} --out {new}",
+        missing="--data {nosuch}",
+        impossible=(
+            *TRAINING,
+            *WIDTHS,
+            "--image-size 1x2x3",
+            "--image-size 999999",
+            "--num-residual-layers 2147483648",
+        ),
+        also=("--image-size 9x12", "--hidden-channels 3", "--device tpu"),
+    ),
+    "export-codes": Refused(
+        needs="--tokenizer {tokenizer} --out {new}",
+        missing="--tokenizer {nosuch}",
+        impossible=("--split valid", "--shard-size 0", "--batch-size -1", "--to csv"),
+        also=("--device cuda:99",),
+    ),
+    "verify-codes": Refused(needs="{codes}", missing="--data {nosuch}", impossible=()),
+    "decode-codes": Refused(
+        needs="{codes} --tokenizer {tokenizer} --out {new}",
+        missing="--tokenizer {nosuch}",
+        impossible=("--start -1", "--n 0", "--n many"),
+        also=("--start 1000",),
+    ),
+    "train-prior": Refused(
+        needs="--codes {codes} --tokenizer {tokenizer} --out {new}",
+        missing="--codes {nosuch}",
+        impossible=(*TRAINING, "--dropout 1", "--dropout nan", "--num-layers 2147483648", "--channels 1000000000000"),
+        also=("--device tpu",),
+    ),
+    "sample": Refused(
+        needs="{both} --out {new}",
+        missing="--prior {nosuch}",
+        impossible=(*SAMPLING, "--seed -1"),
+        also=("--label 99", "--device tpu"),
+    ),
+    "complete": Refused(
+        needs="{both} --out {new} --image {white} --keep top",
+        missing="--image {nosuch}",
+        impossible=(*SAMPLING, "--candidates 0", "--candidates 1000000000000"),
+        also=("--label 99", "--keep middle"),
+    ),
+    "reconstruct": Refused(
+        needs="--tokenizer {tokenizer} --out {new}.png",
+        missing="--tokenizer {nosuch}",
+        impossible=("--n 0", "--split valid"),
+        also=("--device tpu",),
+    ),
+    "evaluate": Refused(
+        needs="--tokenizer {tokenizer}",
+        missing="--prior {nosuch}",
+        impossible=("--split valid",),
+        also=("--device tpu", "--data-root {nosuch}"),
+    ),
+    "measure-rate": Refused(
+        needs="--tokenizer {tokenizer}",
+        missing="--data {nosuch}",
+        impossible=("--n 0", "--split valid"),
+        also=("--device tpu",),
+    ),
+}
+REFUSED = [
+    (command, option, status)
+    for command, refused in COMMANDS.items()
+    for status, wrong in (
+        (2, ("--nosuch", "extra", "--device", *refused.impossible)),
+        (1, (refused.missing, *refused.also)),
+    )
+    for option in wrong
+]
+
+
+def test_the_table_names_every_command() -> None:
+    assert COMMANDS.keys() == cli.cli.commands.keys()
+
+
+@pytest.mark.parametrize(("command", "option", "status"), REFUSED, ids=[" ".join(map(str, case)) for case in REFUSED])
+def test_what_is_wrong_is_one_line_and_the_status_says_whose_fault_it_is(
+    place: Path, trained: Trained, command: str, option: str, status: int, codegrid: Codegrid
+) -> None:
+    """2 for the command line, 1 for what it names; nothing is printed on standard output, nothing written."""
+    names = {**vars(trained), "new": place / "new", "nosuch": place / "nosuch", "white": place / "white.png"}
+    both = "--tokenizer {tokenizer} --prior {prior}"
+    line = f"{command} {COMMANDS[command].needs.replace('{both}', both)} {option}"
+    before = sorted(place.rglob("*"))
+    outcome = codegrid(*(word.format(**names) for word in line.split()))
+    assert (outcome.status, outcome.out) == (status, "")
+    (message,) = outcome.err.splitlines()
+    assert message.startswith("Error: ")
+    assert sorted(place.rglob("*")) == before
+
+
+@pytest.mark.parametrize("command", [name for name in COMMANDS if name not in ("verify-codes", "evaluate")])
+def test_what_the_table_says_would_do_does(place: Path, trained: Trained, command: str, codegrid: Codegrid) -> None:
+    """The oracle of the test above: it is the option that is refused, not the rest."""
+    names = {**vars(trained), "new": place / "new", "white": place / "white.png"}
+    line = f"{command} {COMMANDS[command].needs.replace('{both}', '--tokenizer {tokenizer} --prior {prior}')}"
+    few = {"train-tokenizer": "--steps 1", "train-prior": "--steps 1", "sample": "--n 1", "complete": "--n 1"}
+    words = f"{line} {few.get(command, '')}".split()
+    assert codegrid(*(word.format(**names) for word in words)).status == 0
+
+
+@pytest.mark.parametrize("command", ["train-tokenizer", "train-prior", "sample", "complete"])
+def test_a_seed_of_any_size_will_do(place: Path, trained: Trained, command: str, codegrid: Codegrid) -> None:
+    """Of 23 digits, and of as many as Python reads; one that it does not read is refused in one line."""
+    names = {**vars(trained), "new": place / "new", "white": place / "white.png"}
+    line = f"{command} {COMMANDS[command].needs.replace('{both}', '--tokenizer {tokenizer} --prior {prior}')}"
+    words = [word.format(**names) for word in line.split()]
+    few = {"train-tokenizer": ["--steps", 1], "train-prior": ["--steps", 1]}.get(command, ["--n", 1])
+    for digits, status in ((23, 0), (4300, 0), (5000, 2 if hasattr(sys, "set_int_max_str_digits") else 0)):
+        outcome = codegrid(*words, *few, "--force", "--seed", "9" * digits)
+        assert outcome.status == status, outcome.err
+        assert len(outcome.error_lines) == (1 if status else 0)
+
+
+# What is printed: names, encodings, pipes
+
+needs_posix_names = pytest.mark.skipif(sys.platform in ("win32", "darwin"), reason="the system refuses such names")
+
+
+@needs_posix_names
+@pytest.mark.parametrize("name", [b"caf\xe9", b"a\x1b[2Jb\x07", b"two\nlines", "gpj.\u202eevil".encode()])
+def test_a_name_in_a_message_is_harmless(tmp_path: Path, name: bytes, codegrid: Codegrid) -> None:
+    for line in ("evaluate --tokenizer", "train-tokenizer --out {new} --data", "verify-codes", "sample --label"):
+        path = tmp_path / os.fsdecode(name)
+        outcome = codegrid(*(word.format(new=tmp_path / "new") for word in line.split()), path)
+        assert outcome.status == 1
+        assert outcome.err.endswith("\n")
+        (message,) = outcome.err.splitlines()
+        assert message.isprintable()
+        if "label" not in line:
+            assert printable(os.fsdecode(name)) in message
+
+
+@needs_posix_names
+def test_class_names_and_files_that_act_on_a_terminal_are_trained_on_and_printed_harmlessly(
+    tmp_path: Path, codegrid: Codegrid
+) -> None:
+    """And a folder for the results whose name is not UTF-8."""
+    names = ["\x1b[31mred", "two\nlines", os.fsdecode(b"caf\xe9")]
+    images = fill_with_cells(tmp_path / "images", [f"{name}/{i}\x1b.png" for name in names for i in range(9)])
+    (images / names[0] / "broken\x1b[2J.png").write_text("not an image")
+    tokenizer, prior = tmp_path / os.fsdecode(b"tok\xe9"), tmp_path / "prior\x07"
+    lines: list[list[object]] = [
+        ["train-tokenizer", "--data", images, "--out", tokenizer, "--steps", 1, "--num-codes", 8],
+        ["train-prior", "--tokenizer", tokenizer, "--out", prior, "--steps", 1, "--channels", 2],
+        ["sample", "--tokenizer", tokenizer, "--prior", prior, "--n", 1, "--out", tmp_path / "\x1bs"],
+        ["sample", "--tokenizer", tokenizer, "--prior", prior, "--n", 1, "--out", tmp_path / "t", "--label", "nosuch"],
+        ["evaluate", "--tokenizer", tokenizer, "--prior", prior],
+        ["verify-codes", prior / "codes"],
+    ]
+    for line in lines:
+        outcome = codegrid(*line)
+        assert outcome.status == (1 if "nosuch" in line else 0), outcome.err
+        for printed in (outcome.out + outcome.err).split("\n"):
+            assert printed.replace("\r", "").isprintable()
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii", "utf-8"])
+def test_an_emoji_breaks_no_terminal(tmp_path: Path, trained: Trained, encoding: str) -> None:
+    """Real programs: one that succeeds, and one that fails."""
+    out = tmp_path / "cat 🐈"
+    environment = {**os.environ, "PYTHONIOENCODING": encoding}
+    program = [sys.executable, str(ROOT / "cli.py")]
+    command = [*program, "export-codes", "--tokenizer", str(trained.tokenizer), "--out", str(out)]
+    for status in (0, 1):
+        ended = subprocess.run([*command, "--split", ["train", "test"][status]], env=environment, capture_output=True)
+        shown = str(out).encode(encoding, "backslashreplace")
+        assert ended.returncode == status, ended.stderr
+        assert shown in (ended.stderr if status else ended.stdout)
+        assert b"Traceback" not in ended.stderr
+
+
+CLOSED_PIPE = {
+    "help": "--help",
+    "help of a command": "sample --help",
+    "no command": "",
+    "version": "--version",
+    "evaluate": "evaluate --tokenizer {tokenizer} --json {new}",
+    "export-codes": "export-codes --tokenizer {tokenizer} --out {new}",
+    "verify-codes": "verify-codes {place}/cut-codes",
+    "sample": "sample --tokenizer {tokenizer} --prior {prior} --n 1 --out {new}",
+    "train-prior": "train-prior --codes {codes} --channels 2 --steps 2 --out {new}",
+}
+
+
+@pytest.mark.skipif(os.name == "nt", reason="closes a pipe")
+@pytest.mark.parametrize("case", CLOSED_PIPE)
+def test_a_reader_who_has_left_ends_a_command_with_141_and_no_word(place: Path, trained: Trained, case: str) -> None:
+    """As `| head -1` does; the pipe is closed before the program starts."""
+    names = {**vars(trained), "place": place, "new": place / "new"}
+    command = [sys.executable, str(ROOT / "cli.py"), *(word.format(**names) for word in CLOSED_PIPE[case].split())]
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        ended = subprocess.run(command, cwd=place, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=120)
+    finally:
+        os.close(writer)
+    assert (ended.returncode, ended.stderr.strip()) == (141, "")
+    assert (place / "new").exists() == ("{new}" in CLOSED_PIPE[case])  # the work is done, or saved
+
+
+@pytest.mark.skipif(os.name == "nt", reason="closes a pipe")
+@pytest.mark.parametrize("closed_from_the_start", [False, True])
+def test_standard_error_that_nobody_reads_changes_nothing(
+    place: Path, trained: Trained, closed_from_the_start: bool
+) -> None:
+    program = [sys.executable, str(ROOT / "cli.py")]
+    reader, writer = os.pipe()
+    os.close(reader)
+    close = (lambda: os.close(2)) if closed_from_the_start else None
+    try:
+        for options, status in (("--tokenizer {tokenizer}", 0), ("--tokenizer {place}/nosuch", 1), ("--nosuch", 2)):
+            words = [word.format(**vars(trained), place=place) for word in options.split()]
+            command = [*program, "evaluate", *words]
+            ended = subprocess.run(command, stdout=subprocess.PIPE, stderr=writer, preexec_fn=close, text=True)
+            assert (ended.returncode, "psnr" in ended.stdout) == (status, status == 0)
+    finally:
+        os.close(writer)
+
+
+def test_an_end_of_file_in_a_command_is_an_error_and_no_ctrl_c(
+    tmp_path: Path, trained: Trained, codegrid: Codegrid, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ended(*arguments: Any, **options: Any) -> None:
+        raise EOFError("no data left")
+
+    monkeypatch.setattr(image_pipeline, "sample_codes", ended)
+    both = ["--tokenizer", trained.tokenizer, "--prior", trained.prior]
+    outcome = codegrid("sample", *both, "--out", tmp_path / "out")
+    assert (outcome.status, outcome.error_lines) == (1, ["Error: EOFError: no data left (--debug shows where)"])
+
+
+@pytest.mark.parametrize(
+    ("error", "size"),
+    [
+        (MemoryError("Unable to allocate 148. KiB for an array with shape (9,)"), " for a further 148. KiB"),
+        (MemoryError(), ""),
+        (
+            RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 32 bytes."),
+            "",
+        ),
+        (RuntimeError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has"), " for a further 20.00 GiB"),
+    ],
+)
+def test_too_little_memory_is_said_in_words(
+    tmp_path: Path, trained: Trained, error: Exception, size: str, codegrid: Codegrid, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*arguments: Any, **options: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(image_pipeline, "sample_codes", broken)
+    both = ["--tokenizer", trained.tokenizer, "--prior", trained.prior]
+    outcome = codegrid("sample", *both, "--out", tmp_path / "out")
+    (line,) = outcome.error_lines
+    assert line.startswith(f"Error: expected memory for this, got too little{size}")
+    assert line.endswith("; choose smaller sizes or end other programs")
+    assert outcome.status == 1
+
+
+def test_a_shell_can_ask_for_completions() -> None:
+    environment = {**os.environ, "_CODEGRID_COMPLETE": "bash_complete", "COMP_WORDS": "codegrid sam", "COMP_CWORD": "1"}
+    command = [sys.executable, str(ROOT / "cli.py")]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert ended.stdout == "plain,sample\n"

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 from pathlib import Path
 
@@ -12,11 +13,14 @@ import torch
 from PIL import Image
 
 from pipeline.generation import sample_folder
+from pipeline.images.holdout import held_out
+from pipeline.images.image_set import open_images
 from pipeline.images.png import save_grid
 from pipeline.models.checkpoint import read_info
+from pipeline.training.split_summary import split_summary
 
 from .conftest import CLASS_NAMES, Codegrid, Trained
-from .support import HEIGHT, WIDTH, as_a_program, digest_of
+from .support import HEIGHT, WIDTH, Outcome, as_a_program, digest_of, fill_with_cells
 
 TOKENIZER = ["train-tokenizer", "--steps", 2, "--num-codes", 16]
 PRIOR = ["train-prior", "--steps", 2, "--channels", 4, "--num-layers", 2]
@@ -83,13 +87,99 @@ def test_each_command_says_what_comes_next(
     tmp_path: Path, image_folder: Path, codegrid: Codegrid, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    printed = codegrid(*TOKENIZER, "--data", image_folder).out
-    assert printed.startswith("stage one")
-    assert re.search(r"done: 2 steps; mse 0\.\d+, .*\nnext: codegrid train-prior", printed)
+    printed, out = codegrid(*TOKENIZER, "--data", image_folder).out, Path("checkpoints/tokenizer")
+    assert printed.startswith(f"stage one: a tokenizer for {image_folder}, into {out}\n")
+    assert re.search(r"\ndone: 2 steps; mse 0\.\d+, .*\n", printed)
+    assert printed.endswith(f"\nin {out}: model.safetensors, metrics.jsonl, pictures\nnext: codegrid train-prior\n")
     printed = codegrid(*PRIOR).out
-    assert printed.startswith("stage two")
-    assert re.search(r"done: best at step \d; bits_per_code \d.*\nnext: codegrid sample --n 64", printed)
+    codes = Path("checkpoints/prior/codes")
+    assert f"\nstage two: a prior over the codes in {codes}, into {codes.parent}\n" in printed
+    assert re.search(r"\ndone: 2 steps(, the best of them 1)?; bits_per_code \d.*\n", printed)
+    assert printed.endswith(
+        f"\nin {codes.parent}: model.safetensors, metrics.jsonl, pictures, codes\nnext: codegrid sample --n 64\n"
+    )
     assert "3 new images: samples" in codegrid("sample", "--n", 3).out
+
+
+def next_command(outcome: Outcome) -> list[str]:
+    """Return the words of the command that a training run names as the next, as a shell would take them."""
+    program, *words = shlex.split(outcome.out.splitlines()[-1].removeprefix("next: "))
+    assert (outcome.status, program) == (0, "codegrid")
+    return words
+
+
+@pytest.mark.skipif(os.name == "nt", reason="reads the quotes of a POSIX shell")
+def test_the_next_command_is_of_the_folders_of_this_run_and_works_as_it_is_printed(
+    tmp_path: Path, image_folder: Path, codegrid: Codegrid, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Folders whose names a shell would divide or expand."""
+    monkeypatch.chdir(tmp_path)
+    tokenizer, prior = "runs/my tok; $HOME", "runs/it's *"
+    words = next_command(codegrid(*TOKENIZER, "--data", image_folder, "--out", tokenizer))
+    assert words == ["train-prior", "--tokenizer", tokenizer]
+    words = next_command(codegrid(*words, *PRIOR[1:], "--out", prior))
+    assert words == ["sample", "--n", "64", "--tokenizer", tokenizer, "--prior", prior]
+    assert codegrid(*words).status == 0
+    words = next_command(codegrid("train-prior", "--resume", "--out", prior))
+    assert words == ["sample", "--n", "64", "--tokenizer", tokenizer, "--prior", prior]
+
+
+# How the images are divided
+
+
+def numbers_of(line: str) -> list[int]:
+    """Return the numbers of a line such as "1,000 images = 898 to learn from + 102 held out": total, then parts."""
+    return [int(number.replace(",", "")) for number in re.findall(r"(?:^|[=+] )([\d,]+)", line)]
+
+
+def test_the_line_about_the_split_adds_up(
+    tmp_path: Path, image_folder: Path, codegrid: Codegrid, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """70 pictures and one that is broken, counted once more from what was prepared and exported."""
+    monkeypatch.chdir(tmp_path)
+    fill_with_cells(tmp_path / "images", [f"{i}.png" for i in range(70)])
+    (tmp_path / "images" / "broken.png").write_text("not an image")
+    outcome = codegrid(*TOKENIZER, "--data", "images")
+    images = open_images("images")
+    held = int(held_out(images.train.names).sum())
+    train, test = len(images.train), len(images.test)
+    line = outcome.out.splitlines()[1]
+    assert line == f"71 images = {train - held} to learn from + {held} held out + {test} test + 1 broken, skipped"
+    total, *parts = numbers_of(line)
+    assert total == sum(parts) == 71
+    (warning,) = outcome.error_lines
+    assert warning.startswith("Warning: skipped the broken image broken.png")
+    lines = codegrid(*PRIOR).out.splitlines()
+    (line,) = [line for line in lines if line.startswith(f"{train} grids = ")]
+    assert line == f"{train} grids = {train - held} to learn from + {held} held out; 2x3 codes each, no classes"
+
+
+@pytest.mark.parametrize(
+    ("counts", "line"),
+    [
+        ({"to_learn": 861, "held_out": 37, "test": 102}, "1,000 images = 861 to learn from + 37 held out + 102 test"),
+        ({"to_learn": 1, "test": 0}, "1 image = 1 to learn from and to check on + 0 held out + 0 test"),
+        (
+            {"to_learn": 95_000, "held_out": 5_000, "measured": 4096},
+            "100,000 images = 95,000 to learn from + 5,000 held out (4,096 of them to check on)",
+        ),
+        (
+            {"to_learn": 8, "held_out": 1, "test": 0, "broken": 1},
+            "10 images = 8 to learn from + 1 held out + 0 test + 1 broken, skipped",
+        ),
+    ],
+)
+def test_split_summary(counts: dict[str, int], line: str) -> None:
+    assert split_summary("image", **{"held_out": 0, "measured": counts.get("held_out", 0), **counts}) == line
+    total, *parts = numbers_of(line)
+    assert total == sum(parts)
+
+
+@pytest.mark.parametrize("stage", ["tokenizer", "prior"])
+def test_what_is_refused_announces_nothing(tmp_path: Path, stage: str, codegrid: Codegrid) -> None:
+    option = {"tokenizer": "--data", "prior": "--codes"}[stage]
+    outcome = codegrid(f"train-{stage}", option, tmp_path / "nosuch", "--out", tmp_path / "out")
+    assert (outcome.status, outcome.out) == (1, "")
 
 
 def test_a_run_folder_holds_config_seed_versions_and_metrics(trained: Trained) -> None:

@@ -4,7 +4,6 @@ What can be refused is refused before images are prepared, which may take minute
 themselves (how many, their classes, their hash) is compared with an existing export afterwards.
 """
 
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields, replace
@@ -18,10 +17,11 @@ from ..errors import InputError
 from ..images.image_set import ImageSet, ImageSplit, source_name, split_of
 from ..models.checkpoint import CheckpointInfo, library_versions
 from ..models.loading import images_of, load_trained_tokenizer
+from ..runtime.console import note, say
 from ..runtime.device import choose_device
 from ..runtime.folder_lock import only_writer
 from ..runtime.process_group import ProcessGroup, process_group
-from ..runtime.progress import Progress, progress_bar
+from ..runtime.progress import Progress
 from .encoded_images import EncodedImages, rows_sha256
 from .manifest import CodeManifest, code_dtype
 from .tables import add_table, check_table
@@ -88,7 +88,7 @@ def export_codes(
             if to is not None:
                 manifest = group.run_on_main(lambda: add_table(out, to))
         if group.is_main:
-            print(f"{manifest.count:,} grids of {manifest.grid[0]}x{manifest.grid[1]} codes: {out}")
+            say(f"{manifest.count:,} grids of {manifest.grid[0]}x{manifest.grid[1]} codes: {out}")
     return manifest
 
 
@@ -110,16 +110,16 @@ def _encode(
     batch_size: int,
     force: bool,
 ) -> CodeManifest:
-    """Write the codes of all images, with a progress bar; return the manifest."""
+    """Write the codes of all images and show the progress; return the manifest."""
     with _progress(requested.split, group) as bar:
 
         def on_start(to_write: int, existing: int) -> None:
             bar.reset(to_write)
             if existing and group.is_main:
-                bar.write(f"{existing:,} of {requested.total:,} grids exist already: {out}")
+                say(f"{existing:,} of {requested.total:,} grids exist already: {out}")
 
         rows = EncodedImages(tokenizer, images, flips=requested.flips, batch_size=batch_size, bar=bar)
-        with _explain_interrupt(bar, group, force=force):
+        with _explain_interrupt(group, force=force):
             return write_codes(out, requested, rows, group, force=force, on_start=on_start)
 
 
@@ -177,18 +177,18 @@ def _device_name(device: torch.device) -> str:
 
 
 def _progress(split: str, group: ProcessGroup) -> Progress:
-    """Return a progress bar, which the main process alone shows."""
+    """Return the progress, which the main process alone shows."""
     process = f" (process {group.rank + 1} of {group.count})" if group.count > 1 else ""
-    return progress_bar(0, f"encoding {split}{process}", disable=not group.is_main)
+    return Progress(0, f"encoding {split}{process}", shown=group.is_main)
 
 
 @contextmanager
-def _explain_interrupt(bar: Progress, group: ProcessGroup, *, force: bool) -> Iterator[None]:
+def _explain_interrupt(group: ProcessGroup, *, force: bool) -> Iterator[None]:
     """Print on Ctrl-C that finished shards are kept, and how to resume."""
     try:
         yield
     except KeyboardInterrupt:
         if group.is_main:
             command = "the same command without --force" if force else "the same command"
-            bar.write(f"stopped; finished shards are kept, and {command} resumes", file=sys.stderr)
+            note(f"stopped; finished shards are kept, and {command} resumes")
         raise

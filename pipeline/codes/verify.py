@@ -18,6 +18,7 @@ from ..errors import InputError
 from ..images.image_set import ImageSplit, open_images, split_of
 from ..models.checkpoint import check_same_tokenizer, read_info
 from ..runtime.atomic_files import TEMPORARY
+from ..runtime.console import check_output, say
 from ..runtime.folder_lock import LOCK
 from ..runtime.progress import with_progress
 from .encoded_images import rows_sha256
@@ -57,7 +58,8 @@ def verify_codes(
     images = _named_images(folder, manifest, data, data_root)
     problems = []
     for problem in _problems(folder, manifest, images):
-        print(problem)
+        say(problem)
+        check_output()
         problems.append(problem)
     if problems:
         others = f"; and {len(problems) - NAMED} more" if len(problems) > NAMED else ""
@@ -116,7 +118,7 @@ def _missing_or_foreign(folder: Path, manifest: CodeManifest) -> Iterator[str]:
     for name in sorted(path.name for path in folder.iterdir()):
         in_progress = not manifest.complete and EXPORT_FILES.fullmatch(name.removesuffix(TEMPORARY))
         if name not in expected and not in_progress:
-            yield f"{name.encode('utf-8', 'replace').decode()} is not of this data set"
+            yield f"{name} is not of this data set"
 
 
 def _gaps(manifest: CodeManifest, shard_size: int) -> Iterator[str]:

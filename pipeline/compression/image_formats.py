@@ -42,7 +42,7 @@ class JpegRate:
 
 def mean_png_bytes(images: np.ndarray) -> float:
     """Return the mean bytes of images uint8 [N,C,H',W'], each as an optimised PNG."""
-    shown = with_progress(images, len(images), "PNG", leave=False)
+    shown = with_progress(images, len(images), "PNG")
     return sum(len(_saved(to_pillow(image), "PNG")) for image in shown) / len(images)
 
 
@@ -77,7 +77,7 @@ def measure_jpeg(images: np.ndarray, quality: int, *, subsampling: str) -> JpegR
     """Return the rate of uint8 images [N,C,H',W'] as JPEG of one quality."""
     error, file, scan = 0, 0, 0
     with _buffer_for(images[0]):
-        for image in with_progress(images, len(images), f"JPEG {subsampling}, quality {quality}", leave=False):
+        for image in with_progress(images, len(images), f"JPEG {subsampling}, quality {quality}"):
             picture = to_pillow(image)
             data = _saved(picture, "JPEG", quality=quality, subsampling=subsampling)
             with Image.open(io.BytesIO(data)) as reconstructed:

@@ -211,7 +211,7 @@ def _encode(tokenizer: VQVAE, split: ImageSplit) -> np.ndarray:
     """Return the codes [N,H,W] of a split, in the smallest type that holds them."""
     dtype = code_dtype(tokenizer.config.num_codes)
     batches = encode_images(tokenizer, lambda start, stop: split.batch(np.arange(start, stop)), len(split))
-    shown = with_progress(batches, len(split), "encoding", size=len, leave=False)
+    shown = with_progress(batches, len(split), "encoding", size=len)
     return np.concatenate([codes.numpy().astype(dtype) for codes in shown])
 
 
@@ -219,7 +219,7 @@ def _psnr_of_codes(tokenizer: VQVAE, codes: np.ndarray, images: np.ndarray) -> f
     """Return the PSNR in dB between images uint8 [N,C,H',W'] and what their codes [N,H,W] decode to, in uint8."""
     error, start = 0, 0
     decoded = decode_codes(tokenizer, lambda first, last: torch.from_numpy(codes[first:last]).long(), len(codes))
-    for batch in with_progress(decoded, len(codes), "decoding", size=len, leave=False):
+    for batch in with_progress(decoded, len(codes), "decoding", size=len):
         error += squared_error(batch.numpy(), images[start : start + len(batch)])
         start += len(batch)
     return psnr_of_uint8(error, images.size)

@@ -37,4 +37,4 @@ def code_batches(codes: np.ndarray, labels: np.ndarray) -> Iterator[tuple[Tensor
     """Return the batches of codes [N,H,W] of any integer type and labels [N], as int64, with a progress bar."""
     slices = (slice(start, start + BATCH) for start in range(0, len(codes), BATCH))
     batches = ((torch.from_numpy(codes[rows].astype(np.int64)), torch.from_numpy(labels[rows])) for rows in slices)
-    return with_progress(batches, len(codes), "measuring the prior", size=lambda batch: len(batch[0]), leave=False)
+    return with_progress(batches, len(codes), "measuring the prior", size=lambda batch: len(batch[0]))

@@ -52,9 +52,7 @@ def measure_reconstruction(
     rows = np.arange(len(split)) if indices is None else indices
     squared_error, histogram = 0.0, torch.zeros(model.config.num_codes, dtype=torch.int64)
     results = run_in_blocks(model, _reconstruct(model), lambda start, stop: split.batch(rows[start:stop]), len(rows))
-    shown = with_progress(
-        results, len(rows), "evaluating", size=lambda result: len(result[0]), leave=False, disable=not progress
-    )
+    shown = with_progress(results, len(rows), "evaluating", size=lambda result: len(result[0]), shown=progress)
     for errors, *codes in shown:
         squared_error += float(errors.double().sum())
         for batch in codes:

@@ -1,6 +1,5 @@
 """A picture of images above their reconstructions."""
 
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +9,7 @@ from ..images.png import above_and_below, save_grid
 from ..images.preprocessing import to_uint8
 from ..models.inference import reconstruct_images
 from ..models.loading import images_of, load_trained_autoencoder
+from ..runtime.console import note
 from ..runtime.output_paths import check_output_file
 
 
@@ -33,7 +33,7 @@ def reconstruct_to_file(
     trained = load_trained_autoencoder(tokenizer_folder, device)
     chosen = split_of(images_of(trained.info, data=data, data_root=data_root), split)
     if n > len(chosen):
-        print(f"note: the {split} split has {len(chosen)} images, fewer than --n {n}", file=sys.stderr)
+        note(f"note: the {split} split has {len(chosen)} images, fewer than --n {n}")
     images = to_uint8(chosen.batch(np.arange(min(n, len(chosen)))))
     columns = min(8, len(images))
     reconstructed = reconstruct_images(trained.model, images, folder=tokenizer_folder)

@@ -1,7 +1,6 @@
 """A folder of sampled or completed images: a contact sheet, a PNG of each, their codes, and a record."""
 
 import math
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,7 +18,8 @@ from ..errors import InputError
 from ..images.png import save_grid
 from ..images.png_folder import ImageFolder
 from ..images.preprocessing import IMAGE_ERRORS, Preprocessing, read_image, to_float, to_uint8, why_unreadable
-from ..runtime.progress import Progress, progress_bar
+from ..runtime.console import note
+from ..runtime.progress import Progress
 from .image_pipeline import ImagePipeline, Sampled
 from .keep_mask import HALVES, half_mask, hide_pixels, mask_from_file
 from .sample_record import (
@@ -77,7 +77,7 @@ def sample_to_folder(pipeline: ImagePipeline, options: SampleOptions, out: Path,
                     batches.append(batch)
         except KeyboardInterrupt:
             finished = sum(len(batch.codes) for batch in batches)
-            print(f"stopped: {finished} of {options.n} images are in {out}", file=sys.stderr)
+            note(f"stopped: {finished} of {options.n} images are in {out}")
             raise
         finally:
             if batches:
@@ -163,14 +163,13 @@ def _rows_on(bar: Progress, start: int, count: int, height: int) -> Callable[[in
     """Return a function that is told the finished rows of images start .. start + count - 1 and moves the bar."""
 
     def show(rows: int) -> None:
-        bar.update(start + count * rows / height - bar.n)
+        bar.move_to(start + count * rows / height)
 
     return show
 
 
 def _progress(n: int) -> Progress:
-    bar_format = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total} [{elapsed}<{remaining}]"
-    return progress_bar(n, "sampling images", bar_format=bar_format)
+    return Progress(n, "sampling")
 
 
 def _read(path: Path, preprocessing: Preprocessing) -> Tensor:

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..errors import InputError
-from ..runtime.progress import Progress, progress_bar
+from ..runtime.progress import Progress
 from .building_folder import kept_alive, new_building_folder
 from .cache_folder import cache_folder, cannot_write, writing_cache
 
@@ -132,8 +132,7 @@ def _check_files(folder: Path, files: Mapping[str, StoredFile]) -> None:
         if not (folder / name).is_file() or (folder / name).stat().st_size != file.size:
             raise ValueError(f"{name} is no file of {file.size:,} bytes")
     total = sum(file.size for file in files.values())
-    hidden = total < _SHOWN_FROM
-    with progress_bar(total, "checking the image cache", "B", disable=hidden, unit_scale=True, leave=False) as bar:
+    with Progress(total, "checking the image cache", "byte", shown=total >= _SHOWN_FROM) as bar:
         for name, file in files.items():
             if _sha256(folder / name, bar) != file.sha256:
                 raise ValueError(f"the checksum of {name} is another one")

@@ -18,9 +18,10 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..models.checkpoint import CheckpointInfo, SavedRun, TrainingState, read_run, save_checkpoint
+from ..runtime.console import OutputClosed, output_closed, say
 from ..runtime.device import autocast
 from ..runtime.interrupts import StopSignal
-from ..runtime.progress import progress_bar
+from ..runtime.progress import Progress
 from .cost import CostEstimate
 from .divergence import DivergedError, Divergence
 from .metrics_log import MetricsLog, RunningMeans
@@ -79,7 +80,7 @@ def run_training(
         InputError: a loss or the state to save is not finite for the second time, or a checkpoint cannot be written;
             the last good checkpoint stays.
         KeyboardInterrupt: Ctrl-C, after saving.
-        SystemExit: SIGTERM or SIGHUP, after saving.
+        SystemExit: SIGTERM, SIGHUP, or nobody reads standard output any more, after saving.
     """
     trainer = _Trainer(stage, info, settings, folder)
     with trainer.bar, StopSignal() as stop:  # closing the bar ends its line, so that an error has one of its own
@@ -90,6 +91,9 @@ def run_training(
                 if stop.requested:
                     trainer.save()
                     stop.exit(f"stopped at step {trainer.step:,} and saved; --resume continues")
+                if output_closed():
+                    trainer.save()
+                    raise OutputClosed
             except DivergedError as error:
                 if stop.requested:
                     raise
@@ -110,7 +114,8 @@ class _Trainer:
         self.optimizers = Optimizers(stage.model, settings.optimizer, settings.learning_rate)
         self.log = MetricsLog(folder / "metrics.jsonl")
         self.means = RunningMeans()
-        self.bar = progress_bar(settings.steps, None, "step", smoothing=0.05)
+        item = "image" if info.kind == "tokenizer" else "grid"
+        self.bar = Progress(settings.steps, unit="step", batch_size=settings.batch_size, item=item)
         self.cost = CostEstimate(settings.steps, settings.steps)
         self.saved_at = time.monotonic()
         self.beginning: TrainingState | None = None  # until the first save
@@ -128,9 +133,7 @@ class _Trainer:
         self.cost = CostEstimate(self.settings.steps - self.step, self.settings.steps)
         if self.step >= self.settings.steps:
             self.info = saved.info
-            self.bar.write(
-                f"{self.step:,} steps of this run are done already, --steps {self.settings.steps:,} adds none"
-            )
+            say(f"{self.step:,} steps of this run are done already, --steps {self.settings.steps:,} adds none")
             if saved.is_previous:
                 self.save()
 
@@ -153,7 +156,7 @@ class _Trainer:
         self.means.add(losses)
         estimate = self.cost.after_step()
         if estimate is not None:
-            self.bar.write(estimate)
+            say(estimate)
         if self._due(LINES_PER_EVALUATION * self.settings.evaluations):
             self._report(losses, rate)
         if self._due(self.settings.evaluations):
@@ -201,9 +204,7 @@ class _Trainer:
             self.restore(read_run(self.folder, self.info.kind))
         self.learning_rate_scale = LOWER_RATE
         self.divergence.forget()
-        self.bar.write(
-            f"{error.got}: back to step {self.step:,}, this once, with {LOWER_RATE:g} times the learning rate"
-        )
+        say(f"{error.got}: back to step {self.step:,}, this once, with {LOWER_RATE:g} times the learning rate")
 
     def _load_state(self, state: TrainingState, best_weights: Mapping[str, Tensor]) -> None:
         """Continue from a state; `best_weights` are those of the recorded evaluation, where they are kept."""
@@ -213,8 +214,7 @@ class _Trainer:
         self.learning_rate_scale = position.learning_rate_scale
         with self._unharmed_by("the log"):
             self.log.resume(self.step, None if position.interval is None else position.interval.seconds)
-        self.bar.update(self.step - self.bar.n)
-        self.bar.unpause()
+        self.bar.start_at(self.step)
 
     def _state(self) -> TrainingState:
         """Return the state that a resumed run continues from."""
@@ -239,8 +239,8 @@ class _Trainer:
         self.divergence.check(evaluation.numbers, self.step)
         if not self.settings.keep_best or not self.best or evaluation.is_better_than(self.best):
             self._record(evaluation)
-        summary = f"\n  {evaluation.summary}" if evaluation.summary else ""
-        self.bar.write(f"step {self.step:,}: {_in_words(evaluation.numbers)}{summary}")
+        summary = [f"  {evaluation.summary}"] if evaluation.summary else []
+        say(f"step {self.step:,}: {_in_words(evaluation.numbers)}", *summary)
 
     def _record(self, evaluation: Evaluation) -> None:
         """Record this evaluation for the checkpoint and, where the best weights are kept, the present weights."""
@@ -252,7 +252,7 @@ class _Trainer:
         """Log the mean losses since the last line; show them in the progress bar. Raise DivergedError unless finite."""
         self.divergence.check(losses, self.step)
         numbers = self.means.take() | self.stage.status()
-        self.bar.set_postfix_str(_in_words(_shown(numbers)), refresh=False)
+        self.bar.set_numbers(_in_words(_shown(numbers)))
         self._write_log("train", numbers | {"learning_rate": rate})
 
     def _write_log(self, split: str, numbers: Mapping[str, float]) -> None:

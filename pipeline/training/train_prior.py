@@ -19,12 +19,14 @@ from ..images.holdout import held_out
 from ..models.checkpoint import CONFIG, CheckpointInfo, SavedRun, check_same_tokenizer, read_info
 from ..models.labels import all_labelled
 from ..models.loading import TrainedTokenizer, load_trained_tokenizer
+from ..runtime.console import say
 from ..runtime.device import choose_device, compile_networks, manual_seed
 from .loop import LoopSettings, run_training
 from .prior_stage import PriorStage, sample_preview
 from .recipes import PriorSettings
 from .run_folder import RunFolder, check_run_folder, prepare_run_folder, saved_run
 from .settings import recorded, resolve
+from .split_summary import split_summary
 
 
 def train_prior(run: RunFolder, overrides: Mapping[str, Any], default_tokenizer: Path) -> CheckpointInfo:
@@ -64,9 +66,9 @@ def train_prior(run: RunFolder, overrides: Mapping[str, Any], default_tokenizer:
     if tokenizer is not None:
         preview = sample_preview(model, tokenizer.model, codes.manifest.grid, settings.seed)
     stage = PriorStage(model, codes, held_out(codes.names()), preview)
-    print(explanation(stage, codes))
     info = _info(settings, config, codes, tokenizer_folder if required else None)
     prepare_run_folder(run, saved)
+    say(*explanation(stage, codes, run.out))
     loop = LoopSettings.from_settings(settings, device, keep_best=True)
     return run_training(stage, info, loop, run.out, resume=saved)
 
@@ -106,14 +108,20 @@ def _info(settings: PriorSettings, config: PriorConfig, codes: CodeDataset, toke
     )
 
 
-def explanation(stage: PriorStage, codes: CodeDataset) -> str:
-    """Return what the run is about to do, in words."""
+def explanation(stage: PriorStage, codes: CodeDataset, out: Path) -> list[str]:
+    """Return what the run is about to do, in lines of words."""
     config, (height, width) = stage.model.config, codes.manifest.grid
-    return (
-        f"{len(codes):,} grids of {height}x{width} codes to learn from, "
-        f"{len(stage.held_out_rows):,} of them held out to check on, {config.num_classes or 'no'} classes\n"
-        f"bits_per_code is what a code costs given those before it (guessing costs {math.log2(config.num_codes):.2f})"
+    split = split_summary(
+        "grid",
+        to_learn=len(stage.train_rows),
+        held_out=len(codes) - len(stage.train_rows),
+        measured=len(stage.held_out_rows),
     )
+    return [
+        f"stage two: a prior over the codes in {codes.location}, into {out}",
+        f"{split}; {height}x{width} codes each, {config.num_classes or 'no'} classes",
+        f"bits_per_code is what a code costs given those before it (guessing costs {math.log2(config.num_codes):.2f})",
+    ]
 
 
 def _open_codes(run: RunFolder, saved: SavedRun | None, settings: PriorSettings, tokenizer: Path) -> CodeDataset:
@@ -189,5 +197,5 @@ def _optional_tokenizer(folder: Path, codes: CodeDataset, device: torch.device) 
         reason = f"the tokenizer in {folder} did not make these codes"
     except (InputError, OSError) as error:
         reason = f"the tokenizer in {folder} cannot be used ({error})"
-    print(f"note: {reason}; training continues without pictures")
+    say(f"note: {reason}; training continues without pictures")
     return None

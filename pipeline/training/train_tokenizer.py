@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,11 +13,13 @@ from ..errors import InputError
 from ..images.image_set import ImageSet, ImageSplit, open_images
 from ..images.preprocessing import to_uint8
 from ..models.checkpoint import CheckpointInfo
+from ..runtime.console import say
 from ..runtime.device import choose_device, compile_networks, manual_seed
 from .loop import LoopSettings, run_training
 from .recipes import TokenizerSettings
 from .run_folder import RunFolder, check_run_folder, prepare_run_folder, saved_run
 from .settings import recorded, resolve
+from .split_summary import split_summary
 from .tokenizer_stage import BaselineStage, TokenizerStage, stage_for
 
 OPTIONS_OF_ONE_BOTTLENECK = {"num_codes": "vq", "codebook_update": "vq", "commitment_weight": "vq", "kl_weight": "vae"}
@@ -46,8 +49,8 @@ def train_tokenizer(run: RunFolder, overrides: Mapping[str, Any]) -> CheckpointI
     if settings.compile:
         compile_networks(model.encoder, model.decoder)
     stage = stage_for(model, images.train)
-    print(explanation(stage, images, config))
     prepare_run_folder(run, saved)
+    say(*explanation(stage, images, run.out))
     loop = LoopSettings.from_settings(settings, device)
     return run_training(stage, _info(settings, config, images), loop, run.out, resume=saved)
 
@@ -87,22 +90,31 @@ def _info(settings: TokenizerSettings, config: TokenizerConfig, images: ImageSet
     )
 
 
-def explanation(stage: TokenizerStage | BaselineStage, images: ImageSet, config: TokenizerConfig) -> str:
-    """Return what the run is about to do, in words."""
-    size = images.preprocessing
+def explanation(stage: TokenizerStage | BaselineStage, images: ImageSet, out: Path) -> list[str]:
+    """Return what the run is about to do, in lines of words."""
+    size, config = images.preprocessing, stage.model.config
     height, width = stage.model.grid(size.height, size.width)
-    labels = f", {len(images.class_names)} classes" if images.class_names else ""
-    held_out = f"{len(stage.held_out_rows):,} of them held out to check on"
+    source = "the built-in glyphs" if images.source == "glyphs" else images.source
+    split = split_summary(
+        "image",
+        to_learn=len(stage.train_rows),
+        held_out=len(images.train) - len(stage.train_rows),
+        measured=len(stage.held_out_rows),
+        test=len(images.test),
+        broken=len(images.broken),
+    )
+    classes = f"; {len(images.class_names):,} classes" if images.class_names else ""
     latents = {
         "vq": f"codes, each one of {config.num_codes}",
         "vae": f"Gaussians of {config.code_dim} dimensions (a baseline: no codes, no prior)",
         "ae": f"vectors of {config.code_dim} dimensions (a baseline: no codes, no prior)",
     }[config.bottleneck]
-    return (
-        f"{len(images.train):,} images to learn from, {held_out}{labels}\n"
+    return [
+        f"stage one: a tokenizer for {source}, into {out}",
+        f"{split}{classes}",
         f"each image of {size.height}x{size.width}x{size.channels} becomes {height}x{width} {latents}; "
-        "nmse is the error of the way back (1 is a grey blur, 0 perfect)"
-    )
+        "nmse is the error of the way back (1 is a grey blur, 0 perfect)",
+    ]
 
 
 def config_for(settings: TokenizerSettings, images: ImageSet) -> TokenizerConfig:

@@ -60,7 +60,7 @@ def test_training_says_what_an_image_becomes_and_promises_no_prior(
     outcome = codegrid(*command, "--steps", 2)
     assert outcome.status == 0
     assert f"becomes 2x3 {latents} (a baseline: no codes, no prior)" in outcome.out
-    assert re.search(r"done: 2 steps; mse \d\S*, psnr \d\S*, nmse \d\S*$", outcome.out.rstrip())
+    assert re.search(r"done: 2 steps; mse \d\S*, psnr \d\S*, nmse \d\S*$", outcome.out, re.MULTILINE)
     assert "train-prior" not in outcome.out + outcome.err
     assert {frozenset(line) & {"mse", "psnr", "nmse"} for line in lines_of(out, "held_out")} == {
         frozenset({"mse", "psnr", "nmse"})
@@ -174,13 +174,13 @@ def test_an_option_of_another_bottleneck_is_refused_and_nothing_written(
     assert not existing or (out / "metrics.jsonl").read_text() == "mine"
 
 
-@pytest.mark.parametrize(("weight", "status"), [("inf", 1), ("-inf", 2), ("nan", 1)])
+@pytest.mark.parametrize("weight", ["inf", "-inf", "nan"])
 def test_a_kl_weight_that_is_no_number_is_refused_and_nothing_written(
-    tmp_path: Path, image_folder: Path, weight: str, status: int, codegrid: Codegrid
+    tmp_path: Path, image_folder: Path, weight: str, codegrid: Codegrid
 ) -> None:
     command = ["train-tokenizer", "--data", image_folder, "--bottleneck", "vae", "--steps", 1]
     outcome = codegrid(*command, "--kl-weight", weight, "--out", tmp_path / "run")
-    assert outcome.status == status
+    assert outcome.status == 2
     (line,) = outcome.error_lines
     assert re.match(rf"Error: .*kl.weight.*\b{weight.removeprefix('-')}\b", line)
     assert list(tmp_path.iterdir()) == []
