@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,12 @@ from ..codes.export import export_codes
 from ..codes.manifest import MANIFEST, read_manifest
 from ..errors import InputError
 from ..images.holdout import held_out
-from ..models.checkpoint import CONFIG, CheckpointInfo, SavedRun, check_same_tokenizer, read_info
+from ..models.checkpoint import CONFIG, CheckpointInfo, SavedRun, check_same_tokenizer
 from ..models.labels import all_labelled
 from ..models.loading import TrainedTokenizer, load_trained_tokenizer
 from ..runtime.console import say
 from ..runtime.device import choose_device, compile_networks, manual_seed
+from ..runtime.folder_lock import only_writer
 from .loop import LoopSettings, run_training
 from .prior_stage import PriorStage, sample_preview
 from .recipes import PriorSettings
@@ -39,9 +40,16 @@ def train_prior(run: RunFolder, overrides: Mapping[str, Any], default_tokenizer:
             pictures, provided that it made the codes.
 
     Raises:
-        InputError: the codes, the tokenizer, a setting or the folder cannot be used, or a loss is not finite.
+        InputError: the codes, the tokenizer, a setting or the folder cannot be used, another run writes into it, or a
+            loss is not finite.
         ValueError: a setting is out of its range.
     """
+    with only_writer(run.out, "training run"):
+        return _train(run, overrides, default_tokenizer)
+
+
+def _train(run: RunFolder, overrides: Mapping[str, Any], default_tokenizer: Path) -> CheckpointInfo:
+    """Train, while nobody else writes into the folder."""
     saved = saved_run(run, "prior")
     settings = resolve(PriorSettings, overrides, saved.info.training if saved else None)
     _config(settings, num_codes=2, num_classes=0)  # refuses impossible settings before codes are exported
@@ -51,7 +59,7 @@ def train_prior(run: RunFolder, overrides: Mapping[str, Any], default_tokenizer:
     required = settings.tokenizer is not None or settings.codes is None
     # A tokenizer without codes is refused before anything is written.
     tokenizer = load_trained_tokenizer(tokenizer_folder, device) if required else None
-    codes = _open_codes(run, saved, settings, tokenizer_folder)
+    codes = _open_codes(run, saved, settings, tokenizer)
     if tokenizer is None:
         tokenizer = _optional_tokenizer(tokenizer_folder, codes, device)
     else:
@@ -124,9 +132,15 @@ def explanation(stage: PriorStage, codes: CodeDataset, out: Path) -> list[str]:
     ]
 
 
-def _open_codes(run: RunFolder, saved: SavedRun | None, settings: PriorSettings, tokenizer: Path) -> CodeDataset:
-    """Return the codes to learn, exported into the run first if none were named."""
-    folders = _exported_codes(tokenizer, run, saved) if settings.codes is None else settings.codes
+def _open_codes(
+    run: RunFolder, saved: SavedRun | None, settings: PriorSettings, tokenizer: TrainedTokenizer | None
+) -> CodeDataset:
+    """Return the codes to learn, exported into the run first if none were named, which takes the tokenizer."""
+    if settings.codes is not None:
+        folders: str | Path | Sequence[str] = settings.codes
+    else:
+        assert tokenizer is not None
+        folders = _exported_codes(tokenizer, run, saved)
     codes = CodeDataset(folders)
     _check_learnable(codes)
     if saved is not None:
@@ -154,20 +168,20 @@ def _check_learnable(codes: CodeDataset) -> None:
         )
 
 
-def _exported_codes(tokenizer: Path, run: RunFolder, saved: SavedRun | None) -> Path:
+def _exported_codes(tokenizer: TrainedTokenizer, run: RunFolder, saved: SavedRun | None) -> Path:
     """Return the folder of the codes of the tokenizer's own images, exported into the run unless they exist.
 
     An interrupted export continues, or with --force starts anew.
     """
-    fingerprint = read_info(tokenizer, "tokenizer").fingerprint
+    fingerprint, folder = tokenizer.info.fingerprint, tokenizer.folder
     if saved is not None:
-        _check_resumable(saved.info, fingerprint, f"a tokenizer in {tokenizer}")
+        _check_resumable(saved.info, fingerprint, f"a tokenizer in {folder}")
     out = run.out / "codes"
     existing = read_manifest(out) if (out / MANIFEST).exists() else None
     if existing is None or existing.tokenizer_fingerprint != fingerprint:
-        export_codes(tokenizer, out, device=run.device, force=True)
+        export_codes(folder, out, device=run.device, force=True)
     elif not existing.complete:
-        export_codes(tokenizer, out, device=run.device, force=run.force)
+        export_codes(folder, out, device=run.device, force=run.force)
     return out
 
 

@@ -15,6 +15,7 @@ from ..images.preprocessing import to_uint8
 from ..models.checkpoint import CheckpointInfo
 from ..runtime.console import say
 from ..runtime.device import choose_device, compile_networks, manual_seed
+from ..runtime.folder_lock import only_writer
 from .loop import LoopSettings, run_training
 from .recipes import TokenizerSettings
 from .run_folder import RunFolder, check_run_folder, prepare_run_folder, saved_run
@@ -33,9 +34,16 @@ def train_tokenizer(run: RunFolder, overrides: Mapping[str, Any]) -> CheckpointI
         overrides: fields of `TokenizerSettings`; None, or a field that is missing, takes the default.
 
     Raises:
-        InputError: the images, a setting or the folder cannot be used, or a loss is not finite.
+        InputError: the images, a setting or the folder cannot be used, another run writes into it, or a loss is not
+            finite.
         ValueError: a setting is out of its range.
     """
+    with only_writer(run.out, "training run"):
+        return _train(run, overrides)
+
+
+def _train(run: RunFolder, overrides: Mapping[str, Any]) -> CheckpointInfo:
+    """Train, while nobody else writes into the folder."""
     saved = saved_run(run, "tokenizer")
     settings = resolve(TokenizerSettings, overrides, saved.info.training if saved else None)
     _refuse_idle_options(settings.bottleneck, overrides)
