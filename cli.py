@@ -15,7 +15,7 @@ from click.shell_completion import shell_complete
 
 from pipeline import __version__
 from pipeline.errors import InputError
-from pipeline.runtime.console import check_output, note, prepare_console, record_closed, say
+from pipeline.runtime.console import check_output, end_status, note, prepare_console, record_closed, say
 from pipeline.training.recipes import PriorSettings, TokenizerSettings
 
 if TYPE_CHECKING:
@@ -467,6 +467,8 @@ def run_command(arguments: list[str]) -> None:
     except BrokenPipeError as error:  # click prints help texts itself
         record_closed(error)
         check_output()
+    finally:
+        end_status()  # before what is printed about an error
 
 
 def in_words(error: Exception) -> str:

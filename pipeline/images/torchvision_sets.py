@@ -66,6 +66,6 @@ def _data_set(name: str, root: str, split: str) -> Any:
     except (OSError, RuntimeError, ValueError, AssertionError, HTTPException) as error:
         raise InputError(
             expected=f"{name} in {root}, or a network to download it from",
-            got=f"{type(error).__name__}: {error}",
+            got=" ".join(f"{type(error).__name__}: {error}".split()),
             do="connect, or give the folder that holds it as --data-root",
         ) from error

@@ -111,6 +111,12 @@ def hide_status(line: StatusLine) -> None:
         _status_lines.remove(line)
 
 
+def end_status() -> None:
+    """Remove every status line: the work that drew them has ended, perhaps by an error that still holds on to it."""
+    while _status_lines:
+        _status_lines.pop().clear()
+
+
 def write_text(stream: TextIO | None, text: str) -> OSError | None:
     """Write `text` to standard output or error at once; return the error if that is impossible, and do not raise.
 

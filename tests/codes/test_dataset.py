@@ -363,7 +363,7 @@ def test_a_prior_learns_from_several_folders_and_resumes_with_them(
     outcome = codegrid(*command, *both, *small, "--steps", 1)
     assert outcome.status == 0, outcome.err
     total = len(CodeDataset([tmp_path / "train", tmp_path / "test"]))
-    assert f"{total} grids of" in outcome.out
+    assert f"\n{total} grids = " in outcome.out
     assert codegrid(*command, *both, "--steps", 2, "--resume").status == 0
     outcome = codegrid(*command, *both[:2], "--steps", 3, "--resume")
     assert outcome.status == 1

@@ -32,7 +32,7 @@ from pipeline.images.image_set import ImageSplit, open_images
 from pipeline.models import inference
 from pipeline.models.inference import BLOCK
 from pipeline.models.loading import load_tokenizer
-from pipeline.runtime import atomic_files
+from pipeline.runtime import atomic_files, progress
 from pipeline.runtime.folder_lock import LOCK, only_writer
 from tokenizer import VQVAE
 
@@ -765,11 +765,13 @@ def test_half_written_files_are_gone_at_the_end(
 
 
 @pytest.mark.usefixtures("quick")
-def test_the_bar_counts_images_and_shows_the_time(
-    tmp_path: Path, trained: Trained, many: Path, codegrid: Codegrid
+def test_the_progress_counts_images_and_shows_the_time(
+    tmp_path: Path, trained: Trained, many: Path, codegrid: Codegrid, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(progress, "FIRST_LINE_AFTER", 0.0)
+    monkeypatch.setattr(progress, "NEXT_LINES_AFTER", 0.0)
     command = ["export-codes", "--tokenizer", trained.tokenizer, "--data", many, "--out", tmp_path / "codes"]
     outcome = codegrid(*command, "--shard-size", 50)
     count = read_manifest(tmp_path / "codes").count
-    assert re.search(rf"encoding train: 100%.*{count}/{count} \[\d+:\d+<00:00, .*image/s\]", outcome.err)
+    assert re.search(rf"encoding train: {count} of {count} images \(100 %\), [\d,]+ images/s, 0 s left\n$", outcome.err)
     assert outcome.error_lines == []

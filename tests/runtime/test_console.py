@@ -11,7 +11,16 @@ import pytest
 
 from pipeline.errors import InputError, printable
 from pipeline.runtime import console
-from pipeline.runtime.console import check_output, hide_status, note, output_closed, prepare_console, say, show_status
+from pipeline.runtime.console import (
+    check_output,
+    end_status,
+    hide_status,
+    note,
+    output_closed,
+    prepare_console,
+    say,
+    show_status,
+)
 
 from ..support import ROOT
 
@@ -110,6 +119,15 @@ def test_lines_are_printed_above_the_status_line(capsys: pytest.CaptureFixture[s
     say("c")
     assert line.events == ["clear", "refresh"] * 2
     assert tuple(capsys.readouterr()) == ("a\nc\n", "b\n")
+
+
+def test_status_lines_of_work_that_has_ended_are_removed() -> None:
+    lines = [Recorded(), Recorded()]
+    for line in lines:
+        show_status(line)
+    end_status()
+    note("an error")
+    assert [line.events for line in lines] == [["clear"]] * 2
 
 
 # Streams that cannot be written

@@ -10,7 +10,7 @@ from contextlib import redirect_stderr
 import pytest
 
 from pipeline.runtime import console
-from pipeline.runtime.console import note
+from pipeline.runtime.console import end_status, note
 from pipeline.runtime.progress import FIRST_LINE_AFTER, NEXT_LINES_AFTER, Progress, duration, with_progress
 
 
@@ -271,3 +271,16 @@ def test_items_count_once_the_caller_is_done_with_them(monkeypatch: pytest.Monke
     seen = [(item, made[0].done) for item in with_progress(iter(["aa", "b", "ccc"]), 6, "decoding", size=size)]
     assert seen == [("aa", 0), ("b", 2), ("ccc", 3)]
     assert made[0].done == 6
+
+
+def test_work_that_an_error_left_in_the_middle_leaves_no_line(clock: Clock) -> None:
+    """The error holds on to the generator, whose `with` has not ended."""
+    terminal = Terminal()
+    with redirect_stderr(terminal):
+        abandoned = with_progress(range(9), 9, "evaluating")
+        next(abandoned)
+        end_status()
+        note("Error: expected")
+        assert screen(terminal.getvalue()) == ["Error: expected", ""]
+        abandoned.close()
+    assert screen(terminal.getvalue()) == ["Error: expected", ""]
