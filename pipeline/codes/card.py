@@ -1,5 +1,6 @@
 """The dataset card: the `README.md` of a code data set, which tells people what it holds and how to read it."""
 
+import re
 from pathlib import Path
 
 from ..runtime.atomic_files import write_atomic
@@ -7,6 +8,8 @@ from .manifest import CARD, MANIFEST, CodeManifest, code_dtype
 from .statistics import packed_bits, packed_bytes
 
 CARD_MARK = "<!-- written by codegrid export-codes -->"  # a README.md without it is the user's own
+
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 
 FRONT = """---
 configs:
@@ -106,9 +109,14 @@ def _facts(manifest: CodeManifest) -> dict[str, str]:
     }
 
 
+def escaped(text: str) -> str:
+    """Return `text` with an escape in place of what moves a cursor or ends a line, and "?" for what is no Unicode."""
+    return _CONTROL.sub(lambda found: ascii(found[0])[1:-1], text.encode("utf-8", "replace").decode())
+
+
 def _cell(text: str) -> str:
     """Return `text` as a cell of a Markdown table."""
-    return " ".join(text.splitlines()).replace("|", "\\|")
+    return escaped(" ".join(text.splitlines())).replace("|", "\\|")
 
 
 def _has_table(manifest: CodeManifest, suffix: str) -> bool:
@@ -120,4 +128,5 @@ def _classes(manifest: CodeManifest) -> str:
     """Return the list of class names, "" without classes."""
     if not manifest.class_names:
         return ""
-    return "Classes, by label:\n\n" + "".join(f"{label}. {name}\n" for label, name in enumerate(manifest.class_names))
+    names = (escaped(name) for name in manifest.class_names)
+    return "Classes, by label:\n\n" + "".join(f"{label}. {name}\n" for label, name in enumerate(names))
