@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from pipeline.codes import hashes
 from pipeline.codes.dataset import CodeDataset
 from pipeline.codes.export import export_codes
 from pipeline.codes.manifest import CodeManifest, ShardEntry, code_dtype, read_manifest, shard_files, write_manifest
@@ -439,6 +440,102 @@ def test_a_code_out_of_range_is_reported_when_it_is_read(tmp_path: Path, num_cod
         dataset[3]
     with pytest.raises(InputError, match=line):
         dataset.batch(np.array([4, 3]))
+
+
+@pytest.fixture
+def hashed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the files that are hashed, as they are."""
+    names: list[str] = []
+    hash_and_size = hashes._hash_and_size
+    monkeypatch.setattr(hashes, "_hash_and_size", lambda path: names.append(path.name) or hash_and_size(path))
+    return names
+
+
+ARRAYS = [f"{stem}-{index:05d}.npy" for index in range(3) for stem in ("codes", "labels")]
+
+
+def change_the_last_byte(path: Path) -> None:
+    """So that header, size and range are right."""
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", ["codes-00001.npy", "labels-00001.npy"])
+def test_another_byte_is_named_before_a_row_of_its_shard_is_used(tmp_path: Path, name: str) -> None:
+    shards = random_shards(3, 2, 4)
+    change_the_last_byte(write_data(tmp_path, shards) / name)
+    dataset = CodeDataset(tmp_path)
+    np.testing.assert_array_equal(dataset.batch(np.array([0, 2, 5, 8]))[0], np.concatenate(shards)[[0, 2, 5, 8]])
+    line = rf"expected .*{name} as its manifest says, got a file that has other bytes .*verify-codes, and export"
+    for _ in range(2):
+        for use in (
+            lambda: dataset[3],
+            lambda: dataset.batch(np.array([0, 4])),
+            lambda: dataset.__getitems__([4]),
+            lambda: list(dataset.shards()),
+            dataset.check_files,
+        ):
+            with pytest.raises(InputError, match=line):
+                use()
+    if name.startswith("labels"):
+        with pytest.raises(InputError, match=line):
+            _ = dataset.labels
+    else:
+        assert dataset.labels.tolist() == [*range(9)]
+
+
+def test_nothing_is_compared_if_it_is_not_wanted(tmp_path: Path, hashed: list[str]) -> None:
+    shards = random_shards(3)
+    change_the_last_byte(write_data(tmp_path, shards) / "codes-00000.npy")
+    dataset = CodeDataset(tmp_path, verify=False)
+    dataset.check_files()
+    shards[0][2, -1, -1] ^= 1
+    np.testing.assert_array_equal(dataset.batch(np.arange(3))[0], shards[0])
+    assert hashed == []
+
+
+def test_each_file_is_read_once_and_only_when_it_is_needed(tmp_path: Path, hashed: list[str]) -> None:
+    dataset = CodeDataset(write_data(tmp_path, random_shards(3, 2, 4)))
+    assert hashed == []
+    _ = dataset.batch(np.array([3, 4])), dataset[3], dataset[4]
+    assert hashed == ARRAYS[2:4]
+    dataset.check_files()
+    assert hashed == [*ARRAYS[2:4], *ARRAYS[:2], *ARRAYS[4:]]
+    dataset.check_files()
+    _ = dataset.batch(np.arange(9)), dataset.labels, list(dataset.shards())
+    assert len(hashed) == 6
+
+
+def test_a_folder_that_is_named_twice_is_read_once(tmp_path: Path, hashed: list[str]) -> None:
+    write_data(tmp_path, random_shards(3, 2, 4))
+    CodeDataset([tmp_path, tmp_path]).check_files()
+    assert hashed == ARRAYS
+
+
+def test_copies_of_a_checked_data_set_do_not_check_again(tmp_path: Path, hashed: list[str]) -> None:
+    dataset = CodeDataset(write_data(tmp_path, random_shards(3, 2, 4)))
+    unchecked = pickle.loads(pickle.dumps(dataset))
+    dataset.check_files()
+    hashed.clear()
+    pickle.loads(pickle.dumps(dataset)).batch(np.arange(9))
+    assert hashed == []
+    unchecked.batch(np.arange(9))
+    assert hashed == ARRAYS
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_workers_report_damage_unless_it_was_checked_before_they_started(tmp_path: Path, method: str) -> None:
+    if method == "fork" and sys.platform != "linux":
+        pytest.skip("not safe there")
+    dataset = CodeDataset(write_data(tmp_path, random_shards(3)))
+    loaders = {"num_workers": 1, "multiprocessing_context": method}
+    checked = pickle.loads(pickle.dumps(dataset))
+    checked.check_files()
+    change_the_last_byte(tmp_path / "codes-00000.npy")
+    assert len(list(DataLoader(checked, **loaders))) == 3
+    with pytest.raises(RuntimeError, match=r"Caught InputError [\s\S]*codes-00000.npy as its manifest says"):
+        next(iter(DataLoader(dataset, **loaders)))
 
 
 @pytest.mark.parametrize("name", ["codes-00001.npy", "labels-00000.npy"])

@@ -10,6 +10,7 @@ import pytest
 
 from pipeline.codes.manifest import CodeManifest, code_dtype, read_manifest, write_manifest
 from pipeline.errors import InputError
+from pipeline.runtime.json_files import sealed
 
 EARLIER: dict[str, Any] = {  # as the first version wrote it
     "count": 5,
@@ -167,6 +168,26 @@ def test_a_file_that_is_no_manifest(tmp_path: Path, content: bytes) -> None:
 def test_another_format_version(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"expected format version 1 .*, got 2; use the version of codegrid"):
         read(tmp_path, {**EARLIER, "format_version": 2, "grid": "another thing now"})
+
+
+@pytest.mark.parametrize(
+    ("change", "got"),
+    [
+        ({"format_version": 2, "count": "5"}, "expected format version 1"),
+        ({"count": "5", "total": 4}, "the str '5' as count"),
+        ({"total": 4}, "4 as total"),
+        ({"source": "elsewhere"}, "another content than its checksum says"),
+    ],
+)
+def test_what_is_wrong_is_named_in_the_order_of_what_it_explains(
+    tmp_path: Path, change: dict[str, Any], got: str
+) -> None:
+    """In a manifest whose checksum is not its own, either."""
+    (tmp_path / "manifest.json").write_bytes(sealed(EARLIER))
+    content = json.loads((tmp_path / "manifest.json").read_bytes())
+    assert read(tmp_path, content).count == 5
+    with pytest.raises(InputError, match=got):
+        read(tmp_path, {**content, **change})
 
 
 @pytest.mark.parametrize(
