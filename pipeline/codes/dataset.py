@@ -31,14 +31,14 @@ class CodeDataset(Dataset[tuple[Tensor, int]]):
     same files again: a pickle holds only their names, and the system keeps the pages once for all processes.
 
     Before the first row of a shard is used, its files are compared with their SHA-256 in the manifest, so that damage
-    is named and never learned from. That reads each file once, at about 2,000 MB/s where the processor has
-    instructions for it and the disk keeps up, or 400 MB/s without: 0.7 s, or 3.4 s, for 10 million grids of 8x8 codes
-    of two bytes. Random batches need every shard at once; call `check_files` before them, and before copies are made,
-    each of which would otherwise check for itself.
+    is named and never learned from. That reads each file once, as fast as the disk gives it and at most at about 2,000
+    MB/s (measured on one core with instructions for SHA-256; without them a third of that): 0.7 s for 10 million grids
+    of 8x8 codes of two bytes. Random batches need every shard at once; call `check_files` before them, and before
+    copies are made, each of which would otherwise check for itself.
 
     Args:
         folders: one or several that export-codes wrote; the rows of several follow each other.
-        verify: whether files are compared; codes out of range are always refused.
+        verify: whether files of codes and labels are compared; codes out of range are always refused.
 
     Raises:
         InputError: a folder is no code data set, a shard is missing or is not what the manifest says, or the folders
@@ -102,7 +102,7 @@ class CodeDataset(Dataset[tuple[Tensor, int]]):
         return torch.from_numpy(codes), torch.from_numpy(labels)
 
     def check_files(self) -> None:
-        """Compare every file of codes and labels with its SHA-256 that was not compared yet, with a bar.
+        """Compare every file of codes and labels that was not compared yet with its SHA-256, and show the progress.
 
         Copies that are made later, by a fork or a pickle, do not compare them again. The names are compared when they
         are read.
@@ -111,8 +111,9 @@ class CodeDataset(Dataset[tuple[Tensor, int]]):
             InputError: a file is damaged.
         """
         files = [file for shard in self._shards for file in _arrays(shard) if file in self._unchecked]
-        for file in with_progress(files, len(files), "checking codes", "file", disable=not files):
-            self._check(file)
+        if files:
+            for file in with_progress(files, len(files), "checking codes", "file"):
+                self._check(file)
 
     def shards(self) -> Iterator[Shard]:
         """Yield the shards, mapped, in the order of the rows. Raise InputError if a file is damaged."""

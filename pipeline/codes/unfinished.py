@@ -112,6 +112,15 @@ def collect_entries(folder: Path, manifest: CodeManifest) -> CodeManifest:
     return manifest
 
 
+def holds_only_an_export(folder: Path) -> bool:
+    """Return whether all that is in `folder` was written by export-codes, as far as names tell.
+
+    So it is after any interruption of one, at which a command that exports by itself may continue unasked.
+    """
+    names = _names_in(folder)
+    return all(name == LOCK or EXPORT_FILES.fullmatch(name.removesuffix(TEMPORARY)) for name in names)
+
+
 def remove_leftovers(folder: Path) -> None:
     """Remove the temporary files that a killed export left."""
     remove(path for path in folder.iterdir() if _is_leftover(path.name))
@@ -232,7 +241,7 @@ def _check_nothing_in_the_way(folder: Path, names: Collection[str]) -> None:
             continue
         except (OSError, ValueError) as error:
             raise InputError(
-                expected=f"a file or nothing as {folder / name}",
+                expected=f"a file or nothing at {folder / name}",
                 got=getattr(error, "strerror", None) or str(error),
                 do="move it away or name another folder",
             ) from None
