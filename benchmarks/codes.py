@@ -161,7 +161,7 @@ def sparse(grids: int) -> None:
         size = (folder / MANIFEST).stat().st_size
         print(f"{grids:,} grids in {len(manifest.shards):,} shards, a manifest of {size:,} bytes")
         torch.set_num_threads(1)
-        dataset = open_timed(folder)
+        dataset = open_timed(folder, verify=False)
         generator = np.random.default_rng(0)
         batches = [generator.integers(0, len(dataset), 16_384) for _ in range(4)]
 
@@ -255,12 +255,14 @@ def write_random(folder: Path, grids: int, num_codes: int, side: int) -> None:
         print(f"  {pattern:14} {sum(path.stat().st_size for path in folder.glob(pattern)):15,} bytes")
 
 
-def open_timed(folder: Path) -> CodeDataset:
-    """Return the data set; print the time, memory and open files that opening takes."""
+def open_timed(folder: Path, *, verify: bool = True) -> CodeDataset:
+    """Return the data set, checked; print the time, memory and open files that opening takes, and the time to check."""
     before, files = private(), open_files()
-    seconds = timed(lambda: CodeDataset(folder))
-    dataset = CodeDataset(folder)
+    seconds = timed(lambda: CodeDataset(folder, verify=verify))
+    dataset = CodeDataset(folder, verify=verify)
     print(f"opened in {seconds * 1e3:.0f} ms, {private() - before:.1f} MB, {open_files() - files} files held open")
+    if verify:
+        print(f"every file compared with its SHA-256 in {timed(dataset.check_files):.1f} s")
     return dataset
 
 

@@ -2,11 +2,13 @@
 
 from pathlib import Path
 
+from ..errors import printable
 from ..runtime.atomic_files import write_atomic
 from .manifest import CARD, MANIFEST, CodeManifest, code_dtype
 from .statistics import packed_bits, packed_bytes
 
 CARD_MARK = "<!-- written by codegrid export-codes -->"  # a README.md without it is the user's own
+
 
 FRONT = """---
 configs:
@@ -108,7 +110,7 @@ def _facts(manifest: CodeManifest) -> dict[str, str]:
 
 def _cell(text: str) -> str:
     """Return `text` as a cell of a Markdown table."""
-    return " ".join(text.splitlines()).replace("|", "\\|")
+    return printable(" ".join(text.splitlines())).replace("|", "\\|")
 
 
 def _has_table(manifest: CodeManifest, suffix: str) -> bool:
@@ -120,4 +122,5 @@ def _classes(manifest: CodeManifest) -> str:
     """Return the list of class names, "" without classes."""
     if not manifest.class_names:
         return ""
-    return "Classes, by label:\n\n" + "".join(f"{label}. {name}\n" for label, name in enumerate(manifest.class_names))
+    names = (printable(name) for name in manifest.class_names)
+    return "Classes, by label:\n\n" + "".join(f"{label}. {name}\n" for label, name in enumerate(names))

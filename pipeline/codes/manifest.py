@@ -10,24 +10,32 @@ Rows are numbered through all shards. Where the images were also exported mirror
 rows is the first half again, each image mirrored left to right, with the same labels and names.
 """
 
-import json
+import math
 import re
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import UnionType
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any
 
 import numpy as np
 
 from ..errors import InputError
-from ..runtime.atomic_files import to_json, write_atomic
+from ..runtime.atomic_files import write_atomic
+from ..runtime.json_files import check_seal, parse_json, read_regular, sealed
+from ..runtime.schema import from_json, short
 
 FORMAT_VERSION = 1
 MANIFEST, CARD = "manifest.json", "README.md"
 SHARD_FILES = ("codes-{:05d}.npy", "labels-{:05d}.npy", "names-{:05d}.json")
 MOST_CODES = 2**31  # K at most; the largest type of codes is int32
-_PLAIN_NAME = re.compile(r"\w[\w.-]*", re.ASCII)  # of a file inside the folder, on every system
+MOST_GRIDS = 2**40
+MOST_SHARDS = 2**16  # Linux maps fewer than as many files into a process
+MOST_CLASSES = 2**20
+MOST_PIXELS = 2**28  # of an image, and codes of a grid; Pillow opens no image with more
+MOST_CHANNELS = 2**8
+MOST_PER_CODE = 2**8  # pixels along each side that a code covers
+LARGEST_MANIFEST = 2**26  # bytes: 512 for each shard, the same for everything else
+# Of a file inside the folder, on every system: Windows has devices with such names everywhere.
+_PLAIN_NAME = re.compile(r"(?!(con|prn|aux|nul|com\d|lpt\d)(\.|$))\w[\w.-]*", re.ASCII | re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -39,12 +47,9 @@ class ShardEntry:
     files: dict[str, str]  # {file name: SHA-256}, in the order of SHARD_FILES
 
 
-_ENTRY_TYPES = get_type_hints(ShardEntry)
-
-
 @dataclass(frozen=True, kw_only=True)
 class CodeManifest:
-    """The content of `manifest.json`; its fields are the keys."""
+    """The content of `manifest.json`; its fields are the keys, beside the checksum of the file."""
 
     count: int  # grids that are written so far
     num_codes: int  # K
@@ -78,149 +83,121 @@ def code_dtype(num_codes: int) -> np.dtype[Any]:
     return np.dtype(np.uint16) if num_codes <= 2**16 else np.dtype(np.int32)
 
 
+def shard_files(index: int) -> list[str]:
+    """Return the names of the files of a shard, in the order of SHARD_FILES."""
+    return [pattern.format(index) for pattern in SHARD_FILES]
+
+
 def write_manifest(folder: Path, manifest: CodeManifest) -> None:
-    """Write `manifest.json` atomically."""
-    write_atomic(folder / MANIFEST, to_json(asdict(manifest)))
+    """Write `manifest.json` atomically, with its checksum."""
+    write_atomic(folder / MANIFEST, sealed(asdict(manifest)))
 
 
 def read_manifest(folder: str | Path) -> CodeManifest:
-    """Return the content of `manifest.json`; every field and every entry of a shard is checked.
+    """Return the content of `manifest.json`; every field and every entry of a shard is checked, and the checksum.
 
     Raises:
-        InputError: no code data set there, another format version, or a manifest that contradicts itself.
+        InputError: no code data set there, another format version, a manifest that contradicts itself, or a damaged
+            one.
     """
     path = Path(folder) / MANIFEST
     try:
-        content = json.loads(path.read_bytes())
+        content = parse_json(read_regular(path, LARGEST_MANIFEST))
+        _check_version(path, content)
+        manifest = from_json(CodeManifest, _with_starts(content))
+        check_manifest(manifest)
+        check_seal(content)
     except (FileNotFoundError, NotADirectoryError):
         raise InputError(
             expected=f"a code data set in {folder}", got=f"no {MANIFEST}", do="make one with export-codes"
         ) from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise _invalid(path, str(error)) from None
+    except (OSError, ValueError) as error:
+        got = getattr(error, "strerror", None) or str(error)
+        raise InputError(
+            expected=f"the manifest of a code data set in {path}", got=got, do="export the codes again"
+        ) from None
+    return manifest
+
+
+def check_manifest(manifest: CodeManifest) -> None:
+    """Raise ValueError for numbers that no data set has, and for fields that contradict each other.
+
+    Nothing is allocated from a number of a manifest before this.
+    """
+    _check_sizes(manifest)
+    _check_counts(manifest)
+    for index, entry in enumerate(manifest.shards):
+        check_entry(entry, f"shards[{index}]")
+    for name in manifest.tables:
+        if not _PLAIN_NAME.fullmatch(name):
+            raise ValueError(f"a table in the file {short(repr(name))}, which is not in the folder")
+
+
+def check_entry(entry: ShardEntry, what: str) -> None:
+    """Raise ValueError for the entry of a shard, in the place `what`, that is of no rows or of files elsewhere."""
+    if len(entry.files) != len(SHARD_FILES) or not all(map(_PLAIN_NAME.fullmatch, entry.files)):
+        raise ValueError(f"the files {short(list(entry.files))} as {what}.files")
+    _check_range(f"{what}.start", entry.start, 0, MOST_GRIDS)
+    _check_range(f"{what}.count", entry.count, 1, MOST_GRIDS)
+
+
+def _check_version(path: Path, content: Any) -> None:
+    """Raise InputError if this is a manifest of another version of the format."""
     version = content.get("format_version") if isinstance(content, dict) else None
     if isinstance(version, int) and version != FORMAT_VERSION:
         raise InputError(
             expected=f"format version {FORMAT_VERSION} in {path}",
-            got=f"{version}",
+            got=short(version),
             do="use the version of codegrid that wrote it",
         )
-    try:
-        return _parse(content)
-    except (AttributeError, TypeError, KeyError, ValueError) as error:
-        raise _invalid(path, str(error)) from None
 
 
-def shard_entry(content: Any, index: int, *, start: int | None = None) -> ShardEntry:
-    """Return the entry of shard number `index`, from its JSON.
-
-    Args:
-        content: JSON.
-        index: for messages.
-        start: first row, if `content` does not name it; the first version of the format did not.
-
-    Raises:
-        ValueError: a field is missing or of another type.
-    """
-    if not isinstance(content, dict):
-        raise ValueError(f"{short(content)} as shard {index}")
-    found = {"start": start, **content} if start is not None else content
-    for name, hint in _ENTRY_TYPES.items():
-        if name not in found:
-            raise ValueError(f"shard {index} without {name}")
-        if not _is_a(found[name], hint):
-            raise ValueError(f"the {type(found[name]).__name__} {short(found[name])} as {name} of shard {index}")
-    entry = ShardEntry(**{name: found[name] for name in _ENTRY_TYPES})
-    if len(entry.files) != len(SHARD_FILES) or not all(map(_PLAIN_NAME.fullmatch, entry.files)):
-        raise ValueError(f"a shard of the files {list(entry.files)}")
-    if entry.count < 1:
-        raise ValueError("a shard without grids")
-    if entry.start < 0:
-        raise ValueError(f"a start of {entry.start} in shard {index}")
-    return entry
+def _with_starts(content: Any) -> Any:
+    """Return the JSON of a manifest with the starts of the shards, which the first version did not name."""
+    if not isinstance(content, dict) or content.get("shard_size") is not None:
+        return content
+    entries = content.get("shards")
+    if not isinstance(entries, list):
+        return content
+    started, end = [], 0
+    for entry in entries:
+        if isinstance(entry, dict):
+            entry = {"start": end, **entry}
+            end = sum(entry[name] for name in ("start", "count") if type(entry.get(name)) is int)
+        started.append(entry)
+    return {**content, "shards": started}
 
 
-def short(value: Any) -> str:
-    """Return `value` as a text of about 100 characters at most, for a message."""
-    text = str(value)
-    return text if len(text) <= 100 else f"{text[:100]}..."
+def _check_sizes(manifest: CodeManifest) -> None:
+    """Raise ValueError unless K, the grid and the image are of a size that the files of a data set could have."""
+    if not 1 <= manifest.num_codes <= MOST_CODES or manifest.dtype != code_dtype(manifest.num_codes).name:
+        raise ValueError(f"codes of {short(manifest.dtype)} for K = {short(manifest.num_codes)}")
+    image = manifest.image
+    if not {"height", "width", "channels"} <= image.keys() or not 1 <= image["channels"] <= MOST_CHANNELS:
+        raise ValueError(f"the image {short(image)}")
+    size = image["height"], image["width"]
+    for what, sides in (("the grid", manifest.grid), ("the image", size)):
+        if min(sides) < 1 or math.prod(sides) > MOST_PIXELS:
+            raise ValueError(f"{what} {short(list(sides))}")
+    if any(pixels > MOST_PER_CODE * codes for pixels, codes in zip(size, manifest.grid, strict=True)):
+        raise ValueError(f"the image {short(list(size))} for the grid {short(list(manifest.grid))}")
 
 
-def _parse(content: Any) -> CodeManifest:
-    """Return the manifest with this content. Raise a built-in error, which says what is wrong, if it is none."""
-    known = {item.name for item in fields(CodeManifest)}
-    chosen = {name: value for name, value in content.items() if name in known}
-    manifest = CodeManifest(**{**chosen, "grid": tuple(content["grid"]), "shards": []})
-    _check_grid(manifest.grid)
-    _check_types(manifest)
-    manifest = CodeManifest(**{**vars(manifest), "shards": _parse_shards(chosen["shards"], manifest.shard_size)})
-    _check_consistency(manifest)
-    return manifest
-
-
-def _parse_shards(content: Any, shard_size: int | None) -> list[ShardEntry]:
-    """Return the entries of all shards. Raise ValueError if they are none."""
-    if not isinstance(content, list):
-        raise ValueError(f"the {type(content).__name__} {short(content)} as shards")
-    if shard_size is not None and shard_size < 1:
-        raise ValueError(f"shards of {shard_size} grids")
-    entries: list[ShardEntry] = []
-    for index, item in enumerate(content):
-        end = entries[-1].start + entries[-1].count if entries else 0
-        entries.append(shard_entry(item, index, start=end if shard_size is None else None))
-    return entries
-
-
-def _check_grid(grid: tuple[Any, ...]) -> None:
-    """Raise ValueError unless `grid` is a height and a width."""
-    if len(grid) != 2 or not all(_is_a(side, int) and side >= 1 for side in grid):
-        raise ValueError(f"the grid {short(list(grid))}")
-
-
-def _check_types(manifest: CodeManifest) -> None:
-    """Raise ValueError for a field that holds a value of another type than it should."""
-    for name, hint in get_type_hints(CodeManifest).items():
-        value = getattr(manifest, name)
-        if not _is_a(value, hint):
-            raise ValueError(f"the {type(value).__name__} {short(value)} as {name}")
-
-
-def _check_consistency(manifest: CodeManifest) -> None:
-    """Raise ValueError for what cannot be true of any data set: fields that contradict each other."""
+def _check_counts(manifest: CodeManifest) -> None:
+    """Raise ValueError unless the numbers of grids, shards and classes are possible and fit together."""
+    _check_range("count", manifest.count, 0, MOST_GRIDS)
     written = sum(shard.count for shard in manifest.shards)
     if written != manifest.count:
-        raise ValueError(f"a count of {manifest.count} over shards of {written} grids")
-    if not 1 <= manifest.num_codes <= MOST_CODES or manifest.dtype != code_dtype(manifest.num_codes).name:
-        raise ValueError(f"codes of {short(manifest.dtype)} for K = {manifest.num_codes}")
-    if manifest.total is not None and manifest.count > manifest.total:
-        raise ValueError(f"{manifest.count} grids of {manifest.total}")
-    if not {"height", "width", "channels"} <= manifest.image.keys():
-        raise ValueError(f"the image {short(manifest.image)}")
-    _check_tables(manifest.tables)
+        raise ValueError(f"a count of {manifest.count} over shards of {short(written)} grids")
+    total = manifest.count if manifest.total is None else manifest.total
+    _check_range("total", total, manifest.count, MOST_GRIDS)
+    if manifest.shard_size is not None:
+        _check_range("shard_size", manifest.shard_size, 1, MOST_GRIDS)
+        _check_range("the number of shards", -(-total // manifest.shard_size), 0, MOST_SHARDS)
+    _check_range("the number of shards", len(manifest.shards), 0, MOST_SHARDS)
+    _check_range("the number of class names", len(manifest.class_names), 0, MOST_CLASSES)
 
 
-def _check_tables(tables: Mapping[str, str]) -> None:
-    """Raise ValueError for a file outside the folder."""
-    for name in tables:
-        if not _PLAIN_NAME.fullmatch(name):
-            raise ValueError(f"a table in the file {name!r}, which is not in the folder")
-
-
-def _is_a(value: Any, hint: Any) -> bool:
-    """Return whether `value`, which JSON gave, is of the type `hint`; True is no int, and an int is a float."""
-    outer, inner = get_origin(hint) or hint, get_args(hint)
-    if outer is UnionType:
-        return any(_is_a(value, allowed) for allowed in inner)
-    if outer is float:
-        return type(value) in (int, float)
-    if type(value) is not outer:
-        return False
-    if outer is dict:
-        return all(_is_a(key, inner[0]) and _is_a(item, inner[1]) for key, item in value.items())
-    if outer is list:
-        return all(_is_a(item, inner[0]) for item in value)
-    return True
-
-
-def _invalid(path: Path, got: str) -> InputError:
-    return InputError(expected=f"the manifest of a code data set in {path}", got=got, do="export the codes again")
+def _check_range(what: str, value: int, lowest: int, highest: int) -> None:
+    if not lowest <= value <= highest:
+        raise ValueError(f"{short(value)} as {what}, which is from {lowest:,} to {highest:,}")

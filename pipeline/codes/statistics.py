@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 COUNTED_AT_ONCE = 2**20  # codes; `numpy.bincount` takes 8 bytes for each
+LARGEST_DENSE = 2**20  # K of a histogram that holds all codes, also those that do not occur
 
 
 @dataclass(frozen=True)
@@ -23,8 +24,37 @@ class CodeStatistics:
 
     @classmethod
     def of(cls, histogram: Tensor) -> "CodeStatistics":
-        """Return the statistics of a histogram [K]."""
+        """Return the statistics of a histogram [K]; it may lack codes that do not occur."""
         return cls(int((histogram > 0).sum()), perplexity(histogram), entropy_bits(histogram))
+
+
+class Histogram:
+    """Counts codes of any arrays: all K up to LARGEST_DENSE, above that those that occur alone.
+
+    So what it takes does not grow with a K that a manifest states, over shards that hold few codes.
+    """
+
+    def __init__(self, num_codes: int) -> None:
+        self._dense = num_codes <= LARGEST_DENSE
+        self._codes = np.arange(num_codes if self._dense else 0)  # ascending
+        self._counts = np.zeros(len(self._codes), dtype=np.int64)  # of those codes
+
+    @property
+    def counts(self) -> Tensor:
+        """How often each code occurs, in ascending order of the codes: int64 [K], or without those that do not."""
+        return torch.from_numpy(self._counts)
+
+    def add(self, codes: np.ndarray) -> None:
+        """Count `codes` of any shape, each in [0, K)."""
+        if self._dense:
+            self._counts += count_codes(codes, len(self._counts)).numpy()
+            return
+        flat = codes.reshape(-1)
+        for start in range(0, flat.size, COUNTED_AT_ONCE):
+            found, counts = np.unique(flat[start : start + COUNTED_AT_ONCE], return_counts=True)
+            self._codes, places = np.unique(np.concatenate([self._codes, found]), return_inverse=True)
+            before, self._counts = self._counts, np.zeros(len(self._codes), dtype=np.int64)
+            np.add.at(self._counts, places, np.concatenate([before, counts]))
 
 
 def count_codes(codes: np.ndarray, num_codes: int) -> Tensor:

@@ -89,7 +89,10 @@ def _npz(folder: Path, manifest: CodeManifest) -> Iterator[tuple[str, bytes]]:
 def _parquet(folder: Path, manifest: CodeManifest) -> Iterator[tuple[str, bytes]]:
     """Yield the name and the content of the file of each shard."""
     for index, entry in enumerate(manifest.shards):
-        yield f"codes-{index:05d}.parquet", _parquet_bytes(open_shard(folder, entry, manifest), entry.start, manifest)
+        shard = open_shard(folder, entry, manifest)
+        shard.codes_file.check()
+        shard.labels_file.check()
+        yield f"codes-{index:05d}.parquet", _parquet_bytes(shard, entry.start, manifest)
 
 
 def _parquet_bytes(shard: Shard, start: int, manifest: CodeManifest) -> bytes:
@@ -102,7 +105,7 @@ def _parquet_bytes(shard: Shard, start: int, manifest: CodeManifest) -> bytes:
     schema = pyarrow.schema(
         {"codes": codes_type, "label": pyarrow.int64(), "class_name": text, "name": text, "flipped": pyarrow.bool_()}
     )
-    names, class_names = _unicode(read_names(shard.names_file)), _unicode(manifest.class_names)
+    names, class_names = _unicode(read_names(shard.names_file, len(shard.labels))), _unicode(manifest.class_names)
     mirrored = flipped(manifest, start, start + len(names))
     step = max(1, ROW_GROUP // math.prod(manifest.grid))
     buffer = io.BytesIO()

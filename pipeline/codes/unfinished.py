@@ -4,18 +4,32 @@ The files of an export are recognised by the exact form of their names; no other
 removed.
 """
 
-import json
+import os
 import re
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 from ..errors import InputError
-from ..runtime.atomic_files import TEMPORARY, sha256
-from ..runtime.filesystem import check_writable
+from ..runtime.atomic_files import TEMPORARY
+from ..runtime.filesystem import check_writable, unwritable
 from ..runtime.folder_lock import LOCK
+from ..runtime.json_files import parse_json, read_regular, regular_size, sealed
+from ..runtime.schema import from_json, short
 from .card import CARD_MARK
-from .manifest import CARD, MANIFEST, CodeManifest, ShardEntry, read_manifest, shard_entry, short, write_manifest
+from .content import wrong_content
+from .hashes import HashedFile
+from .manifest import (
+    CARD,
+    LARGEST_MANIFEST,
+    MANIFEST,
+    CodeManifest,
+    ShardEntry,
+    check_manifest,
+    read_manifest,
+    shard_files,
+    write_manifest,
+)
 
 ENTRY = "shard-{:05d}.json"
 EXPORT_FILES = re.compile(
@@ -26,7 +40,9 @@ FIRST_FILES = {f"{MANIFEST}{TEMPORARY}"}  # all that a kill leaves before the fi
 RESULTS = {"count", "shards", "statistics", "tables"}  # fields of the manifest that a request leaves open
 MADE_WITH = "made_with"  # compared while shards are missing: two versions of torch may round differently
 CAUSES = ("tokenizer_fingerprint", "source", "split", "flips", "shard_size")  # the other fields follow from these
-_ENTRY_FILE = re.compile(r"shard-[0-9]{5,}\.json")
+LARGEST_ENTRY = 2**12  # bytes
+LARGEST_CARD = LARGEST_MANIFEST  # bytes; most of what it holds are class names
+_ENTRY_FILE = re.compile(r"shard-([0-9]{5,})\.json")
 
 
 def check_destination(
@@ -44,22 +60,20 @@ def check_destination(
         the manifest that an export of the same request left there; None if the export starts from the beginning.
 
     Raises:
-        InputError: the folder holds a README.md of the user, or, unless `force`, another export or other files.
+        InputError: the folder holds a README.md of the user, or something that is no file under the name of a file
+            that will be written, or, unless `force`, another export or other files; or the request is of more grids,
+            shards or classes than a manifest can hold.
     """
-    card = folder / CARD
-    if card.exists() and CARD_MARK not in card.read_text("utf-8", "replace"):
-        raise InputError(
-            expected=f"a folder for codes as --out {folder}",
-            got=f"one with a {CARD} that export-codes did not write",
-            do="name another folder",
-        )
+    _check_describable(requested)
+    names = _names_in(folder)
+    _check_nothing_in_the_way(folder, names)
     if force:
         return None
-    if (folder / MANIFEST).exists():
+    if os.path.exists(folder / MANIFEST):
         existing = read_manifest(folder)
         _check_same_request(folder, existing, requested, unknown)
         return existing
-    if folder.is_dir() and not {path.name for path in folder.iterdir()} <= {*FIRST_FILES, LOCK}:
+    if not {*names} <= {*FIRST_FILES, LOCK}:
         raise InputError(
             expected=f"an empty or new folder as --out {folder}",
             got="a folder with files in it",
@@ -90,12 +104,21 @@ def prepare_destination(folder: Path, requested: CodeManifest, *, force: bool) -
 
 def collect_entries(folder: Path, manifest: CodeManifest) -> CodeManifest:
     """Move the entries of finished shards from their files into the manifest, which is written and returned."""
-    entries = _read_entries(folder)
+    entries = _read_entries(folder, manifest)
     if entries:
         manifest = _with_shards(manifest, [*manifest.shards, *_valid(entries)])
         write_manifest(folder, manifest)
         remove(entries)
     return manifest
+
+
+def holds_only_an_export(folder: Path) -> bool:
+    """Return whether all that is in `folder` was written by export-codes, as far as names tell.
+
+    So it is after any interruption of one, at which a command that exports by itself may continue unasked.
+    """
+    names = _names_in(folder)
+    return all(name == LOCK or EXPORT_FILES.fullmatch(name.removesuffix(TEMPORARY)) for name in names)
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -114,8 +137,9 @@ def _resume(folder: Path, existing: CodeManifest, requested: CodeManifest) -> Co
 
     Raise InputError if shards are missing and other versions of the libraries wrote the rest.
     """
-    entries = _read_entries(folder)
-    intact = [entry for entry in (*existing.shards, *_valid(entries)) if _is_intact(folder, entry)]
+    entries = _read_entries(folder, existing)
+    mine = [entry for entry in existing.shards if _belongs(entry, existing)]
+    intact = [entry for entry in (*mine, *_valid(entries)) if _is_intact(folder, entry, existing)]
     resumed = _with_shards(replace(existing, statistics={}), intact)
     if resumed.shards == existing.shards:
         resumed = existing
@@ -148,30 +172,95 @@ def _check_same_request(
             )
 
 
-def _is_intact(folder: Path, entry: ShardEntry) -> bool:
-    """Return whether the files of a shard exist and have the hashes of its entry."""
+def _is_intact(folder: Path, entry: ShardEntry, manifest: CodeManifest) -> bool:
+    """Return whether the files of a shard exist, have the hashes of its entry, and hold what the manifest says."""
+    hashed = (HashedFile(folder / name, digest) for name, digest in entry.files.items())
+    return all(file.problem() is None for file in hashed) and not any(wrong_content(folder, entry, manifest))
+
+
+def _read_entries(folder: Path, manifest: CodeManifest) -> dict[Path, ShardEntry | None]:
+    """Return, by file, the entries of finished shards that the manifest may not hold yet; None for what is no entry."""
+    paths = (folder / name for name in _names_in(folder) if _ENTRY_FILE.fullmatch(name))
+    return {path: _read_entry(path, manifest) for path in paths}
+
+
+def _read_entry(path: Path, manifest: CodeManifest) -> ShardEntry | None:
+    """Return the entry in a file; None if it holds none of this data set, whose shard is then written again."""
     try:
-        return all(sha256((folder / name).read_bytes()) == digest for name, digest in entry.files.items())
-    except OSError:
-        return False
-
-
-def _read_entries(folder: Path) -> dict[Path, ShardEntry | None]:
-    """Return, by file, the entries of finished shards that the manifest may not hold yet; None for a damaged file."""
-    return {path: _read_entry(path) for path in sorted(folder.iterdir()) if _ENTRY_FILE.fullmatch(path.name)}
-
-
-def _read_entry(path: Path) -> ShardEntry | None:
-    """Return the entry in a file; None if it holds none, and its shard is then written again."""
-    try:
-        return shard_entry(json.loads(path.read_bytes()), int(path.stem.removeprefix("shard-")))
-    except ValueError:
+        entry = from_json(ShardEntry, parse_json(read_regular(path, LARGEST_ENTRY)))
+    except (OSError, ValueError):
         return None
+    belongs = _belongs(entry, manifest) and ENTRY.format(entry.start // (manifest.shard_size or 1)) == path.name
+    return entry if belongs else None
+
+
+def _belongs(entry: ShardEntry, manifest: CodeManifest) -> bool:
+    """Return whether this is the entry of a shard of the data set: of its rows, in its files."""
+    total, size = manifest.total or 0, manifest.shard_size or 1
+    index, offset = divmod(entry.start, size)
+    within = offset == 0 <= entry.start < total and entry.count == min(size, total - entry.start)
+    return within and list(entry.files) == shard_files(index)
 
 
 def _valid(entries: dict[Path, ShardEntry | None]) -> list[ShardEntry]:
     """Return the entries whose files are not damaged."""
     return [entry for entry in entries.values() if entry is not None]
+
+
+def _check_describable(requested: CodeManifest) -> None:
+    """Raise InputError unless the manifest of what is requested can be read again."""
+    try:
+        check_manifest(requested)
+        size = len(sealed(asdict(requested)))
+        if size > LARGEST_MANIFEST // 2:  # the other half is for the shards
+            raise ValueError(f"{size:,} bytes of class names")
+    except ValueError as error:
+        raise InputError(
+            expected=f"a data set that a {MANIFEST} can describe",
+            got=str(error),
+            do="choose another --shard-size, or other images",
+        ) from None
+
+
+def _names_in(folder: Path) -> list[str]:
+    """Return the names of what is in a folder, sorted; [] if there is no such folder."""
+    try:
+        return sorted(os.listdir(folder))
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise unwritable(folder, error) from None
+
+
+def _check_nothing_in_the_way(folder: Path, names: Collection[str]) -> None:
+    """Raise InputError for a README.md of the user, or a folder, a pipe or a device in the place of a file."""
+    for name in (name for name in names if EXPORT_FILES.fullmatch(name.removesuffix(TEMPORARY))):
+        try:
+            regular_size(folder / name)
+        except FileNotFoundError:  # a link that leads nowhere, which is replaced
+            continue
+        except (OSError, ValueError) as error:
+            raise InputError(
+                expected=f"a file or nothing at {folder / name}",
+                got=getattr(error, "strerror", None) or str(error),
+                do="move it away or name another folder",
+            ) from None
+    if CARD in names and not _is_card(folder / CARD):
+        raise InputError(
+            expected=f"a folder for codes as --out {folder}",
+            got=f"one with a {CARD} that export-codes did not write",
+            do="name another folder",
+        )
+
+
+def _is_card(path: Path) -> bool:
+    """Return whether export-codes wrote this card, or it is a link that leads nowhere."""
+    try:
+        return CARD_MARK.encode() in read_regular(path, LARGEST_CARD)
+    except FileNotFoundError:
+        return True
+    except (OSError, ValueError):
+        return False
 
 
 def _is_leftover(name: str) -> bool:

@@ -13,12 +13,11 @@ Legend: n grids of H x W codes.
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-import torch
 
 from ..errors import InputError
 from ..runtime.atomic_files import to_json, write_atomic
@@ -27,7 +26,7 @@ from .card import write_card
 from .dataset import CodeDataset
 from .manifest import CodeManifest, write_manifest
 from .shard import write_shard
-from .statistics import CodeStatistics, count_codes
+from .statistics import CodeStatistics, Histogram
 from .unfinished import ENTRY, collect_entries, prepare_destination, remove_leftovers
 
 UPDATE_PAUSE = 20  # after an update of the manifest, in multiples of the time that it took
@@ -109,7 +108,7 @@ class _Ledger:
     def finish(self) -> CodeManifest:
         """Complete the manifest with statistics, write the card, and return the manifest."""
         self._wait_for_all()
-        if not self.manifest.statistics:
+        if not {item.name for item in fields(CodeStatistics)} <= self.manifest.statistics.keys():
             self.manifest = replace(self.manifest, statistics=_statistics(CodeDataset(self.folder)))
             write_manifest(self.folder, self.manifest)
         write_card(self.folder, self.manifest)
@@ -133,7 +132,7 @@ class _Ledger:
 
 def _statistics(codes: CodeDataset) -> dict[str, float]:
     """Return the statistics of all codes."""
-    histogram = torch.zeros(codes.manifest.num_codes, dtype=torch.int64)
+    histogram = Histogram(codes.manifest.num_codes)
     for shard in codes.shards():
-        histogram += count_codes(shard.codes, len(histogram))
-    return asdict(CodeStatistics.of(histogram))
+        histogram.add(shard.codes)
+    return asdict(CodeStatistics.of(histogram.counts))

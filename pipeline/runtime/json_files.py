@@ -24,12 +24,23 @@ def read_regular(path: Path, limit: int) -> bytes:
         OSError: it cannot be read; FileNotFoundError if there is none.
         ValueError: it is a folder, a device or a pipe, or has more than `limit` bytes. It is not opened then.
     """
+    size = regular_size(path)
+    if size > limit:
+        raise ValueError(f"{size:,} bytes, more than the {limit:,} that are possible")
+    return path.read_bytes()
+
+
+def regular_size(path: Path) -> int:
+    """Return the size of a file in bytes; links are followed.
+
+    Raises:
+        OSError: it cannot be found out; FileNotFoundError if there is no such file.
+        ValueError: it is a folder, a device or a pipe, all of which are better not opened.
+    """
     status = os.stat(path)
     if not stat.S_ISREG(status.st_mode):
         raise ValueError("a folder" if stat.S_ISDIR(status.st_mode) else "no regular file")
-    if status.st_size > limit:
-        raise ValueError(f"{status.st_size:,} bytes, more than the {limit:,} that are possible")
-    return path.read_bytes()
+    return status.st_size
 
 
 def read_current(folder: Path, name: str, limit: int) -> bytes:

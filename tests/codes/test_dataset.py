@@ -5,6 +5,7 @@ import os
 import pickle
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,11 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from pipeline.codes import hashes
 from pipeline.codes.dataset import CodeDataset
 from pipeline.codes.export import export_codes
-from pipeline.codes.manifest import CodeManifest, ShardEntry, code_dtype, read_manifest, write_manifest
-from pipeline.codes.shard import SHARD_FILES, write_shard
+from pipeline.codes.manifest import CodeManifest, ShardEntry, code_dtype, read_manifest, shard_files, write_manifest
+from pipeline.codes.shard import write_shard
 from pipeline.errors import InputError
 from pipeline.training.run_folder import RunFolder
 from pipeline.training.train_prior import train_prior
@@ -62,11 +64,11 @@ def random_shards(*counts: int, seed: int = 0) -> list[np.ndarray]:
 
 
 def write_zeros(folder: Path, counts: Sequence[int], grid: tuple[int, int], num_codes: int) -> Path:
-    """Write a data set of sparse files, which take no room on the disk; without names."""
+    """Write a data set of sparse files, which take no room on the disk; without names and right hashes."""
     folder.mkdir(parents=True, exist_ok=True)
     entries = []
     for i, count in enumerate(counts):
-        files = [pattern.format(i) for pattern in SHARD_FILES]
+        files = shard_files(i)
         np.lib.format.open_memmap(folder / files[0], "w+", code_dtype(num_codes), (count, *grid))
         np.lib.format.open_memmap(folder / files[1], "w+", np.int64, (count,))
         entries.append(ShardEntry(sum(counts[:i]), count, dict.fromkeys(files, "")))
@@ -184,7 +186,7 @@ def test_a_loader_of_torch_gives_the_same_rows_from_other_processes(tmp_path: Pa
 
 
 def test_a_copy_travels_without_the_arrays(tmp_path: Path) -> None:
-    dataset = CodeDataset(write_zeros(tmp_path, [20_000, 20_000], GRID, LEVELS))
+    dataset = CodeDataset(write_zeros(tmp_path, [20_000, 20_000], GRID, LEVELS), verify=False)
     content = pickle.dumps(dataset)
     assert len(content) < 10_000
     copy = pickle.loads(content)
@@ -197,7 +199,7 @@ def test_a_copy_travels_without_the_arrays(tmp_path: Path) -> None:
 @linux_only
 def test_an_epoch_takes_no_memory_of_its_own(tmp_path: Path) -> None:
     """The 48 MiB of the data set are pages of the files, which the system may drop and all processes share."""
-    dataset = CodeDataset(write_zeros(tmp_path, [16_384] * 12, (16, 16), LEVELS))
+    dataset = CodeDataset(write_zeros(tmp_path, [16_384] * 12, (16, 16), LEVELS), verify=False)
     order = np.random.default_rng(0).permutation(len(dataset)).reshape(-1, 512)
     dataset.batch(order[0])
     own, mapped = kilobytes("RssAnon"), kilobytes("RssFile")
@@ -212,7 +214,7 @@ def test_an_epoch_takes_no_memory_of_its_own(tmp_path: Path) -> None:
 @linux_only
 def test_opening_ten_million_grids_reads_none_of_them(tmp_path: Path) -> None:
     own, mapped = kilobytes("RssAnon"), kilobytes("RssFile")
-    dataset = CodeDataset(write_zeros(tmp_path, [2_500_000] * 4, (8, 8), 1024))
+    dataset = CodeDataset(write_zeros(tmp_path, [2_500_000] * 4, (8, 8), 1024), verify=False)
     assert kilobytes("RssAnon") - own < 12_000
     assert kilobytes("RssFile") - mapped < 12_000
     assert len(dataset) == 10_000_000
@@ -223,7 +225,7 @@ def test_opening_ten_million_grids_reads_none_of_them(tmp_path: Path) -> None:
 def test_no_file_stays_open(tmp_path: Path) -> None:
     write_zeros(tmp_path, [1] * 300, GRID, LEVELS)
     before = len(os.listdir("/proc/self/fd"))
-    dataset = CodeDataset(tmp_path)
+    dataset = CodeDataset(tmp_path, verify=False)
     dataset.batch(np.arange(300))
     assert len(os.listdir("/proc/self/fd")) == before
 
@@ -416,8 +418,8 @@ def test_resume_finishes_an_export_of_its_own(killed: Path) -> None:
 def test_force_starts_an_unfinished_export_anew(killed: Path) -> None:
     """As --resume advises when it cannot resume it, because another version began it."""
     codes = killed / "prior" / "codes"
-    manifest = (codes / "manifest.json").read_text("utf-8")
-    (codes / "manifest.json").write_text(manifest.replace('"torch": "', '"torch": "0.'), "utf-8")
+    manifest = read_manifest(codes)
+    write_manifest(codes, replace(manifest, made_with={**manifest.made_with, "torch": "0.1"}))
     with pytest.raises(InputError, match="use --force"):
         train_on_own_images(killed, resume=True)
     train_on_own_images(killed, force=True)
@@ -438,6 +440,102 @@ def test_a_code_out_of_range_is_reported_when_it_is_read(tmp_path: Path, num_cod
         dataset[3]
     with pytest.raises(InputError, match=line):
         dataset.batch(np.array([4, 3]))
+
+
+@pytest.fixture
+def hashed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the files that are hashed, as they are."""
+    names: list[str] = []
+    hash_and_size = hashes._hash_and_size
+    monkeypatch.setattr(hashes, "_hash_and_size", lambda path: names.append(path.name) or hash_and_size(path))
+    return names
+
+
+ARRAYS = [f"{stem}-{index:05d}.npy" for index in range(3) for stem in ("codes", "labels")]
+
+
+def change_the_last_byte(path: Path) -> None:
+    """So that header, size and range are right."""
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", ["codes-00001.npy", "labels-00001.npy"])
+def test_another_byte_is_named_before_a_row_of_its_shard_is_used(tmp_path: Path, name: str) -> None:
+    shards = random_shards(3, 2, 4)
+    change_the_last_byte(write_data(tmp_path, shards) / name)
+    dataset = CodeDataset(tmp_path)
+    np.testing.assert_array_equal(dataset.batch(np.array([0, 2, 5, 8]))[0], np.concatenate(shards)[[0, 2, 5, 8]])
+    line = rf"expected .*{name} as its manifest says, got a file that has other bytes .*verify-codes, and export"
+    for _ in range(2):
+        for use in (
+            lambda: dataset[3],
+            lambda: dataset.batch(np.array([0, 4])),
+            lambda: dataset.__getitems__([4]),
+            lambda: list(dataset.shards()),
+            dataset.check_files,
+        ):
+            with pytest.raises(InputError, match=line):
+                use()
+    if name.startswith("labels"):
+        with pytest.raises(InputError, match=line):
+            _ = dataset.labels
+    else:
+        assert dataset.labels.tolist() == [*range(9)]
+
+
+def test_nothing_is_compared_if_it_is_not_wanted(tmp_path: Path, hashed: list[str]) -> None:
+    shards = random_shards(3)
+    change_the_last_byte(write_data(tmp_path, shards) / "codes-00000.npy")
+    dataset = CodeDataset(tmp_path, verify=False)
+    dataset.check_files()
+    shards[0][2, -1, -1] ^= 1
+    np.testing.assert_array_equal(dataset.batch(np.arange(3))[0], shards[0])
+    assert hashed == []
+
+
+def test_each_file_is_read_once_and_only_when_it_is_needed(tmp_path: Path, hashed: list[str]) -> None:
+    dataset = CodeDataset(write_data(tmp_path, random_shards(3, 2, 4)))
+    assert hashed == []
+    _ = dataset.batch(np.array([3, 4])), dataset[3], dataset[4]
+    assert hashed == ARRAYS[2:4]
+    dataset.check_files()
+    assert hashed == [*ARRAYS[2:4], *ARRAYS[:2], *ARRAYS[4:]]
+    dataset.check_files()
+    _ = dataset.batch(np.arange(9)), dataset.labels, list(dataset.shards())
+    assert len(hashed) == 6
+
+
+def test_a_folder_that_is_named_twice_is_read_once(tmp_path: Path, hashed: list[str]) -> None:
+    write_data(tmp_path, random_shards(3, 2, 4))
+    CodeDataset([tmp_path, tmp_path]).check_files()
+    assert hashed == ARRAYS
+
+
+def test_copies_of_a_checked_data_set_do_not_check_again(tmp_path: Path, hashed: list[str]) -> None:
+    dataset = CodeDataset(write_data(tmp_path, random_shards(3, 2, 4)))
+    unchecked = pickle.loads(pickle.dumps(dataset))
+    dataset.check_files()
+    hashed.clear()
+    pickle.loads(pickle.dumps(dataset)).batch(np.arange(9))
+    assert hashed == []
+    unchecked.batch(np.arange(9))
+    assert hashed == ARRAYS
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_workers_report_damage_unless_it_was_checked_before_they_started(tmp_path: Path, method: str) -> None:
+    if method == "fork" and sys.platform != "linux":
+        pytest.skip("not safe there")
+    dataset = CodeDataset(write_data(tmp_path, random_shards(3)))
+    loaders = {"num_workers": 1, "multiprocessing_context": method}
+    checked = pickle.loads(pickle.dumps(dataset))
+    checked.check_files()
+    change_the_last_byte(tmp_path / "codes-00000.npy")
+    assert len(list(DataLoader(checked, **loaders))) == 3
+    with pytest.raises(RuntimeError, match=r"Caught InputError [\s\S]*codes-00000.npy as its manifest says"):
+        next(iter(DataLoader(dataset, **loaders)))
 
 
 @pytest.mark.parametrize("name", ["codes-00001.npy", "labels-00000.npy"])
@@ -479,14 +577,14 @@ def test_codes_column_by_column(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("byte", [b"{", b"(", b"\n", b"\0", b"0", b"\xff"])
 def test_a_byte_of_a_header_is_another(tmp_path: Path, byte: bytes) -> None:
-    """Either the file is refused in one line, or it says the same."""
+    """Either the file is refused in one line, or it says the same; also if its hash is not compared."""
     shards = random_shards(3)
     path = write_data(tmp_path, shards) / "codes-00000.npy"
     intact, refusals = path.read_bytes(), []
     for position in range(len(intact) - shards[0].nbytes):
         path.write_bytes(intact[:position] + byte + intact[position + 1 :])
         try:
-            dataset = CodeDataset(tmp_path)
+            dataset = CodeDataset(tmp_path, verify=False)
         except InputError as error:
             refusals.append(str(error))
         else:
@@ -512,10 +610,17 @@ def test_names_that_are_no_unicode(tmp_path: Path) -> None:
 
 
 @linux_only
-def test_a_folder_that_torch_cannot_name(tmp_path: Path) -> None:
-    write_data(tmp_path / "\udce9", random_shards(2))
-    with pytest.raises(InputError, match=r"expected a file that can be mapped into memory at .*; export"):
-        CodeDataset(tmp_path / "\udce9")
+def test_a_folder_whose_name_is_no_unicode(tmp_path: Path) -> None:
+    """torch cannot name it; the rows, the copies and the check are those of any other."""
+    folder, shards = tmp_path / "\udce9", random_shards(2, 3)
+    write_data(folder, shards)
+    dataset = CodeDataset(folder)
+    dataset.check_files()
+    for same in (dataset, pickle.loads(pickle.dumps(dataset))):
+        np.testing.assert_array_equal(same.batch(np.arange(5))[0], np.concatenate(shards))
+        with pytest.raises(ValueError, match="read-only"):
+            next(same.shards()).codes[0] = 9
+    assert list(dataset.names()) == [*"01234"]
 
 
 def test_a_folder_without_a_data_set(tmp_path: Path) -> None:

@@ -22,10 +22,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from pipeline.codes import encoded_images, export, writer
+from pipeline.codes import encoded_images, export, manifest, writer
 from pipeline.codes.dataset import CodeDataset
 from pipeline.codes.export import export_codes
 from pipeline.codes.manifest import read_manifest
+from pipeline.codes.unfinished import holds_only_an_export
 from pipeline.errors import InputError
 from pipeline.images.holdout import held_out
 from pipeline.images.image_set import ImageSplit, open_images
@@ -762,6 +763,63 @@ def test_half_written_files_are_gone_at_the_end(
         (out / f"{name}.new").write_text("half")
     export_codes(tokenizer, out, shard_size=4, device="cpu")
     assert digest_of(out) == digest_of(tmp_path / "undisturbed")
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_a_folder_holds_only_an_export_at_every_kill_until_something_else_is_in_it(
+    tmp_path: Path, tokenizer: Path, deadline: Deadline
+) -> None:
+    assert holds_only_an_export(tmp_path / "codes")
+    for moment in range(1000):
+        deadline.left = moment
+        try:
+            export_codes(tokenizer, tmp_path / "codes", shard_size=4, to="npz", device="cpu")
+            break
+        except Killed:
+            deadline.left = sys.maxsize
+        assert holds_only_an_export(tmp_path / "codes")
+    deadline.left = sys.maxsize
+    assert moment > 10
+    for name in ("notes.txt", "model.safetensors", "codes-1.npy", "codes"):
+        (tmp_path / "codes" / name).touch()
+        assert not holds_only_an_export(tmp_path / "codes")
+        (tmp_path / "codes" / name).unlink()
+    assert holds_only_an_export(tmp_path / "codes")
+
+
+@pytest.mark.usefixtures("quick", "small_blocks")
+@pytest.mark.parametrize(("what", "got"), [("MOST_SHARDS", "the number of shards"), ("MOST_CLASSES", "class names")])
+def test_what_no_manifest_can_hold_is_refused_before_anything_is_encoded(
+    tmp_path: Path, tokenizer: Path, encoded: list[Tensor], monkeypatch: pytest.MonkeyPatch, what: str, got: str
+) -> None:
+    monkeypatch.setattr(manifest, what, 2)
+    with pytest.raises(InputError, match=rf"got .* as .*{got}.*; choose another --shard-size"):
+        export_codes(tokenizer, tmp_path / "codes", shard_size=4, device="cpu")
+    assert encoded == []
+    assert not (tmp_path / "codes").exists()
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("name", ["manifest.json", "README.md", "codes-00000.npy", "shard-00001.json", "codes.npz.new"])
+@pytest.mark.parametrize("force", [False, True])
+def test_a_folder_in_the_place_of_a_file_is_refused_before_images_are_prepared(
+    tmp_path: Path, tokenizer: Path, name: str, force: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "codes" / name / "mine").mkdir(parents=True)
+    monkeypatch.setattr(export, "images_of", no_images)
+    with pytest.raises(InputError, match=rf"expected a file or nothing at .*{name}, got a folder; move it away"):
+        export_codes(tokenizer, tmp_path / "codes", device="cpu", force=force)
+    assert (tmp_path / "codes" / name / "mine").is_dir()
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
+def test_an_export_into_a_folder_whose_name_is_no_unicode(tmp_path: Path, tokenizer: Path) -> None:
+    out = tmp_path / "\udce9"
+    export_codes(tokenizer, out, shard_size=4, to="npz", device="cpu")
+    export_codes(tokenizer, out, shard_size=4, device="cpu")
+    export_codes(tokenizer, tmp_path / "e", shard_size=4, to="npz", device="cpu")
+    assert digest_of(out) == digest_of(tmp_path / "e")
 
 
 @pytest.mark.usefixtures("quick")

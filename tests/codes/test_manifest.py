@@ -10,6 +10,7 @@ import pytest
 
 from pipeline.codes.manifest import CodeManifest, code_dtype, read_manifest, write_manifest
 from pipeline.errors import InputError
+from pipeline.runtime.json_files import sealed
 
 EARLIER: dict[str, Any] = {  # as the first version wrote it
     "count": 5,
@@ -27,6 +28,9 @@ EARLIER: dict[str, Any] = {  # as the first version wrote it
     ],
     "format_version": 1,
 }
+
+
+STARTED = [{**shard, "start": start} for shard, start in zip(EARLIER["shards"], (0, 3), strict=True)]
 
 
 def read(folder: Path, content: Any) -> CodeManifest:
@@ -67,7 +71,7 @@ def test_a_field_of_a_later_version_is_ignored(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", [name for name in EARLIER if name != "format_version"])
 def test_a_field_is_missing(tmp_path: Path, name: str) -> None:
-    with pytest.raises(InputError, match=f"manifest.json, got .*'{name}'; export the codes again"):
+    with pytest.raises(InputError, match=f"manifest.json, got no {name}; export the codes again"):
         read(tmp_path, {key: value for key, value in EARLIER.items() if key != name})
 
 
@@ -79,32 +83,32 @@ def with_files(*names: str) -> list[dict[str, Any]]:
     ("change", "got"),
     [
         ({"count": 4}, "a count of 4 over shards of 5 grids"),
-        ({"count": 0, "shards": [{**EARLIER["shards"][0], "count": 0}]}, "a shard without grids"),
-        ({"count": 1, "shards": [{**EARLIER["shards"][0], "count": n} for n in (2, -1)]}, "a shard without grids"),
-        ({"total": 4}, "5 grids of 4"),
+        ({"count": 0, "shards": [{**EARLIER["shards"][0], "count": 0}]}, "0 as shards[0].count"),
+        ({"count": 1, "shards": [{**EARLIER["shards"][0], "count": n} for n in (2, -1)]}, "-1 as shards[1].count"),
+        ({"total": 4}, "4 as total, which is from 5 to "),
         ({"dtype": "uint16"}, "codes of uint16 for K = 16"),
         ({"num_codes": 257}, "codes of uint8 for K = 257"),
         ({"num_codes": 0}, "codes of uint8 for K = 0"),
         ({"dtype": "object"}, "codes of object"),
-        ({"grid": [4]}, "the grid"),
+        ({"grid": [4]}, "the list [4] as grid"),
         ({"grid": [4, 0]}, "the grid"),
-        ({"grid": [4.0, 6]}, "the grid"),
-        ({"shards": with_files("../codes.npy", "l.npy", "n.json")}, "a shard of the files"),
-        ({"shards": with_files("c.npy", "/l.npy", "n.json")}, "a shard of the files"),
-        ({"shards": with_files("c.npy", "l.npy", "a/n.json")}, "a shard of the files"),
-        ({"shards": with_files("c.npy", "l.npy")}, "a shard of the files"),
-        ({"shards": with_files("c.npy", "..", "n.json")}, "a shard of the files"),
-        ({"shards": with_files("c.npy", "a\\l.npy", "n.json")}, "a shard of the files"),
-        ({"shards": with_files("c.npy", "\0", "n.json")}, "a shard of the files"),
-        ({"shards": with_files("c.npy", "\ud800", "n.json")}, "a shard of the files"),
-        ({"shards": with_files("c.npy", "", "n.json")}, "a shard of the files"),
-        ({"shards": [{"count": 5}]}, "shard 0 without files"),
-        ({"shards": [{"files": EARLIER["shards"][0]["files"]}]}, "shard 0 without count"),
-        ({"shards": [EARLIER["shards"][0], 5]}, "5 as shard 1"),
-        ({"shards": [EARLIER["shards"][0], None]}, "None as shard 1"),
-        ({"shards": [EARLIER["shards"][0], [EARLIER["shards"][1]]]}, "as shard 1"),
+        ({"grid": [4.0, 6]}, "the float 4.0 as grid[0]"),
+        ({"shards": with_files("../codes.npy", "l.npy", "n.json")}, "as shards[0].files"),
+        ({"shards": with_files("c.npy", "/l.npy", "n.json")}, "as shards[0].files"),
+        ({"shards": with_files("c.npy", "l.npy", "a/n.json")}, "as shards[0].files"),
+        ({"shards": with_files("c.npy", "l.npy")}, "as shards[0].files"),
+        ({"shards": with_files("c.npy", "..", "n.json")}, "as shards[0].files"),
+        ({"shards": with_files("c.npy", "a\\l.npy", "n.json")}, "as shards[0].files"),
+        ({"shards": with_files("c.npy", "\0", "n.json")}, "as shards[0].files"),
+        ({"shards": with_files("c.npy", "\ud800", "n.json")}, "as shards[0].files"),
+        ({"shards": with_files("c.npy", "", "n.json")}, "as shards[0].files"),
+        ({"shards": [{"count": 5}]}, "no shards[0].files"),
+        ({"shards": [{"files": EARLIER["shards"][0]["files"]}]}, "no shards[0].count"),
+        ({"shards": [EARLIER["shards"][0], 5]}, "the int 5 in place of shards[1]"),
+        ({"shards": [EARLIER["shards"][0], None]}, "the NoneType None in place of shards[1]"),
+        ({"shards": [EARLIER["shards"][0], [EARLIER["shards"][1]]]}, "in place of shards[1]"),
         *(
-            ({"shards": [EARLIER["shards"][0], {**EARLIER["shards"][1], name: value}]}, f"as {name} of shard 1")
+            ({"shards": [EARLIER["shards"][0], {**EARLIER["shards"][1], name: value}]}, f"as shards[1].{name}")
             for name, value in [
                 *(("count", value) for value in ("2", 2.0, True, None, [2], {"a": 2})),
                 *(("start", value) for value in ("3", 3.0, True, None, [3])),
@@ -112,12 +116,12 @@ def with_files(*names: str) -> list[dict[str, Any]]:
                 ("files", {"c.npy": ["d"], "l.npy": {}, "n.json": None}),
             ]
         ),
-        ({"shards": [EARLIER["shards"][0], {**EARLIER["shards"][1], "start": -3}]}, "a start of -3"),
-        ({"shard_size": 0}, "shards of 0 grids"),
-        ({"shard_size": -3}, "shards of -3 grids"),
-        ({"shard_size": 3}, "shard 0 without start"),
+        ({"shards": [EARLIER["shards"][0], {**EARLIER["shards"][1], "start": -3}]}, "-3 as shards[1].start"),
+        ({"shard_size": 0, "shards": STARTED}, "0 as shard_size"),
+        ({"shard_size": -3, "shards": STARTED}, "-3 as shard_size"),
+        ({"shard_size": 3}, "no shards[0].start"),
         ({"num_codes": 2**31 + 1, "dtype": "int32"}, "K = 2147483649"),
-        ({"total": -5, "count": 0, "shards": []}, "0 grids of -5"),
+        ({"total": -5, "count": 0, "shards": []}, "-5 as total"),
         *(({"tables": {name: "0" * 64}}, "a table in the file") for name in ("../a", "..", "a/b", "a\\b", "", "\0")),
     ],
 )
@@ -135,8 +139,7 @@ def test_a_manifest_that_contradicts_itself(tmp_path: Path, change: dict[str, An
         *[("count", "5"), ("count", 5.0), ("num_codes", 16.0), ("split", None), ("source", 3), ("image", [8, 12, 1])],
         *[("class_names", None), ("class_names", "cat"), ("class_names", ["cat", 1]), ("tokenizer_fingerprint", 0)],
         *[("total", "5"), ("shards", {}), ("flips", None), ("tables", None), ("grid", {"a": 4, "b": 6})],
-        *[(name, True) for name in ("count", "num_codes", "total", "shard_size", "statistics")],
-        *[("shard_size", value) for value in ("3", 3.0, [3])],
+        *[(name, True) for name in ("count", "num_codes", "total", "statistics")],
         *[("grid", [True, 6]), ("flips", 1), ("rows_sha256", None), ("made_with", {"torch": 2})],
         *[("image", {"height": "8", "width": 12, "channels": 1}), ("image", {"height": 8, "width": 12})],
         *[("image", {"height": 8, "width": 12, "channels": True}), ("tables", {"codes.npz": 1}), ("tables", ["a"])],
@@ -149,6 +152,12 @@ def test_a_field_of_another_type(tmp_path: Path, name: str, value: Any) -> None:
         read(tmp_path, {**EARLIER, name: value})
 
 
+@pytest.mark.parametrize("value", ["3", 3.0, [3], True])
+def test_a_shard_size_of_another_type(tmp_path: Path, value: Any) -> None:
+    with pytest.raises(InputError, match=rf"got the {type(value).__name__} .* as shard_size; export the codes again"):
+        read(tmp_path, {**EARLIER, "shards": STARTED, "shard_size": value})
+
+
 @pytest.mark.parametrize("content", [b"", b"{}", b"null", b"[]", b"\xff", b'{"grid": [2, 3], "count": 1}'])
 def test_a_file_that_is_no_manifest(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "manifest.json").write_bytes(content)
@@ -159,6 +168,26 @@ def test_a_file_that_is_no_manifest(tmp_path: Path, content: bytes) -> None:
 def test_another_format_version(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"expected format version 1 .*, got 2; use the version of codegrid"):
         read(tmp_path, {**EARLIER, "format_version": 2, "grid": "another thing now"})
+
+
+@pytest.mark.parametrize(
+    ("change", "got"),
+    [
+        ({"format_version": 2, "count": "5"}, "expected format version 1"),
+        ({"count": "5", "total": 4}, "the str '5' as count"),
+        ({"total": 4}, "4 as total"),
+        ({"source": "elsewhere"}, "another content than its checksum says"),
+    ],
+)
+def test_what_is_wrong_is_named_in_the_order_of_what_it_explains(
+    tmp_path: Path, change: dict[str, Any], got: str
+) -> None:
+    """In a manifest whose checksum is not its own, either."""
+    (tmp_path / "manifest.json").write_bytes(sealed(EARLIER))
+    content = json.loads((tmp_path / "manifest.json").read_bytes())
+    assert read(tmp_path, content).count == 5
+    with pytest.raises(InputError, match=got):
+        read(tmp_path, {**content, **change})
 
 
 @pytest.mark.parametrize(

@@ -55,3 +55,30 @@ def test_entropy_by_hand(histogram: list[int], bits: float) -> None:
 def test_packed_bits_by_hand(num_codes: int, bits: int) -> None:
     assert packed_bits(num_codes) == bits
     assert packed_bytes((3, 5), num_codes) == 15 * bits / 8
+
+
+@pytest.mark.parametrize("at_once", [7, 2**20])
+@pytest.mark.parametrize("num_codes", [5, 65_537, 2**20, 2**20 + 1, 2**31])
+def test_a_histogram_counts_the_codes_that_occur(num_codes: int, at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a loop; of a large K, those that do not occur are left out."""
+    monkeypatch.setattr(statistics, "COUNTED_AT_ONCE", at_once)
+    random, histogram = np.random.default_rng(0), statistics.Histogram(num_codes)
+    arrays = [random.choice([0, 1, num_codes // 2, num_codes - 1], (4, 3, 5)).astype(np.int32) for _ in range(3)]
+    for array in arrays:
+        histogram.add(array)
+    flat = [code for array in arrays for code in array.ravel().tolist()]
+    expected = [flat.count(code) for code in sorted(set(flat))]
+    counts = histogram.counts
+    assert counts.dtype == torch.int64
+    assert counts[counts > 0].tolist() == expected
+    assert len(counts) == (num_codes if num_codes <= 2**20 else len(expected))
+    assert statistics.CodeStatistics.of(counts).codes_used == len(expected)
+    assert statistics.perplexity(counts) == pytest.approx(statistics.perplexity(torch.tensor(expected)), rel=1e-12)
+
+
+def test_a_histogram_of_a_large_k_takes_the_memory_of_the_codes() -> None:
+    tracemalloc.start()
+    statistics.Histogram(2**31).add(np.arange(1000, dtype=np.int32))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**20
