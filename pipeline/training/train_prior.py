@@ -142,6 +142,7 @@ def _open_codes(
         assert tokenizer is not None
         folders = _exported_codes(tokenizer, run, saved)
     codes = CodeDataset(folders)
+    codes.check_files()
     _check_learnable(codes)
     if saved is not None:
         _check_resumable(saved.info, codes.manifest.tokenizer_fingerprint, f"codes in {codes.location}")
