@@ -77,7 +77,7 @@ def replace(path: Path, other: Path | None, random: random.Random) -> str:
         path.write_bytes(path.read_bytes()[::-1])
         return "its bytes reversed"
     shutil.copy(other, path)
-    return f"replaced by the valid {other.parent.name}/{other.name}"
+    return f"replaced by the valid {'/'.join(other.parts[-3:])}"
 
 
 DAMAGES: tuple[Damage, ...] = (flip, truncate, empty, delete, grow, zero, folder, rubbish, replace)

@@ -20,6 +20,7 @@ from .workspace import Command, Workspace, done, is_saved, longer
 
 PER_RUN = 4  # kills at most, before a run is left to end
 SAVE_EVERY = 0.02  # seconds
+EARLIEST = 0.01  # seconds after its start that a run is stopped
 CLOSED, TWICE = "closed pipe", "SIGINT twice"
 STATUS = {"SIGTERM": 143, "SIGHUP": 129, "SIGINT": 130, TWICE: 130, CLOSED: 141}  # of a run that was asked to stop
 BY_ITSELF = {"SIGTERM": -15, "SIGHUP": -1}  # of a command that has nothing to save, or not yet
@@ -128,7 +129,9 @@ def _stop_again_and_again(
     while True:
         again = stage.again if history else ()
         program = Program(workspace.line(stage.command, *again), surroundings)
-        stopped = len(verdicts) < PER_RUN and not program.ends_within(random.uniform(0, 0.7 * undisturbed.seconds))
+        stopped = len(verdicts) < PER_RUN and not program.ends_within(
+            random.uniform(EARLIEST, 0.7 * undisturbed.seconds)
+        )
         graceful = stopped and program.catches(signal.SIGTERM)
         if stopped:
             _stop(program, way)

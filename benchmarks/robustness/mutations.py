@@ -14,7 +14,18 @@ NESTING = 100_000
 ABSURD: tuple[Any, ...] = (
     *(2**31, 2**31 - 1, 2**63, 10**12, 10**400, -1, 0, 1, 2, 1.5, 1e308, float("nan"), float("inf")),
     *(None, True, "", "x", "x" * 1_000_000, "\x1b[31mred\x07", "two\nlines", "\ud800", "\u202eright to left"),
-    *("/etc/passwd", "../x", "../../../../etc/passwd", "/dev/zero", "/dev/stdin", "a/b", ".", "..", "C:\\x", "nul\x00"),
+    *(
+        "/etc/passwd",
+        "../x",
+        "../" * 12 + "etc/passwd",
+        "/dev/zero",
+        "/dev/stdin",
+        "a/b",
+        ".",
+        "..",
+        "C:\\x",
+        "nul\x00",
+    ),
     *([], {}, [[]], ["x"], {"x": 1}, [1, 2, 3], [10**12, 10**12], DEEP),
 )
 DTYPES = ("F64", "F16", "BF16", "I64", "U8", "BOOL", "F8_E4M3", "X9", "f4", "")

@@ -176,6 +176,12 @@ def _run(arguments: Sequence[str], surroundings: Surroundings, out: int, err: in
         cli.main(list(arguments))
     except SystemExit as ended:
         status = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+    except KeyboardInterrupt as interrupt:
+        status = 128 + signal.SIGINT
+        if (
+            interrupt.__traceback__ is not None and interrupt.__traceback__.tb_next is not None
+        ):  # it began, and let it out
+            traceback.print_exc()
     except BaseException:
         traceback.print_exc()
     finally:

@@ -54,7 +54,9 @@ class SafeProcess:
     def _audit(self, event: str, arguments: tuple[Any, ...]) -> None:
         if event == "open" and isinstance(arguments[0], (str, bytes)):
             path = os.path.abspath(os.fsdecode(arguments[0]))
-            if not path.startswith(self._allowed):
+            if not path.startswith(self._allowed) and os.path.exists(
+                path
+            ):  # a resumed run tries the paths in its config
                 self.opened.append(path)
 
 

@@ -13,13 +13,15 @@ only the images are those of the original, which no command writes.
 import hashlib
 import json
 import shutil
+import signal
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from .program import Ended, Surroundings, run
+from .program import HANG, Ended, Program, Surroundings, run
 
 CLASSES = ("disc", "line", "été")
 HEIGHT, WIDTH, IMAGES = 16, 12, 48
@@ -39,6 +41,7 @@ class Command:
     arguments: tuple[str, ...]  # without the path of the images, which `line` adds
     result: str  # the file or folder that it writes, relative to the workspace; "" for none
     images: bool = False  # whether --data names the images
+    stopped: bool = False  # by SIGTERM, once it has saved
 
     @property
     def name(self) -> str:
@@ -71,6 +74,7 @@ RESUME_TOKENIZER = command(
     f"train-tokenizer --out tokenizer --resume --steps {2 * STEPS}", *CPU, result="tokenizer", images=True
 )
 RESUME_PRIOR = command(f"train-prior --out prior --resume --steps {2 * STEPS}", *CPU, result="prior")
+RESUME_A_MOMENT = replace(longer(RESUME_PRIOR, "--steps", "600"), result="prior/model.safetensors", stopped=True)
 EXPORT = command("export-codes --tokenizer tokenizer --out new/codes --shard-size 8", *CPU, result="new/codes")
 EXPORT_AGAIN = command("export-codes --tokenizer tokenizer --out codes --shard-size 8", *CPU, result="codes")
 EXPORT_REST = command("export-codes --tokenizer tokenizer --out partial --shard-size 8", *CPU, result="partial")
@@ -122,7 +126,21 @@ class Workspace:
 
     def run(self, command: Command, *more: str) -> Ended:
         """Run a command to its end."""
+        if command.stopped:
+            return self._run_until_saved(command, *more)
         return run(self.line(command, *more), self.surroundings())
+
+    def _run_until_saved(self, command: Command, *more: str) -> Ended:
+        """Run a training until it has saved, then ask it to stop, and count that as a good end."""
+        config = (self.folder / command.result).with_name("config.json")
+        before = config.stat().st_mtime_ns if config.exists() else 0
+        program = Program(self.line(command, *more), self.surroundings(save_every=0))
+        while not program.ends_within(0.005) and time.monotonic() - program.began < HANG:
+            if config.exists() and config.stat().st_mtime_ns != before:
+                program.signal(signal.SIGTERM)
+                break
+        ended = program.wait()
+        return replace(ended, status=0) if ended.status == 128 + signal.SIGTERM else ended
 
     def result(self, command: Command, ended: Ended) -> dict[str, str]:
         """Return what a command did, to compare: the hash of each file, or without files what it printed."""
@@ -170,7 +188,8 @@ def _make_runs(workspace: Workspace, seed: int) -> None:
     """Train both stages and export the codes between them."""
     for command, out in ((TRAIN_TOKENIZER, "tokenizer"), (EXPORT, "codes"), (TRAIN_PRIOR, "prior")):
         seeds = ["--seed", str(seed)] if command is not EXPORT else []
-        done(workspace.run(command, "--out", out, *seeds))
+        line = workspace.line(command, "--out", out, *seeds)
+        done(run(line, workspace.surroundings(save_every=0)))  # so that there is a checkpoint before the last
 
 
 def _draw(folder: Path) -> None:
