@@ -167,11 +167,11 @@ def judge(ended: Ended, case: Case, result: dict[str, str], expected: Expected) 
 def _names(text: str, case: Case) -> bool:
     """Return whether a text names the damaged file, or its folder where nobody could know more.
 
-    That is: another valid file that does not fit the rest, a missing file that says what the folder is, and the cache,
-    whose entries are folders.
+    That is: another valid file that does not fit the rest, for which two fingerprints do as well, a missing file that
+    says what the folder is, and the cache, whose entries are folders.
     """
     path = Path(case.file)
-    if path.name in text:
+    if path.name in text or (case.damage is replace and text.count("fingerprint") > 1):
         return True
     gone = case.damage is delete and path.name in ("config.json", "manifest.json")
     by_folder = gone or case.folder == "cache" or case.damage is replace

@@ -33,6 +33,7 @@ LONGEST_LINE = 2_000  # characters
 RAW_BYTES = 0.25  # share of the files with random bytes; the others are valid in form
 RESEALED = 0.8  # share of the files whose hash is made to fit
 NAN = "0000c07f"  # all numbers of a file, as `mutations.py` says it
+NO_MEMORY = "an.t allocate|annot allocate|nable to allocate|out of memory"  # whatever caught that error
 GOOD = ("loaded", "refused in one line")
 
 
@@ -173,7 +174,7 @@ def judge(ended: Ended, grown: int, opened: list[str], *, draws_from_nan: bool) 
         return f"{opened[0][:60]} opened"
     if ended.raw:
         return f"raw: {re.sub('[0-9]+', 'N', (ended.errors or ended.err.splitlines())[-1])[:70]}"
-    if grown > GROWTH or re.search("alloc|memory", ended.err):
+    if grown > GROWTH or re.search(NO_MEMORY, ended.err):
         return "memory grows"
     if ended.status == 0:
         return "draws from weights that are not numbers" if draws_from_nan else GOOD[0]
