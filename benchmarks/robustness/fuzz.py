@@ -14,10 +14,13 @@ import shutil
 import signal
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 from typing import NoReturn
+
+from pipeline.runtime.json_files import CHECKSUM, sealed
 
 from . import workspace as of
 from .mutations import MUTATE, mutate_bytes
@@ -191,7 +194,13 @@ def _reads(command: Command, file: Path) -> bool:
 
 
 def reseal(folder: Path, before: bytes, after: bytes) -> None:
-    """Make the hashes fit: where JSON in the folder names the hash of a file's old bytes, name that of its new ones."""
+    """Make the hashes fit: those that JSON in the folder names of a file's old bytes, and those of the JSON itself."""
     old, new = (hashlib.sha256(data).hexdigest().encode() for data in (before, after))
-    for path in (file for file in folder.rglob("*.json") if old in (content := file.read_bytes())):
-        path.write_bytes(content.replace(old, new))
+    for path in folder.rglob("*.json"):
+        content = path.read_bytes()
+        if old in content:
+            path.write_bytes(content.replace(old, new))
+        with suppress(ValueError, RecursionError):
+            parsed = json.loads(path.read_bytes())
+            if isinstance(parsed, dict) and parsed.pop(CHECKSUM, None) is not None:
+                path.write_bytes(sealed(parsed))

@@ -26,12 +26,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..errors import InputError
+from ..runtime.json_files import CHECKSUM, check_seal, parse_json, read_regular, sealed
 from ..runtime.progress import Progress
 from .building_folder import kept_alive, new_building_folder
 from .cache_folder import cache_folder, cannot_write, writing_cache
 
 FORMAT = 3  # of an entry and of every key; another number leaves older entries unused (2 had no checksums)
 _INDEX = "index.json"
+_LARGEST_INDEX = 2**33  # bytes
 _CHUNK = 2**20  # bytes read at a time
 _SHOWN_FROM = 2**30  # bytes, whose check takes long enough to show how far it is
 
@@ -153,9 +155,7 @@ def _sha256(path: Path, bar: Progress) -> str:
 
 def _write_index(path: Path, built: Built) -> None:
     """Write the index of an entry, with its checksum."""
-    text = json.dumps({**built.index, "files": {name: asdict(file) for name, file in built.files.items()}})
-    content = text.removesuffix("}").encode()
-    data = content + _seal(content)
+    data = sealed({**built.index, "files": {name: asdict(file) for name, file in built.files.items()}})
     with writing_cache(len(data)), open(path, "wb") as file:
         file.write(data)
         file.flush()
@@ -164,16 +164,8 @@ def _write_index(path: Path, built: Built) -> None:
 
 def _read_index(path: Path) -> dict[str, Any]:
     """Return the index of an entry. Raise ValueError or OSError unless it is as it was written."""
-    if path.exists() and not path.is_file():
-        raise ValueError(f"{path.name} is no file")
-    data = path.read_bytes()
-    content = data[: -len(_seal(b""))]
-    if data != content + _seal(content):  # before anything is parsed
-        raise ValueError(f"the checksum of {path.name} is another one")
-    index: dict[str, Any] = json.loads(data)
+    index = parse_json(read_regular(path, _LARGEST_INDEX))
+    if not isinstance(index, dict) or CHECKSUM not in index:
+        raise ValueError(f"{path.name} has no checksum")
+    check_seal(index)
     return index
-
-
-def _seal(content: bytes) -> bytes:
-    """Return what follows `content` in an index, which is JSON without its last brace."""
-    return f', "sha256": "{hashlib.sha256(content).hexdigest()}"}}'.encode()
