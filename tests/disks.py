@@ -1,14 +1,9 @@
-"""Disks that are full or fail: what `os.fsync` says to each file that the program writes.
-
-`write_atomic` is wrapped, so that a write that fails removes its temporary file and becomes an InputError, as the
-callers may expect of it.
-"""
+"""Disks that are full or fail: what `os.fsync` says to each file that the program writes."""
 
 import errno
 import os
 import re
 import stat
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,9 +11,6 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import InputError
-from pipeline.runtime import atomic_files
-
-Write = Callable[[Path, bytes], None]
 
 
 @contextmanager
@@ -55,23 +47,7 @@ def _disk(fails: Callable[[int], bool]) -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", fsync)
-        for name, module in list(sys.modules.items()):
-            if name.startswith("pipeline.") and "write_atomic" in vars(module):
-                patch.setattr(module, "write_atomic", _or_input_error(atomic_files.write_atomic))
         yield
-
-
-def _or_input_error(write: Write) -> Write:
-    def written(path: Path, data: bytes) -> None:
-        try:
-            write(path, data)
-        except OSError as error:
-            path.with_name(f"{path.name}.new").unlink(missing_ok=True)
-            raise InputError(
-                expected=f"to write {len(data):,} bytes to {path}", got=str(error.strerror), do="free space"
-            ) from None
-
-    return written
 
 
 def full_disk_line(act: Callable[[], object]) -> bool:

@@ -210,6 +210,39 @@ def test_a_run_that_was_killed_is_replaced_completely(
         assert names_below(out) == written(folder, others, 1) | set(foreign)
 
 
+class Killed(BaseException):
+    """What `kill -9` looks like from inside."""
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_whenever_a_run_is_killed_force_replaces_what_it_left(
+    tmp_path: Path, commands: dict[str, list[object]], name: str, codegrid: Codegrid, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first run into a folder, killed at each of its renames; all that it left is replaced."""
+    rename, kills = os.replace, 0
+    while True:
+        out, renames = tmp_path / f"killed at {kills}", []
+
+        def killed(source: Path, target: Path, renames: list[Path] = renames, last: int = kills) -> None:
+            renames.append(target)
+            if len(renames) > last:
+                raise Killed
+            rename(source, target)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", killed)
+            patch.setattr("pipeline.images.png_folder.remove_run", lambda *arguments: None)  # a kill cleans up nothing
+            try:
+                codegrid(*commands[name], "--out", out, "--n", 2)
+            except Killed:
+                kills += 1
+            else:
+                break
+        assert codegrid(*commands[name], "--out", out, "--n", 1, "--force").status == 0
+        assert names_below(out) == written(*FOLDERS[name], 1)
+    assert kills >= 4  # the record, two images, the record again
+
+
 def test_decoded_rows_of_another_start_are_replaced(
     tmp_path: Path, commands: dict[str, list[object]], codegrid: Codegrid
 ) -> None:

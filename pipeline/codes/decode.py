@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import chain
 from pathlib import Path
@@ -17,7 +17,7 @@ from ..images.png_folder import ImageFolder, is_count, read_record, written_coun
 from ..models.checkpoint import check_same_tokenizer
 from ..models.inference import decode_codes as decode
 from ..models.loading import load_trained_tokenizer
-from ..runtime.atomic_files import TEMPORARY, to_json
+from ..runtime.atomic_files import open_atomic, to_json
 from ..runtime.filesystem import FILE_SUFFIXES
 from ..runtime.folder_lock import only_writer
 from ..runtime.output_paths import OutputFiles, check_output_file, check_output_folder
@@ -119,46 +119,13 @@ def _check_start(codes: CodeDataset, start: int) -> None:
 
 
 def _write_array(images: Iterator[Tensor], n: int, out: Path) -> None:
-    """Write batch by batch into a temporary file, which is renamed once complete and on the disk, or else removed.
-
-    Raises:
-        InputError: the file cannot be written.
-    """
+    """Write an array batch by batch; `out` is complete or as it was. Raise InputError if it cannot be written."""
     first = next(images)
-    size, temporary = n * first[0].numel(), out.with_name(f"{out.name}{TEMPORARY}")
-    with _write_errors(out, size):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        file = open(temporary, "wb")  # noqa: SIM115 (closed below, where an error of closing hides no other)
-    try:
-        with _write_errors(out, size):
-            header = {"descr": "|u1", "fortran_order": False, "shape": (n, *first.shape[1:])}
-            np.lib.format.write_array_header_1_0(file, header)
+    with open_atomic(out, n * first[0].numel()) as file:
+        header = {"descr": "|u1", "fortran_order": False, "shape": (n, *first.shape[1:])}
+        np.lib.format.write_array_header_1_0(file, header)
         for batch in chain([first], images):
-            with _write_errors(out, size):
-                file.write(batch.numpy().tobytes())
-        with _write_errors(out, size):
-            file.flush()
-            os.fsync(file.fileno())
-            file.close()  # Windows renames no open file
-            os.replace(temporary, out)
-    finally:
-        with suppress(OSError):  # the disk is full, or its folder is gone: the error above says so
-            file.close()
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-
-
-@contextmanager
-def _write_errors(out: Path, size: int) -> Iterator[None]:
-    """Raise InputError for an error of the system while `size` bytes are written to `out`."""
-    try:
-        yield
-    except OSError as error:
-        raise InputError(
-            expected=f"to write {size:,} bytes to {out}",
-            got=error.strerror or str(error),
-            do="free space there or name another file",
-        ) from None
+            file.write(batch.numpy().tobytes())
 
 
 def _write_folder(images: Iterator[Tensor], out: Path, record: DecodeRecord) -> None:

@@ -5,22 +5,20 @@ ends the lock. A folder is removed if its lock is free and nothing in it was cha
 do where the file system has none, nor the day alone for a process that is suspended for longer.
 """
 
-import errno
 import os
 import shutil
-import sys
 import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from ..runtime.folder_lock import HELD, system_lock
 from .cache_folder import writing_cache
 
 BUILDING = ".building-"  # what the names of these folders begin with
 ALIVE = ".alive"
 _STALE = 24 * 3600  # seconds
-_HELD = {errno.EACCES, errno.EAGAIN, errno.EDEADLK}  # what the systems say if another process has the lock
 
 
 def new_building_folder(parent: Path) -> Path:
@@ -44,7 +42,7 @@ def kept_alive(folder: Path) -> Iterator[None]:
         file = os.open(folder / ALIVE, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         with suppress(OSError):  # a file system without locks
-            _lock(file)
+            system_lock(file)
         yield
     finally:
         os.close(file)
@@ -73,21 +71,9 @@ def _is_locked(path: Path) -> bool:
     except FileNotFoundError:
         return False
     try:
-        _lock(file)
+        system_lock(file)
     except OSError as error:
-        return error.errno in _HELD
+        return error.errno in HELD
     finally:
         os.close(file)
     return False
-
-
-if sys.platform == "win32":
-    import msvcrt
-
-    def _lock(file: int) -> None:
-        msvcrt.locking(file, msvcrt.LK_NBLCK, 1)
-else:
-    import fcntl
-
-    def _lock(file: int) -> None:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -17,7 +17,7 @@ from typing import Any, TypeGuard
 from torch import Tensor
 
 from ..errors import InputError
-from ..runtime.atomic_files import TEMPORARY, write_atomic
+from ..runtime.atomic_files import SCRATCH, TEMPORARY, cannot_write, write_atomic
 from ..runtime.filesystem import is_regular, make_folder, missing_folders, remove_if_empty
 from ..runtime.output_paths import OutputFiles, prepare_output, remove_file, remove_files, remove_run
 from ..runtime.untrusted_json import read_untrusted_json
@@ -97,7 +97,7 @@ class ImageFolder:
         self._made = missing_folders(inner)
         self._prepared = True
         prepare_output(self.folder, self.earlier)
-        write_atomic(self.folder / self.files.record, self.record(0))
+        write_atomic(self.folder / self.files.record, self.record(0), temporary=self.folder / SCRATCH)
         make_folder(inner)
         self._reserve(len(self.record(len(self.files.indices))) + self._other_bytes)
 
@@ -110,11 +110,7 @@ class ImageFolder:
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
-            raise InputError(
-                expected=f"{size:,} bytes of free space in {self.folder}",
-                got=error.strerror or str(error),
-                do="free space there or name another folder",
-            ) from None
+            raise cannot_write(self.folder, size, error) from None
 
     @property
     def _reserved(self) -> Path:

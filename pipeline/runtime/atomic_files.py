@@ -25,6 +25,7 @@ from ..errors import InputError
 
 COMMIT = "commit.json"
 TEMPORARY = ".new"  # a file that is being written has this after its name
+SCRATCH = ".codegrid.new"  # or this name, which no file of a user has, where nothing yet tells what is ours
 
 _PLAIN_NAME = re.compile(r"\w[\w.-]*", re.ASCII)  # of a file inside the folder
 _REMEDIES = {
@@ -48,9 +49,18 @@ class _Commit:
     keep: str | None = None
 
 
-def write_atomic(path: Path, data: bytes) -> None:
-    """Replace one file, all of it or nothing; its folder is made if it is missing. Raise InputError if that fails."""
-    temporary = _temporary(path.parent, path.name)
+def write_atomic(path: Path, data: bytes, *, temporary: Path | None = None) -> None:
+    """Replace one file, all of it or nothing; its folder is made if it is missing.
+
+    Args:
+        path: of the file.
+        data: its content.
+        temporary: the file to write first, in the same folder; by default the name of the file with TEMPORARY after it.
+
+    Raises:
+        InputError: it cannot be written, and is as it was.
+    """
+    temporary = temporary or _temporary(path.parent, path.name)
     with _explained(path, len(data), [temporary]):
         path.parent.mkdir(parents=True, exist_ok=True)
         _write_flushed(temporary, data)
@@ -58,15 +68,19 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 
 @contextmanager
-def open_atomic(path: Path) -> Iterator[BinaryIO]:
+def open_atomic(path: Path, size: int) -> Iterator[BinaryIO]:
     """Yield a file to write into, which replaces `path` at the end of `with`; if that raises, `path` stays as it was.
+
+    Args:
+        path: of the file; its folder is made if it is missing.
+        size: bytes that are going to be written, for the message.
 
     Raises:
         InputError: it cannot be written.
     """
     temporary = _temporary(path.parent, path.name)
     try:
-        with _explained(path, None, []):
+        with _explained(path, size, []):
             path.parent.mkdir(parents=True, exist_ok=True)
             with open(temporary, "wb") as file:
                 yield file
@@ -123,20 +137,19 @@ def committed(folder: Path) -> list[str]:
     return _read_commit(folder).files
 
 
-def cannot_write(path: Path, size: int | None, error: OSError) -> InputError:
+def cannot_write(path: Path, size: int, error: OSError) -> InputError:
     """Return the error that says what could not be written, how much of it, why, and what to do.
 
     Args:
         path: the file, or the folder of several.
-        size: bytes that were to be written; None if that is not known.
+        size: bytes that were to be written.
         error: what the system said.
     """
     found = error.strerror or str(error)
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         found += _free_space(path)
     remedy = _REMEDIES.get(error.errno or 0, "see that the disk is there and can be written, or name another folder")
-    needed = "" if size is None else f" ({size:,} bytes)"
-    return InputError(expected=f"to write {path}{needed}", got=found, do=remedy)
+    return InputError(expected=f"to write {path} ({size:,} bytes)", got=found, do=remedy)
 
 
 def to_json(value: Any) -> bytes:
@@ -198,7 +211,7 @@ def _are_names(values: Iterable[object]) -> bool:
 
 
 @contextmanager
-def _explained(path: Path, size: int | None, temporary: Iterable[Path]) -> Iterator[None]:
+def _explained(path: Path, size: int, temporary: Iterable[Path]) -> Iterator[None]:
     """Turn an OSError into the InputError that explains it, and remove the `temporary` files."""
     try:
         yield

@@ -27,7 +27,7 @@ from .filesystem import check_folder_name, check_only_files, missing_folders, no
 LOCK = ".codegrid.lock"
 MOST_BYTES = 4096  # of the file; a longer one is not ours
 LONGEST_COMMAND = 200  # characters of the command that holds the lock, as the message shows it
-_HELD = {errno.EACCES, errno.EAGAIN, errno.EDEADLK}  # what the systems say if another process has the lock
+HELD = {errno.EACCES, errno.EAGAIN, errno.EDEADLK}  # what the systems say if another process has the lock
 _LOCKED_BYTE = 2**20  # on Windows no other process can read a locked byte, so it is one behind the content
 # A link is not followed, so that no other file is written; a named pipe does not wait for its other end.
 _OPEN = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
@@ -105,9 +105,9 @@ def _unusable(path: Path, error: OSError) -> InputError:
 def _lock(file: int, path: Path, what: str) -> None:
     """Take the lock, or raise InputError if another process has it."""
     try:
-        _system_lock(file)
+        system_lock(file)
     except OSError as error:
-        if error.errno not in _HELD:
+        if error.errno not in HELD:
             _log.warning("Warning: no lock on %s (%s): see that no other run writes there", path, error.strerror)
             return
         raise InputError(
@@ -164,7 +164,8 @@ def _is_at(file: int, path: Path) -> bool:
 if sys.platform == "win32":
     import msvcrt
 
-    def _system_lock(file: int) -> None:
+    def system_lock(file: int) -> None:
+        """Take the system's lock on an open file. Raise OSError, with a number of HELD if another process has it."""
         os.lseek(file, _LOCKED_BYTE, os.SEEK_SET)
         msvcrt.locking(file, msvcrt.LK_NBLCK, 1)
         os.lseek(file, 0, os.SEEK_SET)
@@ -176,7 +177,8 @@ if sys.platform == "win32":
 else:
     import fcntl
 
-    def _system_lock(file: int) -> None:
+    def system_lock(file: int) -> None:
+        """Take the system's lock on an open file. Raise OSError, with a number of HELD if another process has it."""
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
     def _release(path: Path, file: int) -> None:

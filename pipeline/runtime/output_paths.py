@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 from ..errors import InputError
-from .atomic_files import TEMPORARY
+from .atomic_files import SCRATCH, TEMPORARY
 from .filesystem import (
     FILE_SUFFIXES,
     check_folder_name,
@@ -79,7 +79,7 @@ def check_output_folder(
     """
     check_writable(folder)
     check_folder_name(folder)
-    if not force and set(names_in(folder)) - {LOCK}:
+    if not force and set(names_in(folder)) - {LOCK, SCRATCH}:
         raise InputError(
             expected=f"an empty or new folder as --out {folder}",
             got="a folder with files in it",

@@ -500,7 +500,7 @@ def test_without_locks_the_age_alone_counts(cache: Path, monkeypatch: pytest.Mon
     def no_locks(file: int) -> None:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
-    monkeypatch.setattr(building_folder, "_lock", no_locks)
+    monkeypatch.setattr(building_folder, "system_lock", no_locks)
     folder = building_folder.new_building_folder(cache)
     with kept_alive(folder):
         opened()

@@ -259,7 +259,7 @@ def test_a_folder_that_stays_empty_is_removed_and_what_was_there_stays(tmp_path:
 
 def test_a_file_that_was_removed_between_opening_and_locking(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its lock is worth nothing: the next process locks another file of that name."""
-    lock, opened = folder_lock._system_lock, []
+    lock, opened = folder_lock.system_lock, []
 
     def late(file: int) -> None:
         if not opened:
@@ -267,7 +267,7 @@ def test_a_file_that_was_removed_between_opening_and_locking(tmp_path: Path, mon
         opened.append(os.fstat(file).st_ino)
         lock(file)
 
-    monkeypatch.setattr(folder_lock, "_system_lock", late)
+    monkeypatch.setattr(folder_lock, "system_lock", late)
     with only_writer(tmp_path, "export"):
         assert len(opened) == 2
         assert (tmp_path / LOCK).stat().st_ino == opened[1]
@@ -310,7 +310,7 @@ def test_a_file_system_without_locks(
     def unsupported(file: int) -> None:
         raise OSError(38, "Function not implemented")
 
-    monkeypatch.setattr(folder_lock, "_system_lock", unsupported)
+    monkeypatch.setattr(folder_lock, "system_lock", unsupported)
     with only_writer(tmp_path, "export"):
         assert "no lock on" in caplog.text
     assert list(tmp_path.iterdir()) == []
