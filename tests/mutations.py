@@ -216,4 +216,6 @@ def watched() -> Iterator[Seen]:
 
 def _note_open(event: str, arguments: tuple[Any, ...]) -> None:
     if event == "open" and _watching and isinstance(arguments[0], (str, bytes)):
-        _watching[-1].opened.add(Path(os.path.abspath(os.fsdecode(arguments[0]))))
+        path = Path(os.path.abspath(os.fsdecode(arguments[0])))
+        if path.suffix not in (".py", ".pyc"):  # of modules that are imported on first use
+            _watching[-1].opened.add(path)

@@ -15,6 +15,7 @@ import json
 import os
 import re
 import shutil
+import stat
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from ..errors import InputError
 
 COMMIT = "commit.json"
 TEMPORARY = ".new"  # a file that is being written has this after its name
+LARGEST_COMMIT = 2**16  # bytes
 
 _PLAIN_NAME = re.compile(r"\w[\w.-]*", re.ASCII)  # of a file inside the folder
 _REMEDIES = {
@@ -92,6 +94,7 @@ def write_together(folder: Path, files: Mapping[str, bytes], *, keep: str | None
     size = sum(map(len, files.values()))
     with _explained(folder, size, []):
         folder.mkdir(parents=True, exist_ok=True)
+        _check_places(folder, files, keep)
         _complete(folder)
     with _explained(folder, size, [_temporary(folder, name) for name in (*files, COMMIT)]):
         for name, data in files.items():
@@ -156,6 +159,19 @@ def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
+def _check_places(folder: Path, names: Iterable[str], keep: str | None) -> None:
+    """Raise OSError if a rename would fail, or leave the folder, after the commit: it could not be taken back."""
+    places = [folder / name for name in (*names, COMMIT)]
+    if keep is not None:
+        kept = folder / keep
+        if kept.is_symlink() or (kept.exists() and not kept.is_dir()):
+            raise NotADirectoryError(errno.ENOTDIR, f"{keep} is no folder")
+        places += [kept / name for name in names]
+    for place in places:
+        if place.is_dir() and not place.is_symlink():
+            raise IsADirectoryError(errno.EISDIR, f"{place.relative_to(folder)} is a folder")
+
+
 def _complete(folder: Path) -> None:
     """Finish the renames of a commit that a kill interrupted."""
     commit = _read_commit(folder)
@@ -174,7 +190,7 @@ def _read_commit(folder: Path) -> _Commit:
     """Return the commit of a folder, one of no files if there is none. Raise InputError if no writer wrote it."""
     path = folder / COMMIT
     try:
-        content = json.loads(path.read_bytes())
+        content = _read_small_json(path)
     except (FileNotFoundError, NotADirectoryError):
         return _Commit([])
     except (OSError, ValueError, RecursionError):
@@ -183,13 +199,24 @@ def _read_commit(folder: Path) -> _Commit:
         return _Commit(content)
     if isinstance(content, dict) and content.keys() == {"files", "keep"}:
         files, keep = content["files"], content["keep"]
-        if isinstance(files, list) and _are_names([*files, keep]):
+        if isinstance(files, list) and _are_names([*files, keep]) and not (folder / keep).is_symlink():
             return _Commit(files, keep)
     raise InputError(
         expected=f"no {COMMIT} in {folder} but that of a save which was interrupted",
         got="another",
         do="move it away, or restore the folder from a copy",
     )
+
+
+def _read_small_json(path: Path) -> Any:
+    """Return the content of a commit file. Raise OSError or ValueError if it is no regular file, too large or no JSON.
+
+    It may be a stranger's, so nothing else is opened: a pipe would wait for ever.
+    """
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode) or status.st_size > LARGEST_COMMIT:
+        raise ValueError("no file that a writer wrote")
+    return json.loads(path.read_bytes())
 
 
 def _are_names(values: Iterable[object]) -> bool:
