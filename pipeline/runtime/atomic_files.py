@@ -16,17 +16,20 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 from ..errors import InputError
 
 COMMIT = "commit.json"
 TEMPORARY = ".new"  # a file that is being written has this after its name
 LARGEST_COMMIT = 2**16  # bytes
+ATTEMPTS = 3  # to open a file that a writer renames; a save renames each twice
+
+T = TypeVar("T")
 
 _PLAIN_NAME = re.compile(r"\w[\w.-]*", re.ASCII)  # of a file inside the folder
 _REMEDIES = {
@@ -115,6 +118,19 @@ def current(folder: Path, name: str) -> Path:
     """
     new = _temporary(folder, name)
     return new if name in committed(folder) and new.exists() else folder / name
+
+
+def read_current(folder: Path, name: str, read: Callable[[Path], T]) -> T:
+    """Return what `read` returns for the path of the committed content of `name`, also while a writer renames it.
+
+    Raises:
+        InputError: `commit.json` is not that of a writer.
+        FileNotFoundError: there is no such file; whatever else `read` raises.
+    """
+    for _ in range(ATTEMPTS - 1):
+        with suppress(FileNotFoundError):  # renamed since it was chosen
+            return read(current(folder, name))
+    return read(current(folder, name))
 
 
 def committed(folder: Path) -> list[str]:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
-from .atomic_files import current, to_json
+from .atomic_files import to_json
 
 CHECKSUM = "checksum"
 
@@ -24,20 +24,24 @@ def read_regular(path: Path, limit: int) -> bytes:
         OSError: it cannot be read; FileNotFoundError if there is none.
         ValueError: it is a folder, a device or a pipe, or has more than `limit` bytes. It is not opened then.
     """
+    size = regular_size(path)
+    if size > limit:
+        raise ValueError(f"{size:,} bytes, more than the {limit:,} that are possible")
+    with open(path, "rb") as file:
+        return file.read(size)
+
+
+def regular_size(path: Path) -> int:
+    """Return the size of a file in bytes; links are followed.
+
+    Raises:
+        OSError: it cannot be found out; FileNotFoundError if there is no such file.
+        ValueError: it is a folder, a device or a pipe, all of which are better not opened.
+    """
     status = os.stat(path)
     if not stat.S_ISREG(status.st_mode):
         raise ValueError("a folder" if stat.S_ISDIR(status.st_mode) else "no regular file")
-    if status.st_size > limit:
-        raise ValueError(f"{status.st_size:,} bytes, more than the {limit:,} that are possible")
-    return path.read_bytes()
-
-
-def read_current(folder: Path, name: str, limit: int) -> bytes:
-    """Return the committed content of the file `name`, also while a writer renames it. Raises as `read_regular`."""
-    try:
-        return read_regular(current(folder, name), limit)
-    except FileNotFoundError:  # renamed since it was chosen
-        return read_regular(current(folder, name), limit)
+    return status.st_size
 
 
 def parse_json(data: bytes) -> Any:

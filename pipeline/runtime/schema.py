@@ -15,6 +15,7 @@ converted. Ranges, and what fields say about each other, are for the dataclass i
 import dataclasses
 import math
 import reprlib
+from functools import cache
 from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -42,7 +43,7 @@ def from_json(cls: type[T], content: Any, what: str = "") -> T:
     """
     if not isinstance(content, dict):
         raise ValueError(f"{_described(content)} in place of {what or 'an object with fields'}")
-    hints, values = get_type_hints(cls), {}
+    hints, values = _hints(cls), {}  # type: ignore[arg-type]
     for item in dataclasses.fields(cls):  # type: ignore[arg-type]
         place = f"{what}.{item.name}" if what else item.name
         if item.name in content:
@@ -77,6 +78,12 @@ def short(value: Any) -> str:
     """Return `value` as a text of about LONGEST characters at most, for a message."""
     text = str(value)
     return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
+
+
+@cache
+def _hints(cls: type) -> dict[str, Any]:
+    """Return the types of the fields of a dataclass; finding them takes longer than checking an object."""
+    return get_type_hints(cls)
 
 
 def _items(outer: type, inner: tuple[Any, ...], value: Any, what: str) -> list[Any]:
