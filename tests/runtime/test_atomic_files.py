@@ -209,14 +209,15 @@ def test_a_reader_whose_file_is_renamed_meanwhile_reads_again(
     with killed_at(len(contents) + 2), pytest.raises(Killed):
         write_together(tmp_path, contents)
     assert (tmp_path / f"{name}.new").exists()
-    real = Path.read_bytes
+    real = current
 
-    def renamed_then_opened(path: Path) -> bytes:
+    def chosen_then_renamed(folder: Path, chosen: str) -> Path:
+        path = real(folder, chosen)
         if path.name == f"{name}.new":
             atomic_files._complete(tmp_path)
-        return real(path)
+        return path
 
-    monkeypatch.setattr(Path, "read_bytes", renamed_then_opened)
+    monkeypatch.setattr(atomic_files, "current", chosen_then_renamed)
     assert load_tokenizer(tmp_path).decoder.layers[0].bias[0] == 2
 
 
