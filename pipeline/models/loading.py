@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from prior import GatedPixelCNN, PriorConfig
 from tokenizer import VQVAE, Baseline, TokenizerConfig, build_model

@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and SIGHUP end a run after the step in progress, once it is saved; a second one ends it at once."""
+"""Ctrl-C, SIGTERM and SIGHUP end a run after the step in progress, once it is saved; another Ctrl-C ends it at once."""
 
 import os
 import signal
@@ -15,7 +15,9 @@ SIGNALS = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
 class StopSignal:
     """Records within `with` whether the user (SIGINT) or the system (SIGTERM, SIGHUP) asked to stop, in `requested`.
 
-    Under nohup, which ignores SIGHUP, it stays ignored.
+    Ctrl-C after that raises KeyboardInterrupt wherever the program is; SIGTERM and SIGHUP change nothing any more, for
+    a terminal that closes sends SIGHUP twice (the system, and the shell that ends), and a system that shuts down sends
+    SIGTERM and SIGHUP. Under nohup, which ignores SIGHUP, it stays ignored.
     """
 
     def __init__(self) -> None:
@@ -51,10 +53,11 @@ class StopSignal:
         raise KeyboardInterrupt
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
+        if not self.requested:
+            self.received = number
+            _write_line("stopping after this step; press Ctrl-C again to stop at once")
+        elif number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.received = number
-        _write_line("stopping after this step; press Ctrl-C again to stop at once")
 
 
 def _write_line(text: str) -> None:

@@ -278,10 +278,10 @@ class _Trainer:
 
     @contextmanager
     def _unharmed_by(self, what: str) -> Iterator[None]:
-        """Warn, once, if `what` cannot be written: no training ends for that."""
+        """Warn, once, if `what` cannot be made or written: no training ends for that."""
         try:
             yield
-        except (InputError, OSError) as error:
+        except (InputError, OSError, ValueError) as error:  # a ValueError: a sample has no finite logits
             if what not in self.warned:
                 _log.warning("Warning: %s cannot be written, and training continues without (%s)", what, error)
             self.warned.add(what)

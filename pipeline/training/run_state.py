@@ -14,7 +14,6 @@ from .metrics_log import RunningMeans
 from .optimizer import Optimizers
 from .stage import Stage
 
-
 OPTIMIZER_TENSORS = {"muon": {"momentum"}, "adam": {"step", "exp_avg", "exp_avg_sq"}}  # of each parameter
 
 

@@ -4,6 +4,7 @@ import errno
 import itertools
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -79,9 +80,7 @@ def test_a_reader_sees_one_save_at_every_kill(tmp_path: Path, halfway: bool) -> 
 
 
 @both
-def test_a_reader_sees_one_save_at_every_two_kills_and_the_one_before_it_is_kept(
-    tmp_path: Path, halfway: bool
-) -> None:
+def test_a_reader_sees_one_save_at_every_two_kills_and_the_one_before_it_is_kept(tmp_path: Path, halfway: bool) -> None:
     """The second kill hits the next writer, which completes the first one's work; a third writer is not killed."""
     pairs = 0
     for first in range(TOUCHES):
@@ -102,9 +101,7 @@ def test_a_reader_sees_one_save_at_every_two_kills_and_the_one_before_it_is_kept
             assert kept(tmp_path) == found
             assert not list(tmp_path.rglob("*.new"))
 
-        pairs += every_kill(
-            killed_once, lambda: write_together(tmp_path, NEXT, keep=KEPT), check, halfway=halfway
-        )
+        pairs += every_kill(killed_once, lambda: write_together(tmp_path, NEXT, keep=KEPT), check, halfway=halfway)
     assert pairs >= TOUCHES**2
 
 
@@ -122,6 +119,14 @@ def test_the_first_save_keeps_nothing(tmp_path: Path) -> None:
 # Failures of the disk
 
 CODES = [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ENOENT]
+
+
+def error_of(act: Callable[[], object]) -> InputError | None:
+    try:
+        act()
+    except InputError as error:
+        return error
+    return None
 
 
 def explained(error: InputError, path: Path, size: int | None, code: int) -> bool:
@@ -144,12 +149,10 @@ def test_a_failure_at_any_moment_is_one_line_and_loses_nothing(tmp_path: Path, c
         prepare(tmp_path)
         before = tree(tmp_path)
         with failing_at(number, code) as touches:
-            try:
-                write_together(tmp_path, NEW, keep=KEPT)
-            except InputError as error:
-                assert explained(error, tmp_path, size, code)
-            else:
-                break
+            error = error_of(lambda: write_together(tmp_path, NEW, keep=KEPT))
+        if error is None:
+            break
+        assert explained(error, tmp_path, size, code)
         kinds.add(touches[-1])
         found = read(tmp_path)
         seen.append(found)
@@ -178,12 +181,10 @@ def test_one_file_whose_write_fails_stays_as_it_was(tmp_path: Path, code: int, s
     for number in itertools.count():
         path.write_bytes(b"old")
         with failing_at(number, code):
-            try:
-                write()
-            except InputError as error:
-                assert explained(error, path, None if streamed else len(data), code)
-            else:
-                break
+            error = error_of(write)
+        if error is None:
+            break
+        assert explained(error, path, None if streamed else len(data), code)
         assert tree(tmp_path) == {"one.bin": b"old"}
     assert number == 6  # mkdir, open, write, flush, close, rename
     assert tree(tmp_path) == {"one.bin": data}
