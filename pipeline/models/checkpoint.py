@@ -291,6 +291,10 @@ def _parse_training(data: bytes) -> TrainingState:
 
 def _parse_info(content: Any, kind: str, path: Path) -> CheckpointInfo:
     """Return what `config.json` holds. Raise InputError, or DamagedError if it is not what was written."""
+    try:
+        check_seal(content)
+    except ValueError as error:
+        raise _damaged(f"a checkpoint's config in {path}", str(error), kind) from None
     found = content.get("format_version") if isinstance(content, dict) else None
     if isinstance(found, int) and found != FORMAT_VERSION:
         raise InputError(
@@ -300,7 +304,6 @@ def _parse_info(content: Any, kind: str, path: Path) -> CheckpointInfo:
         )
     try:
         info = from_json(CheckpointInfo, content)
-        check_seal(content)
         if info.step < 0:
             raise ValueError(f"{info.step} as step")
     except ValueError as error:

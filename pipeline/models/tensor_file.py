@@ -178,7 +178,10 @@ def memory() -> int:
 
 def _parse_header(data: bytes) -> dict[str, Any]:
     """Return the header of a file. Raise ValueError if there is none."""
-    header = parse_json(data[LENGTH : LENGTH + header_length(data, len(data))])
+    try:
+        header = parse_json(data[LENGTH : LENGTH + header_length(data, len(data))])
+    except ValueError as error:
+        raise ValueError(f"no safetensors file ({error})") from None
     if not isinstance(header, dict):
-        raise ValueError(f"the header {short(header)}")
+        raise ValueError(f"no safetensors file (the header {short(header)})")
     return header

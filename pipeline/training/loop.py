@@ -240,7 +240,7 @@ class _Trainer:
         self.divergence.kept = f"the last good state is kept in {self.folder}"
 
     def _evaluate(self) -> None:
-        """Evaluate the model, log the numbers, write a preview, and record the evaluation if it is the best or the last.
+        """Evaluate the model, log the numbers, write a preview, and record the evaluation if it is to be kept.
 
         Raises:
             DivergedError: a number is not finite.
