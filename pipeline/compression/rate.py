@@ -25,12 +25,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from prior import GatedPixelCNN
 from tokenizer import VQVAE
 
 from ..codes.manifest import code_dtype
 from ..codes.statistics import count_codes, entropy_bits, packed_bits
 from ..errors import InputError
+from ..evaluation.evaluate import check_finite
 from ..evaluation.likelihood import code_batches, measure_prior
 from ..images.image_set import ImageSet, ImageSplit
 from ..models.inference import decode_codes, encode_images
@@ -98,8 +98,8 @@ def measure_rate(
         device: auto, cpu, cuda, cuda:1 or mps.
 
     Raises:
-        InputError: a checkpoint or the images cannot be used, the tokenizer has no codes, or the prior was trained on
-            another tokenizer's codes.
+        InputError: a checkpoint or the images cannot be used, the tokenizer has no codes, the prior was trained on
+            another tokenizer's codes, or a number is NaN or infinite.
     """
     tokenizer, prior = _load(tokenizer_folder, prior_folder, device)
     images = images_of(tokenizer.info, data=data, data_root=data_root)
@@ -109,10 +109,7 @@ def measure_rate(
             name: replace(split, labels=match_labels(split.labels, images.class_names, prior))
             for name, split in chosen.items()
         }
-    rates = {
-        name: _measure_split(tokenizer.model, None if prior is None else prior.model, split)
-        for name, split in chosen.items()
-    }
+    rates = {name: _measure_split(tokenizer, prior, split) for name, split in chosen.items()}
     warnings = [f"{name}: {line}" for name in dict.fromkeys(splits) for line in _warnings(rates.get(name))]
     return Rate(data=images.source, splits=rates, warnings=warnings)
 
@@ -161,14 +158,15 @@ def subset_of(split: ImageSplit, n: int | None) -> ImageSplit:
     return ImageSplit(split.images[rows], split.labels[rows], tuple(split.names[row] for row in rows))
 
 
-def _measure_split(tokenizer: VQVAE, prior: GatedPixelCNN | None, split: ImageSplit) -> SplitRate:
+def _measure_split(tokenizer: TrainedTokenizer, prior: TrainedPrior | None, split: ImageSplit) -> SplitRate:
     """Measure one split, whose labels are in the prior's numbering."""
-    num_codes = tokenizer.config.num_codes
-    codes = _encode(tokenizer, split)
+    num_codes = tokenizer.model.config.num_codes
+    codes = _encode(tokenizer.model, split)
     bits = {"packed": float(packed_bits(num_codes)), "entropy": entropy_bits(count_codes(codes, num_codes))}
     if prior is not None:
-        bits["prior"] = measure_prior(prior, code_batches(codes, split.labels))
-    psnr = _psnr_of_codes(tokenizer, codes, split.images)
+        bits["prior"] = measure_prior(prior.model, code_batches(codes, split.labels))
+        check_finite({"bits_per_code": bits["prior"]}, prior.folder)
+    psnr = _psnr_of_codes(tokenizer.model, codes, split.images)
     jpeg = jpeg_at_psnr(psnr, split.images)
     sizes = {
         "raw": float(split.images[0].size),

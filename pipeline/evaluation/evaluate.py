@@ -84,9 +84,9 @@ def evaluate(
         trained.model, chosen, progress=True, on_codes=None if pair is None else codes.append
     )
     likelihood = None if pair is None else _measure_likelihood(*pair, codes.all(), labels)
-    _check_finite(asdict(numbers), tokenizer_folder)
-    if likelihood is not None:
-        _check_finite(asdict(likelihood), prior_folder)
+    check_finite(asdict(numbers), tokenizer_folder)
+    if pair is not None and likelihood is not None:
+        check_finite(asdict(likelihood), pair[1].folder)
     return Evaluation(
         data=images.source,
         split=split,
@@ -97,8 +97,13 @@ def evaluate(
     )
 
 
-def _check_finite(numbers: Mapping[str, float], folder: Path | None) -> None:
-    """Raise InputError if a number that the model in `folder` was measured with is NaN or infinite."""
+def check_finite(numbers: Mapping[str, float], folder: Path) -> None:
+    """Raise InputError if one of the numbers of the model in `folder` is NaN or infinite.
+
+    Args:
+        numbers: by name.
+        folder: of the checkpoint, for the message.
+    """
     for name, value in numbers.items():
         if not math.isfinite(value):
             raise InputError(

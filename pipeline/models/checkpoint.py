@@ -12,22 +12,22 @@ the save before is used, with a warning. Nothing is a pickle. `loading.py` build
 
 import json
 import logging
-import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
 
-import safetensors
 import safetensors.torch
 from torch import Tensor
 
 from ..errors import InputError
-from ..runtime.atomic_files import current, sha256, write_together
-from ..runtime.json_files import check_seal, parse_json, read_current, sealed
+from ..runtime.atomic_files import current, read_current, sha256, write_together
+from ..runtime.json_files import check_seal, parse_json, read_regular, sealed
 from ..runtime.schema import from_json, short
+from .tensor_file import Outline, parse_metadata, parse_tensors, read_tensor_file
 
 FORMAT_VERSION = 2  # 2: Muon, the encoder without its 3x3 convolution
 MODEL, CONFIG, TRAINING = "model.safetensors", "config.json", "training.safetensors"
@@ -37,6 +37,7 @@ LARGEST_CONFIG = 2**24  # bytes
 ATTEMPTS = 5  # to read config and weights of one save, while a training run replaces both
 
 T = TypeVar("T")
+Check = Callable[["CheckpointInfo", Mapping[str, Outline]], None]  # raises ValueError unless weights fit the config
 
 _log = logging.getLogger(__name__)
 
@@ -96,7 +97,7 @@ def save_checkpoint(
         info: without fingerprint, hash and versions.
         weights: to use.
         training: the state to resume from; None if nobody will.
-        keep_previous: whether the files that this replaces become those of `previous/`.
+        keep_previous: whether the files that this replaces, if they are intact, become those of `previous/`.
 
     Returns:
         `info` with the fingerprint, the hash and the versions that were written.
@@ -112,8 +113,18 @@ def save_checkpoint(
         written["training_sha256"] = sha256(files[TRAINING])
     info = CheckpointInfo(**{**asdict(info), **written})
     files[CONFIG] = sealed(asdict(info))
-    write_together(folder, files, keep=PREVIOUS if keep_previous else None)
+    keeps = keep_previous and is_intact(folder, info.kind)
+    write_together(folder, files, keep=PREVIOUS if keeps else None)
     return info
+
+
+def is_intact(folder: Path, kind: str) -> bool:
+    """Return whether every file of the last save is there and is what was written."""
+    try:
+        _read_run(folder, kind, is_previous=False)
+    except InputError:
+        return False
+    return True
 
 
 def has_checkpoint(folder: Path) -> bool:
@@ -131,7 +142,7 @@ def read_info(folder: str | Path, kind: str) -> CheckpointInfo:
     folder = Path(folder)
     path = folder / CONFIG
     try:
-        content = parse_json(read_current(folder, CONFIG, LARGEST_CONFIG))
+        content = parse_json(read_current(folder, CONFIG, lambda place: read_regular(place, LARGEST_CONFIG)))
     except (FileNotFoundError, NotADirectoryError):
         raise _no_config(folder, kind) from None
     except (OSError, ValueError) as error:
@@ -139,7 +150,7 @@ def read_info(folder: str | Path, kind: str) -> CheckpointInfo:
     return _parse_info(content, kind, path)
 
 
-def read_checkpoint(folder: Path, kind: str) -> tuple[CheckpointInfo, bytes]:
+def read_checkpoint(folder: Path, kind: str, check: Check) -> tuple[CheckpointInfo, bytes]:
     """Read config and weights from the same save, also while a training run replaces both.
 
     If the last save is damaged, the one before it is read, with a warning.
@@ -147,6 +158,7 @@ def read_checkpoint(folder: Path, kind: str) -> tuple[CheckpointInfo, bytes]:
     Args:
         folder: of the checkpoint.
         kind: "tokenizer" or "prior".
+        check: compares the shapes and types of the weights with the config, before the weights are read.
 
     Returns:
         The config, and the bytes of `model.safetensors`; their SHA-256 is the fingerprint in the config.
@@ -154,7 +166,7 @@ def read_checkpoint(folder: Path, kind: str) -> tuple[CheckpointInfo, bytes]:
     Raises:
         InputError: there is no intact checkpoint of this kind and format version.
     """
-    return _or_previous(folder, lambda place: _read_save(place, kind))
+    return _or_previous(folder, lambda place: _read_save(place, kind, check))
 
 
 def read_run(folder: Path, kind: str) -> SavedRun:
@@ -168,53 +180,16 @@ def read_run(folder: Path, kind: str) -> SavedRun:
     return _or_previous(folder, lambda place: _read_run(place, kind, is_previous=place != folder))
 
 
-def load_training(folder: Path, kind: str = "", written: str = "") -> TrainingState:
-    """Return the state to resume from.
-
-    Args:
-        folder: of the checkpoint.
-        kind: "tokenizer" or "prior", for the message.
-        written: the SHA-256 that the file should have; "" to compare nothing.
+def load_training(folder: Path) -> TrainingState:
+    """Return the state to resume from, whatever save it is of.
 
     Raises:
-        DamagedError: the file is missing or is not what was written.
+        DamagedError: the file is missing or is no training state.
     """
     try:
-        data = read_current(folder, TRAINING, largest_file())
-        if written and sha256(data) != written:
-            raise ValueError(f"{len(data):,} bytes with the SHA-256 {sha256(data)} in place of {written}")
-        return TrainingState(tensors=parse_tensors(data), values=_values_of(data))
-    except (OSError, ValueError) as error:
-        got = f"a file that cannot be read ({short(error)})"
-        raise _damaged(f"the training state {folder / TRAINING}", got, kind) from None
-
-
-def parse_tensors(data: bytes) -> dict[str, Tensor]:
-    """Return the tensors in the bytes of a safetensors file, on the CPU. Raise ValueError if it is none."""
-    try:
-        return safetensors.torch.load(data)
-    except (safetensors.SafetensorError, RuntimeError, TypeError, KeyError, AttributeError, OverflowError) as error:
-        raise ValueError(f"no safetensors file ({' '.join(str(error).split())})") from None
-
-
-def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
-    """Return in words which of the tensors holds NaN or infinity, None if none does; a CPU-GPU sync for each.
-
-    A scalar may be infinite: so the quantizer marks the count of updates of a codebook that was set by hand.
-    """
-    for name, tensor in tensors.items():
-        wrong = tensor.isnan() if tensor.dim() == 0 else ~tensor.isfinite()
-        if bool(wrong.any()):
-            return f"{name} with {int(wrong.sum()):,} values that are not"
-    return None
-
-
-def largest_file() -> int:
-    """Return the bytes of the memory of this machine, which no file that is read at once may exceed."""
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):  # no such number on this system
-        return 2**40
+        return _parse_training(read_current(folder, TRAINING, read_tensor_file))
+    except (OSError, ValueError, MemoryError) as error:
+        raise _damaged_training(folder, error, "") from None
 
 
 def check_same_tokenizer(expected: str, got: str, what: str, do: str) -> None:
@@ -256,49 +231,70 @@ def _or_previous(folder: Path, read: Callable[[Path], T]) -> T:
         return found
 
 
-def _read_save(folder: Path, kind: str) -> tuple[CheckpointInfo, bytes]:
+def _read_save(folder: Path, kind: str, check: Check) -> tuple[CheckpointInfo, bytes]:
     """Return config and weights of one save. Raise DamagedError if they do not fit together in any of the ATTEMPTS."""
     for attempt in range(ATTEMPTS):
+        if attempt > 0:
+            time.sleep(0.1)
         info = read_info(folder, kind)
         try:
-            data, found = read_current(folder, MODEL, largest_file()), ""
+            data = read_current(folder, MODEL, lambda path: read_tensor_file(path, partial(check, info)))  # noqa: B023
+            if sha256(data) == info.fingerprint:
+                return info, data
+            found = f"{len(data):,} bytes with {sha256(data)}"
         except FileNotFoundError:
-            data, found = b"", "no such file"
-        except (OSError, ValueError) as error:
-            raise _damaged(f"weights in {folder / MODEL}", short(error), kind) from None
-        if sha256(data) == info.fingerprint:
-            return info, data
-        if attempt < ATTEMPTS - 1:
-            time.sleep(0.1)
-    expected = f"{folder / MODEL} with the fingerprint {short(info.fingerprint)} that {CONFIG} names"
-    raise _damaged(expected, found or f"{len(data):,} bytes with {sha256(data)}", kind)
+            found = "no such file"
+        except (OSError, ValueError, MemoryError) as error:
+            found = _reason(error)
+    named = f"with the fingerprint {short(info.fingerprint)} that {CONFIG} names"
+    raise _damaged(f"the weights of a {kind} in {folder / MODEL}, {named}", found, kind)
 
 
 def _read_run(folder: Path, kind: str, *, is_previous: bool) -> SavedRun:
     """Return all of one save. Raise DamagedError if a file of it is damaged."""
-    info, data = _read_save(folder, kind)
-    training = load_training(folder, kind, info.training_sha256)
+    info, data = _read_save(folder, kind, _anything)
+    try:
+        training = _parse_training(_read_training(folder, info))
+    except (OSError, ValueError, MemoryError) as error:
+        raise _damaged_training(folder, error, kind) from None
     try:
         weights = parse_tensors(data)
     except ValueError as error:
-        raise _damaged(f"weights in {folder / MODEL}", short(error), kind) from None
+        raise _damaged(f"weights in {folder / MODEL}", _reason(error), kind) from None
     return SavedRun(info=info, weights=weights, training=training, is_previous=is_previous)
 
 
-def _values_of(data: bytes) -> dict[str, Any]:
-    """Return the values of a training state from the bytes of its file. Raise ValueError if there are none."""
-    header = parse_json(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    try:
-        values = parse_json(header["__metadata__"]["values"])
-    except (KeyError, TypeError):
-        raise ValueError("a file without the values of a training state") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{short(values)} as the values of a training state")
-    return values
+def _anything(info: CheckpointInfo, outlines: Mapping[str, Outline]) -> None:
+    """Accept the weights."""
+
+
+def _read_training(folder: Path, info: CheckpointInfo) -> bytes:
+    """Return the content of the training state. Raise OSError, ValueError or MemoryError unless it is what `info` says.
+
+    Older versions wrote no hash; then nothing is compared.
+    """
+    data = read_current(folder, TRAINING, read_tensor_file)
+    if info.training_sha256 and sha256(data) != info.training_sha256:
+        raise ValueError(f"{len(data):,} bytes with the SHA-256 {sha256(data)} in place of {info.training_sha256}")
+    return data
+
+
+def _parse_training(data: bytes) -> TrainingState:
+    """Return the training state in the bytes of its file. Raise ValueError if it is none."""
+    metadata = parse_metadata(data)
+    values = metadata.get("values") if isinstance(metadata, dict) else None
+    parsed = parse_json(values.encode()) if isinstance(values, str) else None
+    if not isinstance(parsed, dict):
+        raise ValueError("a file without the values of a training state")
+    return TrainingState(tensors=parse_tensors(data), values=parsed)
 
 
 def _parse_info(content: Any, kind: str, path: Path) -> CheckpointInfo:
     """Return what `config.json` holds. Raise InputError, or DamagedError if it is not what was written."""
+    try:
+        check_seal(content)
+    except ValueError as error:
+        raise _damaged(f"a checkpoint's config in {path}", str(error), kind) from None
     found = content.get("format_version") if isinstance(content, dict) else None
     if isinstance(found, int) and found != FORMAT_VERSION:
         raise InputError(
@@ -308,7 +304,6 @@ def _parse_info(content: Any, kind: str, path: Path) -> CheckpointInfo:
         )
     try:
         info = from_json(CheckpointInfo, content)
-        check_seal(content)
         if info.step < 0:
             raise ValueError(f"{info.step} as step")
     except ValueError as error:
@@ -337,6 +332,16 @@ def _damaged(expected: str, got: str, kind: str) -> DamagedError:
     return DamagedError(
         expected=expected, got=got, do=f"restore the folder from a copy, or {command} with --force to start anew"
     )
+
+
+def _damaged_training(folder: Path, error: Exception, kind: str) -> DamagedError:
+    got = f"a file that cannot be read ({_reason(error)})"
+    return _damaged(f"the training state {folder / TRAINING}", got, kind)
+
+
+def _reason(error: Exception) -> str:
+    """Return what an error says, in one line."""
+    return short(" ".join(str(error).split())) or type(error).__name__
 
 
 def _plain(tensor: Tensor) -> Tensor:

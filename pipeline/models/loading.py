@@ -6,11 +6,12 @@ Whether two models belong together is decided by the fingerprints of what was lo
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from prior import GatedPixelCNN, PriorConfig
 from tokenizer import VQVAE, Baseline, TokenizerConfig, build_model
@@ -24,14 +25,13 @@ from .checkpoint import (
     MODEL,
     TRAIN_COMMAND,
     CheckpointInfo,
+    SavedRun,
     check_same_tokenizer,
-    not_finite,
-    parse_tensors,
     read_checkpoint,
 )
+from .tensor_file import Outline, check_finite, check_outlines, outlines_of, parse_tensors
 
 LARGEST_SIDE = 2**14  # pixels of an image that a tokenizer takes
-MOST_TENSORS = 2**14  # in a file of weights
 UNUSED_SIZE = 2**16  # that a config may name beyond its weights: a model without codes has a number of codes
 
 Config = TypeVar("Config", TokenizerConfig, PriorConfig)
@@ -194,30 +194,72 @@ def _own_images(info: CheckpointInfo) -> tuple[str, str | None]:
     return data, data_root
 
 
+def config_of_run(
+    saved: SavedRun, folder: Path, config_type: type[Config], build: Callable[[Config], nn.Module]
+) -> Config:
+    """Return the configuration of the model of a run to resume.
+
+    Args:
+        saved: the run.
+        folder: it was read from, for the message.
+        config_type: `TokenizerConfig` or `PriorConfig`.
+        build: makes the model.
+
+    Raises:
+        InputError: it is no configuration of such a model, or the weights are not of its shapes.
+    """
+    try:
+        _check_network(config_type, build, saved.info, outlines_of(saved.weights))
+        return _parse_config(config_type, saved.info)
+    except ValueError as error:
+        raise _no_network(folder, saved.info.kind, error) from None
+
+
 def _load(
     folder: Path, kind: str, config_type: type[Config], build: Callable[[Config], Model]
 ) -> tuple[Model, CheckpointInfo]:
     """Load a checkpoint of this kind: the model in `eval()` mode on the CPU, and its info.
 
-    Nothing is allocated by what the config says before the weights, which are there, are known to be of that size.
+    Nothing is allocated by what the config says before the file of the weights is known to be of that size.
     """
-    info, data = read_checkpoint(folder, kind)
+    info, data = read_checkpoint(folder, kind, partial(_check_network, config_type, build))
     try:
-        config, weights = _parse_config(config_type, info), parse_tensors(data)
-        _check_sizes(config, weights)
-        with torch.device("meta"):
-            outline = build(config)
-        _check_shapes(outline, weights)
-        _check_finite(weights)
-        model = build(config)
+        weights = parse_tensors(data)
+        check_finite(weights)
+        model = build(_parse_config(config_type, info))
         model.load_state_dict(weights)
-    except (RuntimeError, TypeError, ValueError, MemoryError) as error:
-        raise InputError(
-            expected=f"the weights of a {kind} in {folder / MODEL}",
-            got=" ".join(str(error).split()),
-            do=f"restore the folder from a copy, or run {TRAIN_COMMAND[kind]} again",
-        ) from None
+    except (RuntimeError, ValueError, MemoryError) as error:
+        raise _no_network(folder, kind, error) from None
     return model.eval(), info
+
+
+def _no_network(folder: Path, kind: str, error: Exception) -> InputError:
+    """Return the error for a checkpoint whose files are intact, and which is no model."""
+    return InputError(
+        expected=f"the weights of a {kind} in {folder / MODEL}",
+        got=" ".join(str(error).split()) or type(error).__name__,
+        do=f"restore the folder from a copy, or run {TRAIN_COMMAND[kind]} again",
+    )
+
+
+def _check_network(
+    config_type: type[Config],
+    build: Callable[[Config], nn.Module],
+    info: CheckpointInfo,
+    found: Mapping[str, Outline],
+) -> None:
+    """Raise ValueError unless the config is of a model whose weights have these shapes and types.
+
+    The model that they are compared with has no memory.
+    """
+    config = _parse_config(config_type, info)
+    _check_sizes(config, found)
+    try:
+        with torch.device("meta"):
+            expected = build(config).state_dict()
+    except RuntimeError as error:  # a size beyond all numbers
+        raise ValueError(f"a config of no network ({error})") from None
+    check_outlines(outlines_of(expected), found)
 
 
 def _parse_config(config_type: type[Config], info: CheckpointInfo) -> Config:
@@ -225,45 +267,32 @@ def _parse_config(config_type: type[Config], info: CheckpointInfo) -> Config:
     unknown = sorted(info.config.keys() - {item.name for item in fields(config_type)})
     if unknown:
         raise ValueError(f"the unknown field {short(unknown[0])} in its config")
-    config, size = from_json(config_type, info.config, "config"), from_json(Preprocessing, info.preprocessing)
-    if max(size.height, size.width) > LARGEST_SIDE:
-        raise ValueError(f"images of {short(size.height)}x{short(size.width)} pixels, more than {LARGEST_SIDE} a side")
+    config, size = from_json(config_type, info.config, "config"), _parse_size(info.preprocessing)
     if isinstance(config, TokenizerConfig):
         if config.in_channels != size.channels or size.height % config.downsample or size.width % config.downsample:
             raise ValueError(f"a network that does not take images of {size.height}x{size.width}x{size.channels}")
     elif config.num_classes != len(info.class_names):
-        raise ValueError(f"{config.num_classes} classes with {len(info.class_names)} names")
+        raise ValueError(f"{short(config.num_classes)} classes with {len(info.class_names)} names")
     return config
 
 
-def _check_sizes(config: TokenizerConfig | PriorConfig, weights: Mapping[str, Tensor]) -> None:
+def _parse_size(preprocessing: Mapping[str, int]) -> Preprocessing:
+    """Return the form of the images. Raise ValueError if there is no such form."""
+    try:
+        size = from_json(Preprocessing, preprocessing, "preprocessing")
+    except InputError as error:
+        raise ValueError(f"{short(error.got)} in place of {error.expected}") from None
+    if max(size.height, size.width) > LARGEST_SIDE:
+        raise ValueError(f"images of {short(size.height)}x{short(size.width)} pixels, more than {LARGEST_SIDE} a side")
+    return size
+
+
+def _check_sizes(config: TokenizerConfig | PriorConfig, found: Mapping[str, Outline]) -> None:
     """Raise ValueError if the config has a size that exceeds all that the file holds."""
-    tensors, numbers = len(weights), sum(tensor.numel() for tensor in weights.values())
-    if tensors > MOST_TENSORS:
-        raise ValueError(f"{tensors:,} tensors, more than {MOST_TENSORS:,}")
+    tensors, numbers = len(found), sum(outline.count for outline in found.values())
     for name, value in vars(config).items():
         most = tensors if name.endswith("_layers") else max(numbers, UNUSED_SIZE)
         if type(value) is int and value > most:
             raise ValueError(
-                f"a config of {short(value)} {name}, and weights of {tensors} tensors, {numbers:,} numbers"
+                f"a config of {short(value)} {name}, and weights of {tensors} tensors, {short(numbers)} numbers"
             )
-
-
-def _check_shapes(outline: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Raise ValueError unless the weights have the names, shapes and types of the model, which has no memory yet."""
-    expected = outline.state_dict()
-    for name in (*expected, *weights):
-        if name not in weights or name not in expected:
-            raise ValueError(f"{'no' if name not in weights else 'the unknown'} {short(name)}")
-        wanted, found = expected[name], weights[name]
-        if found.shape != wanted.shape or found.dtype != wanted.dtype:
-            raise ValueError(
-                f"{found.dtype} {list(found.shape)} in place of {wanted.dtype} {list(wanted.shape)} as {name}"
-            )
-
-
-def _check_finite(weights: Mapping[str, Tensor]) -> None:
-    """Raise ValueError if a weight is NaN or infinite."""
-    wrong = not_finite(weights)
-    if wrong is not None:
-        raise ValueError(f"numbers that are not finite: {wrong}")

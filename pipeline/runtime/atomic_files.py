@@ -15,17 +15,22 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+import stat
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 from ..errors import InputError
 
 COMMIT = "commit.json"
 TEMPORARY = ".new"  # a file that is being written has this after its name
 SCRATCH = ".codegrid.new"  # or this name, which no file of a user has, where nothing yet tells what is ours
+LARGEST_COMMIT = 2**16  # bytes
+ATTEMPTS = 3  # to open a file that a writer renames; a save renames each twice
+
+T = TypeVar("T")
 
 _PLAIN_NAME = re.compile(r"\w[\w.-]*", re.ASCII)  # of a file inside the folder
 _REMEDIES = {
@@ -106,6 +111,7 @@ def write_together(folder: Path, files: Mapping[str, bytes], *, keep: str | None
     size = sum(map(len, files.values()))
     with _explained(folder, size, []):
         folder.mkdir(parents=True, exist_ok=True)
+        _check_places(folder, files, keep)
         _complete(folder)
     with _explained(folder, size, [_temporary(folder, name) for name in (*files, COMMIT)]):
         for name, data in files.items():
@@ -126,6 +132,19 @@ def current(folder: Path, name: str) -> Path:
     """
     new = _temporary(folder, name)
     return new if name in committed(folder) and new.exists() else folder / name
+
+
+def read_current(folder: Path, name: str, read: Callable[[Path], T]) -> T:
+    """Return what `read` returns for the path of the committed content of `name`, also while a writer renames it.
+
+    Raises:
+        InputError: `commit.json` is not that of a writer.
+        FileNotFoundError: there is no such file; whatever else `read` raises.
+    """
+    for _ in range(ATTEMPTS - 1):
+        with suppress(FileNotFoundError):  # renamed since it was chosen
+            return read(current(folder, name))
+    return read(current(folder, name))
 
 
 def committed(folder: Path) -> list[str]:
@@ -169,6 +188,19 @@ def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
+def _check_places(folder: Path, names: Iterable[str], keep: str | None) -> None:
+    """Raise OSError if a rename would fail, or leave the folder, after the commit: it could not be taken back."""
+    places = [folder / name for name in (*names, COMMIT)]
+    if keep is not None:
+        kept = folder / keep
+        if kept.is_symlink() or (kept.exists() and not kept.is_dir()):
+            raise NotADirectoryError(errno.ENOTDIR, f"{keep} is no folder")
+        places += [kept / name for name in names]
+    for place in places:
+        if place.is_dir() and not place.is_symlink():
+            raise IsADirectoryError(errno.EISDIR, f"{place.relative_to(folder)} is a folder")
+
+
 def _complete(folder: Path) -> None:
     """Finish the renames of a commit that a kill interrupted."""
     commit = _read_commit(folder)
@@ -187,7 +219,7 @@ def _read_commit(folder: Path) -> _Commit:
     """Return the commit of a folder, one of no files if there is none. Raise InputError if no writer wrote it."""
     path = folder / COMMIT
     try:
-        content = json.loads(path.read_bytes())
+        content = _read_small_json(path)
     except (FileNotFoundError, NotADirectoryError):
         return _Commit([])
     except (OSError, ValueError, RecursionError):
@@ -196,13 +228,24 @@ def _read_commit(folder: Path) -> _Commit:
         return _Commit(content)
     if isinstance(content, dict) and content.keys() == {"files", "keep"}:
         files, keep = content["files"], content["keep"]
-        if isinstance(files, list) and _are_names([*files, keep]):
+        if isinstance(files, list) and _are_names([*files, keep]) and not (folder / keep).is_symlink():
             return _Commit(files, keep)
     raise InputError(
         expected=f"no {COMMIT} in {folder} but that of a save which was interrupted",
         got="another",
         do="move it away, or restore the folder from a copy",
     )
+
+
+def _read_small_json(path: Path) -> Any:
+    """Return the content of a commit file. Raise OSError or ValueError if it is no regular file, too large or no JSON.
+
+    It may be a stranger's, so nothing else is opened: a pipe would wait for ever.
+    """
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode) or status.st_size > LARGEST_COMMIT:
+        raise ValueError("no file that a writer wrote")
+    return json.loads(path.read_bytes())
 
 
 def _are_names(values: Iterable[object]) -> bool:

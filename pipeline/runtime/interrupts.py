@@ -1,12 +1,11 @@
-"""Ctrl-C, SIGTERM and SIGHUP end a run after the step in progress, once it is saved; a second one ends it at once."""
+"""Ctrl-C, SIGTERM and SIGHUP end a run after the step in progress, once it is saved; another Ctrl-C ends it at once."""
 
-import os
 import signal
-import sys
 import threading
-from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Any, NoReturn
+
+from .console import note
 
 NAMES = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows has no SIGHUP, the end of the terminal
 SIGNALS = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
@@ -15,7 +14,9 @@ SIGNALS = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
 class StopSignal:
     """Records within `with` whether the user (SIGINT) or the system (SIGTERM, SIGHUP) asked to stop, in `requested`.
 
-    Under nohup, which ignores SIGHUP, it stays ignored.
+    Ctrl-C after that raises KeyboardInterrupt wherever the program is; SIGTERM and SIGHUP change nothing any more, for
+    a terminal that closes sends SIGHUP twice (the system, and the shell that ends), and a system that shuts down sends
+    SIGTERM and SIGHUP. Under nohup, which ignores SIGHUP, it stays ignored.
     """
 
     def __init__(self) -> None:
@@ -45,25 +46,14 @@ class StopSignal:
 
         SIGINT is a KeyboardInterrupt, the others are a SystemExit.
         """
-        _write_line(message)
+        note(message)
         if self.received != signal.SIGINT:
             raise SystemExit(128 + self.received)
         raise KeyboardInterrupt
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
+        if not self.requested:
+            self.received = number
+            note("stopping after this step; press Ctrl-C again to stop at once")
+        elif number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.received = number
-        _write_line("stopping after this step; press Ctrl-C again to stop at once")
-
-
-def _write_line(text: str) -> None:
-    """Write a line to standard error, past Python's buffer, which the code that a signal interrupts may be writing."""
-    line = f"\n{text}\n"
-    with suppress(OSError):  # the terminal may be closed
-        try:
-            descriptor = sys.stderr.fileno()
-        except (AttributeError, ValueError, OSError):  # no file of the system, as in a test or a notebook
-            print(line, end="", file=sys.stderr)
-        else:
-            os.write(descriptor, line.encode("utf-8", "backslashreplace"))

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
-from .atomic_files import current, to_json
+from .atomic_files import to_json
 
 CHECKSUM = "checksum"
 
@@ -41,14 +41,6 @@ def regular_size(path: Path) -> int:
     if not stat.S_ISREG(status.st_mode):
         raise ValueError("a folder" if stat.S_ISDIR(status.st_mode) else "no regular file")
     return status.st_size
-
-
-def read_current(folder: Path, name: str, limit: int) -> bytes:
-    """Return the committed content of the file `name`, also while a writer renames it. Raises as `read_regular`."""
-    try:
-        return read_regular(current(folder, name), limit)
-    except FileNotFoundError:  # renamed since it was chosen
-        return read_regular(current(folder, name), limit)
 
 
 def parse_json(data: bytes) -> Any:

@@ -1,4 +1,4 @@
-"""What a run is going to take, estimated from its first steps, so that nobody waits to find out."""
+"""How long a run is going to take, estimated from its first steps, so that nobody waits to find out."""
 
 import time
 from collections.abc import Callable
@@ -11,32 +11,37 @@ class CostEstimate:
     """Times the first steps of this process.
 
     Args:
-        remaining: steps that this process is to take.
-        total: steps of the whole run, those before a resume included.
+        steps: of the whole run.
         clock: seconds, in place of the real one.
     """
 
-    def __init__(self, remaining: int, total: int, clock: Callable[[], float] = time.monotonic) -> None:
-        self.remaining, self.total, self._clock = remaining, total, clock
+    def __init__(self, steps: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self.steps, self._clock = steps, clock
         self._taken, self._start = 0, 0.0
 
-    def after_step(self) -> str | None:
-        """Count one step. Return the estimate as a line after step LAST, if the rest takes longer than SHORTEST."""
+    def after_step(self, step: int) -> str | None:
+        """Count a step of this process, after which the run, with those before a resume, has taken `step`.
+
+        Returns:
+            The estimate as a line, once LAST steps are counted, if the rest takes longer than SHORTEST; else None.
+        """
         self._taken += 1
         if self._taken == FIRST:
             self._start = self._clock()
         if self._taken != LAST:
             return None
-        return self._line((self._clock() - self._start) / (LAST - FIRST))
+        return self._line(step, (self._clock() - self._start) / (LAST - FIRST))
 
-    def _line(self, seconds_per_step: float) -> str | None:
-        left = (self.remaining - LAST) * seconds_per_step
+    def _line(self, step: int, seconds_per_step: float) -> str | None:
+        """Return the estimate, and what half as many steps would take; None if the rest is short."""
+        left = (self.steps - step) * seconds_per_step
         if left < SHORTEST:
             return None
         line = f"about {duration(left)} to go, evaluations aside"
-        fewer = two_digits(self.total - self.remaining // 2)
-        saved = (self.total - fewer) * seconds_per_step
-        return f"{line}; --steps {fewer} would be {duration(left - saved)}" if 0 < saved < left else line
+        fewer = two_digits((self.steps + step) // 2)
+        if not step < fewer < self.steps:
+            return line
+        return f"{line}; --steps {fewer} would be {duration((fewer - step) * seconds_per_step)}"
 
 
 def duration(seconds: float) -> str:

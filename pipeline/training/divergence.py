@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ..models.checkpoint import not_finite
+from ..models.tensor_file import not_finite
 from .schedule import DataOrder
 from .stage import Stage
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..models.checkpoint import CheckpointInfo, SavedRun, TrainingState, read_run, save_checkpoint
+from ..models.tensor_file import check_finite, check_outlines, outlines_of
 from ..runtime.console import OutputClosed, output_closed, say
 from ..runtime.device import autocast
 from ..runtime.interrupts import StopSignal
@@ -116,10 +117,9 @@ class _Trainer:
         self.means = RunningMeans()
         item = "image" if info.kind == "tokenizer" else "grid"
         self.bar = Progress(settings.steps, unit="step", batch_size=settings.batch_size, item=item)
-        self.cost = CostEstimate(settings.steps, settings.steps)
+        self.cost = CostEstimate(settings.steps)
         self.saved_at = time.monotonic()
-        self.beginning: TrainingState | None = None  # until the first save
-        self.is_saved = False  # whether the checkpoint in the folder is an intact one of this run
+        self.beginning: TrainingState | None = None  # to return to until the folder holds a save of this run
         self.divergence = Divergence(stage, self.order, settings.learning_rate, settings.device)
         self.warned: set[str] = set()
 
@@ -129,19 +129,36 @@ class _Trainer:
             self.beginning = copy_of(self._state())
             return
         self.restore(saved)
-        self._note_saved(intact=not saved.is_previous)
-        self.cost = CostEstimate(self.settings.steps - self.step, self.settings.steps)
-        if self.step >= self.settings.steps:
-            self.info = saved.info
-            say(f"{self.step:,} steps of this run are done already, --steps {self.settings.steps:,} adds none")
-            if saved.is_previous:
-                self.save()
+        self._note_saved()
+        if self.step < self.settings.steps:
+            return
+        say(f"{self.step:,} steps of this run are done already, --steps {self.settings.steps:,} adds none")
+        self.info = saved.info
+        if saved.is_previous:
+            self.save()  # in the place of the damaged one
 
     def advance(self) -> None:
         """Take one step of the optimizer, and do what is due after it."""
-        rate = self.learning_rate_scale * learning_rate_at(
-            self.step, peak=self.settings.learning_rate, steps=self.settings.steps
-        )
+        peak, steps = self.settings.learning_rate, self.settings.steps
+        rate = self.learning_rate_scale * learning_rate_at(self.step, peak=peak, steps=steps)
+        losses = self._step(rate)
+        estimate = self.cost.after_step(self.step)
+        if estimate is not None:
+            say(estimate)
+        if self._due(LINES_PER_EVALUATION * self.settings.evaluations):
+            self._report(losses, rate)
+        if self._due(self.settings.evaluations):
+            self._evaluate()
+        if self.step == steps or time.monotonic() - self.saved_at > SAVE_EVERY_SECONDS:
+            self.divergence.check(losses, self.step)
+            self.save()
+
+    def _step(self, rate: float) -> dict[str, Tensor]:
+        """Take one step of the optimizer at this learning rate, count it, and return its losses.
+
+        Raises:
+            DivergedError: a loss is not finite, and the device is one where it costs nothing to know: no step is taken.
+        """
         self.stage.model.train()
         with autocast(self.settings.device, self.settings.precision):
             losses = self.stage.losses(self.order.batch(self.step))
@@ -154,19 +171,12 @@ class _Trainer:
         self.step += 1
         self.bar.update()
         self.means.add(losses)
-        estimate = self.cost.after_step()
-        if estimate is not None:
-            say(estimate)
-        if self._due(LINES_PER_EVALUATION * self.settings.evaluations):
-            self._report(losses, rate)
-        if self._due(self.settings.evaluations):
-            self._evaluate()
-        if self.step == self.settings.steps or time.monotonic() - self.saved_at > SAVE_EVERY_SECONDS:
-            self.divergence.check(losses, self.step)
-            self.save()
+        return losses
 
     def save(self) -> None:
         """Write the checkpoint: the weights to use, and all that a resumed run needs.
+
+        The save that it replaces is kept if it is of this run and intact; else the one before that stays.
 
         Raises:
             DivergedError: some of it is not finite; nothing is written.
@@ -179,8 +189,8 @@ class _Trainer:
             weights, step = self.best_weights, int(self.best["step"])
             self.divergence.check_state({f"best weights/{k}": tensor for k, tensor in weights.items()}, self.step)
         info = replace(self.info, step=step, metrics=self.best)
-        self.info = save_checkpoint(self.folder, info, weights, state, keep_previous=self.is_saved)
-        self._note_saved(intact=True)
+        self.info = save_checkpoint(self.folder, info, weights, state, keep_previous=self.beginning is None)
+        self._note_saved()
         self.saved_at = time.monotonic()
 
     def restore(self, saved: SavedRun) -> None:
@@ -198,10 +208,10 @@ class _Trainer:
         """Return to the last good state with a lower learning rate. Raise `error` if that has been done before."""
         if self.learning_rate_scale < 1:
             raise error
-        if self.beginning is not None:
-            self._load_state(self.beginning, {})
-        else:
+        if self.beginning is None:
             self.restore(read_run(self.folder, self.info.kind))
+        else:
+            self._load_state(self.beginning, {})
         self.learning_rate_scale = LOWER_RATE
         self.divergence.forget()
         say(f"{error.got}: back to step {self.step:,}, this once, with {LOWER_RATE:g} times the learning rate")
@@ -210,7 +220,11 @@ class _Trainer:
         """Continue from a state; `best_weights` are those of the recorded evaluation, where they are kept."""
         position = load_state(state, self.stage, self.optimizers, self.means, self.settings.device)
         self.step, self.best = position.step, dict(position.best)
-        self.best_weights = dict(best_weights) if self.settings.keep_best and self.best else None
+        self.best_weights = None
+        if self.settings.keep_best and self.best:
+            check_finite(best_weights)
+            check_outlines(outlines_of(self.stage.model.state_dict()), outlines_of(best_weights))
+            self.best_weights = dict(best_weights)
         self.learning_rate_scale = position.learning_rate_scale
         with self._unharmed_by("the log"):
             self.log.resume(self.step, None if position.interval is None else position.interval.seconds)
@@ -222,21 +236,25 @@ class _Trainer:
         position = Position(self.step, self.best, interval, self.learning_rate_scale)
         return collect_state(position, self.stage, self.optimizers, self.means, self.settings.device)
 
-    def _note_saved(self, *, intact: bool) -> None:
-        """Note that the folder holds a checkpoint of this run: the last, or only the one before it."""
-        self.is_saved, self.beginning = intact, None
+    def _note_saved(self) -> None:
+        """Note that the folder holds a save of this run: the last, or the one before it."""
+        self.beginning = None
         self.divergence.kept = f"the last good state is kept in {self.folder}"
 
     def _evaluate(self) -> None:
-        """Evaluate the model, write a preview, log the numbers, and raise DivergedError unless they are finite."""
+        """Evaluate the model, log the numbers, write a preview, and record the evaluation if it is to be kept.
+
+        Raises:
+            DivergedError: a number is not finite.
+        """
         self.stage.model.eval()
         forked = [self.settings.device] if self.settings.device.type == "cuda" else []
         with torch.no_grad(), torch.random.fork_rng(forked):  # evaluating must not change what is learned
             evaluation = self.stage.evaluate()
+            self._write_log("held_out", evaluation.numbers)
+            self.divergence.check(evaluation.numbers, self.step)
             with self._unharmed_by("the pictures"):
                 self.stage.preview(self.folder / PICTURES / f"step-{self.step:07d}.png", evaluation)
-        self._write_log("held_out", evaluation.numbers)
-        self.divergence.check(evaluation.numbers, self.step)
         if not self.settings.keep_best or not self.best or evaluation.is_better_than(self.best):
             self._record(evaluation)
         summary = [f"  {evaluation.summary}"] if evaluation.summary else []
@@ -262,10 +280,10 @@ class _Trainer:
 
     @contextmanager
     def _unharmed_by(self, what: str) -> Iterator[None]:
-        """Warn, once, if `what` cannot be written: no training ends for that."""
+        """Warn, once, if `what` cannot be made or written: no training ends for that."""
         try:
             yield
-        except (InputError, OSError) as error:
+        except (InputError, OSError, ValueError) as error:  # a ValueError: a sample has no finite logits
             if what not in self.warned:
                 _log.warning("Warning: %s cannot be written, and training continues without (%s)", what, error)
             self.warned.add(what)

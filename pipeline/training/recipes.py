@@ -4,15 +4,20 @@ The one place for these numbers: training takes its defaults from here and the c
 which is why this file imports neither torch nor numpy. Measurements: benchmarks/README.md.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from .settings import CHANGEABLE, PATH
+from .settings import CHANGEABLE, PATH, check_shared
+
+LARGEST_SIDE = 2**14  # pixels; models/loading.py, which imports torch, loads no tokenizer of larger images
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerSettings:
-    """Holds what a user can choose about stage one; the rest of `TokenizerConfig` follows from the images."""
+    """Holds what a user can choose about stage one; the rest of `TokenizerConfig` follows from the images.
+
+    Raises:
+        ValueError: a setting of the loop is out of its range; `TokenizerConfig` checks those of the network.
+    """
 
     data: str = field(default="glyphs", metadata=PATH)
     data_root: str | None = field(default=None, metadata=CHANGEABLE)
@@ -36,12 +41,23 @@ class TokenizerSettings:
     bottleneck: str = "vq"
     kl_weight: float = 0.1
 
+    def __post_init__(self) -> None:
+        check_shared(self)
+        if self.image_size and not all(1 <= side <= LARGEST_SIDE for side in self.image_size):
+            raise ValueError(f"image_size: expected sides from 1 to {LARGEST_SIDE:,} pixels, got {self.image_size}")
+
 
 @dataclass(frozen=True, kw_only=True)
 class PriorSettings:
-    """Holds what a user can choose about stage two; the rest of `PriorConfig` follows from the codes."""
+    """Holds what a user can choose about stage two; the rest of `PriorConfig` follows from the codes.
 
-    codes: str | Sequence[str] | None = field(default=None, metadata=PATH)  # None: of the tokenizer's own images
+    Raises:
+        ValueError: a setting of the loop is out of its range; `PriorConfig` checks those of the network.
+    """
+
+    codes: str | list[str] | tuple[str, ...] | None = field(
+        default=None, metadata=PATH
+    )  # None: of the tokenizer's own images
     tokenizer: str | None = field(default=None, metadata=CHANGEABLE)  # its fingerprint is what must stay
     steps: int = field(default=2000, metadata=CHANGEABLE)
     batch_size: int = 32
@@ -54,6 +70,9 @@ class PriorSettings:
     num_layers: int = 6
     kernel_size: int = 3
     dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_shared(self)
 
 
 LARGE_TOKENIZER = TokenizerSettings(num_residual_layers=6, residual_channels=64)  # the lower error, at half the speed

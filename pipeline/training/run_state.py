@@ -8,28 +8,51 @@ import torch
 from torch import Tensor
 
 from ..models.checkpoint import TrainingState
-from ..runtime.schema import from_json
+from ..models.tensor_file import Outline, check_finite, check_outlines, outlines_of
+from ..runtime.schema import from_json, short
 from .metrics_log import RunningMeans
 from .optimizer import Optimizers
 from .stage import Stage
 
+OPTIMIZER_TENSORS = {"muon": {"momentum"}, "adam": {"step", "exp_avg", "exp_avg_sq"}}  # of each parameter
+
 
 @dataclass(frozen=True)
 class Interval:
-    """What has passed since the last line of the log."""
+    """What has passed since the last line of the log.
 
-    steps: int
+    Raises:
+        ValueError: a number is out of its range.
+    """
+
+    steps: int  # at least 1
     seconds: float | None  # of the whole run; None if an older version saved it
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or (self.seconds is not None and self.seconds < 0):
+            raise ValueError(f"{short(self.steps)} steps and {self.seconds} seconds since the last line of the log")
 
 
 @dataclass(frozen=True)
 class Position:
-    """Where in a run its state is."""
+    """Where in a run its state is.
+
+    Raises:
+        ValueError: a number is out of its range.
+    """
 
     step: int
-    best: dict[str, float]  # the numbers of the evaluation that is recorded
+    best: dict[str, float]  # the numbers of the evaluation that is recorded, and its "step"; empty before the first
     interval: Interval | None = None  # right after a line of the log there is none; older versions saved none
     learning_rate_scale: float = 1.0  # below 1 once the run has been rolled back
+
+    def __post_init__(self) -> None:
+        if self.step < 0:
+            raise ValueError(f"{short(self.step)} as step")
+        if self.best and not 0 <= self.best.get("step", -1) <= self.step:
+            raise ValueError(f"an evaluation at step {short(self.best.get('step'))} of {short(self.step)}")
+        if not 0 < self.learning_rate_scale <= 1:
+            raise ValueError(f"{self.learning_rate_scale} as learning_rate_scale")
 
 
 def collect_state(
@@ -63,17 +86,23 @@ def load_state(
         ValueError: the state is not one of such a run.
     """
     try:
+        check_finite(state.tensors)
         position, groups = from_json(Position, state.values), _by_prefix(state.tensors)
+        check_outlines(outlines_of(stage.model.state_dict()), outlines_of(groups["model"]))
+        _check_optimizer(groups.get("optimizer", {}), optimizers)
+        sums = _checked_sums(groups.get("interval", {}), position)
         stage.model.load_state_dict(groups["model"])
         stage.load_state(groups.get("stage", {}))
         optimizers.load_tensors(groups.get("optimizer", {}))
         torch.set_rng_state(groups["random"]["cpu"])
         if device.type == "cuda" and "cuda" in groups["random"]:
             torch.cuda.set_rng_state(groups["random"]["cuda"])
-    except (KeyError, TypeError, RuntimeError, AttributeError) as error:
+    except KeyError as error:
+        raise ValueError(f"no {short(error.args[0])}") from error
+    except (TypeError, RuntimeError) as error:  # of a random state
         raise ValueError(" ".join(str(error).split())) from error
-    sums = {name: tensor.to(device) for name, tensor in groups.get("interval", {}).items()}
-    means.load(0 if position.interval is None else position.interval.steps, sums)
+    steps = 0 if position.interval is None else position.interval.steps
+    means.load(steps, {name: total.to(device) for name, total in sums.items()})
     return position
 
 
@@ -83,6 +112,37 @@ def copy_of(state: TrainingState) -> TrainingState:
     return TrainingState(
         tensors={name: tensor.detach().to("cpu", copy=True) for name, tensor in state.tensors.items()}, values=values
     )
+
+
+def _check_optimizer(tensors: Mapping[str, Tensor], optimizers: Optimizers) -> None:
+    """Raise ValueError unless each tensor is a scalar, or of the shape and type of the parameter that it is for.
+
+    A parameter has all the tensors of its optimizer, or none because it had no gradient yet.
+    """
+    found: dict[str, set[str]] = {}
+    for path, tensor in tensors.items():
+        owner, _, key = path.rpartition("/")
+        name, _, index = owner.partition("/")
+        parameters = optimizers.members[name].param_groups[0]["params"] if name in optimizers.members else []
+        if key not in OPTIMIZER_TENSORS.get(name, ()) or not index.isdecimal() or int(index) >= len(parameters):
+            raise ValueError(f"the unknown optimizer/{short(path)}")
+        parameter = parameters[int(index)]
+        shape = () if key == "step" else tuple(parameter.shape)
+        check_outlines({path: Outline(shape, parameter.dtype)}, outlines_of({path: tensor}))
+        found.setdefault(owner, set()).add(key)
+    for owner, keys in found.items():
+        missing = sorted(OPTIMIZER_TENSORS[owner.partition("/")[0]] - keys)
+        if missing:
+            raise ValueError(f"no optimizer/{owner}/{missing[0]}")
+
+
+def _checked_sums(sums: dict[str, Tensor], position: Position) -> dict[str, Tensor]:
+    """Return the sums of the losses since the last line of the log. Raise ValueError unless they are numbers."""
+    if any(total.dim() != 0 or not total.is_floating_point() for total in sums.values()):
+        raise ValueError("sums of losses that are no numbers")
+    if bool(sums) != (position.interval is not None):
+        raise ValueError("sums of losses without their number of steps, or that without them")
+    return sums
 
 
 def _by_prefix(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:

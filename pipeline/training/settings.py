@@ -1,17 +1,21 @@
 """The settings of a run: the user's overrides, else what the resumed run was started with, else the defaults.
 
-Settings are frozen dataclasses (`recipes.py`); the metadata of a field says whether --resume may change it.
+Settings are frozen dataclasses (`recipes.py`); the metadata of a field says whether --resume may change it, and the
+types of the fields are what a checkpoint, which may be a stranger's, is checked against.
 """
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
 from ..errors import InputError
+from ..runtime.schema import checked, short
 
 CHANGEABLE = {"changeable": True}  # metadata of a field that --resume may change
 PATH = {"path": True}  # metadata of a field that holds a path, several, or the name of an image source
+LARGEST_BATCH = 2**20  # items
 
 Settings = TypeVar("Settings")
 
@@ -27,13 +31,15 @@ def resolve(
         started_with: the recorded settings of the run to resume; None for a new run.
 
     Raises:
-        InputError: an override differs from what the resumed run was started with, and may not.
+        InputError: an override differs from what the resumed run was started with, and may not; or what is recorded
+            are no settings of a run.
+        ValueError: a setting is out of its range.
     """
     chosen = {name: value for name, value in overrides.items() if value is not None}
     if started_with is None:
         return settings_class(**chosen)
     metadata = {field.name: field.metadata for field in fields(settings_class)}  # type: ignore[arg-type]
-    before = {name: value for name, value in started_with.items() if name in metadata}
+    before = _recorded_before(settings_class, started_with)
     fixed = {name for name in before if not metadata[name].get("changeable")}
     for name in (name for name in chosen if name in fixed):
         same = _same_path if metadata[name].get("path") else _same
@@ -45,6 +51,43 @@ def resolve(
 def recorded(settings: Any) -> dict[str, Any]:
     """Return the settings as `config.json` keeps them."""
     return {name: _as_json(value) for name, value in asdict(settings).items()}
+
+
+def _recorded_before(settings_class: type, started_with: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings that a run was started with. Raise InputError if they are none.
+
+    Those that an older version did not record, or that this one does not know, are missing.
+    """
+    hints = get_type_hints(settings_class)
+    try:
+        before = {
+            name: checked(hints[name], value, f"training.{name}")
+            for name, value in started_with.items()
+            if name in hints
+        }
+        settings_class(**before)
+    except ValueError as error:
+        raise InputError(
+            expected="the settings of a training run in the config.json of --out",
+            got=str(error),
+            do="restore the folder from a copy, or train again with --force",
+        ) from None
+    return before
+
+
+def check_shared(settings: Any) -> None:
+    """Raise ValueError if a setting that both stages have is out of its range; the message names it."""
+    _require(settings.steps >= 1, settings, "steps", "at least 1")
+    _require(1 <= settings.batch_size <= LARGEST_BATCH, settings, "batch_size", f"from 1 to {LARGEST_BATCH:,}")
+    _require(0 < settings.lr < math.inf, settings, "lr", "a finite number above 0")
+    _require(settings.seed >= 0, settings, "seed", "0 or more")
+    _require(settings.precision in ("auto", "fp32", "bf16"), settings, "precision", "auto, fp32 or bf16")
+    _require(settings.optimizer in ("muon", "adam"), settings, "optimizer", "muon or adam")
+
+
+def _require(holds: bool, settings: Any, name: str, allowed: str) -> None:
+    if not holds:
+        raise ValueError(f"{name}: expected {allowed}, got {short(getattr(settings, name))}")
 
 
 def _conflict(name: str, override: Any, before: Any) -> InputError:

@@ -1,5 +1,6 @@
 """What the training loop needs of a stage: a model, its losses, and how good it is on held-out items."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +20,11 @@ class Evaluation:
     code_histogram: Tensor | None = None  # [K] int64, uses of each code by the held-out items; None without codes
 
     def is_better_than(self, best: Mapping[str, float]) -> bool:
-        """Return whether the score is lower than that of `best`, which holds the numbers of another evaluation."""
-        return self.numbers[self.score_name] < best[self.score_name]
+        """Return whether the score is lower than that of `best`, which holds the numbers of another evaluation.
+
+        One without this score, as another version may have recorded, is worse than any.
+        """
+        return self.numbers[self.score_name] < best.get(self.score_name, math.inf)
 
 
 class Stage(Protocol):
@@ -51,4 +55,8 @@ class Stage(Protocol):
         """Return what the numbers of the stage depend on besides the model, to be saved for a resume."""
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        """Restore what `state` returned; entries that an older version did not save are missing."""
+        """Restore what `state` returned; entries that an older version did not save are missing.
+
+        Raises:
+            KeyError, ValueError: an entry is missing that every version saved, or is not one of this model.
+        """

@@ -18,6 +18,7 @@ from ..images.holdout import held_out, split_rows
 from ..images.image_set import ImageSplit
 from ..images.png import above_and_below, save_grid, save_png
 from ..images.preprocessing import to_uint8
+from ..models.tensor_file import check_outlines, outlines_of
 from .stage import Evaluation
 
 PREVIEW_IMAGES = 16  # in the picture of each evaluation
@@ -110,15 +111,18 @@ class TokenizerStage:
         return {"recent": self.recent, "revived": self.revived, **codes}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        self.recent = state.get("recent", torch.zeros_like(self.recent)).to(self.device)
-        self.revived = state["revived"]
+        counts = {"recent": state.get("recent", torch.zeros_like(self.recent)), "revived": state["revived"]}
+        check_outlines(outlines_of({"recent": self.recent, "revived": self.revived}), outlines_of(counts))
+        self.recent, self.revived = counts["recent"].to(self.device), counts["revived"]
         self.codes = state["codes"].to(self.device) if "codes" in state else None
 
     def _share_of_changed_codes(self) -> float:
         """Return the share of positions in some held-out images whose code has changed since the last evaluation."""
         images = self.images.batch(self.held_out_rows[:CHANGES_SEEN_IN]).to(self.device)
         before, self.codes = self.codes, self.model.encode(images)
-        return 1.0 if before is None else float((before != self.codes).float().mean())
+        if before is None or before.shape != self.codes.shape:  # the first evaluation, or that of other images
+            return 1.0
+        return float((before != self.codes).float().mean())
 
 
 def stage_for(model: VQVAE | Baseline, images: ImageSplit) -> TokenizerStage | BaselineStage:

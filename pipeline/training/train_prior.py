@@ -18,7 +18,7 @@ from ..errors import InputError
 from ..images.holdout import held_out
 from ..models.checkpoint import CONFIG, CheckpointInfo, SavedRun, check_same_tokenizer
 from ..models.labels import all_labelled
-from ..models.loading import TrainedTokenizer, load_trained_tokenizer
+from ..models.loading import TrainedTokenizer, config_of_run, load_trained_tokenizer
 from ..runtime.console import say
 from ..runtime.device import choose_device, compile_networks, manual_seed
 from ..runtime.folder_lock import only_writer
@@ -66,7 +66,7 @@ def _train(run: RunFolder, overrides: Mapping[str, Any], default_tokenizer: Path
         _check_made_by(tokenizer, codes)
 
     manual_seed(settings.seed)
-    config = config_for(settings, codes) if saved is None else PriorConfig(**saved.info.config)
+    config = config_for(settings, codes) if saved is None else _config_of(run, saved, codes)
     model = GatedPixelCNN(config).to(device)
     if settings.compile:
         compile_networks(model)
@@ -89,6 +89,18 @@ def config_for(settings: PriorSettings, codes: CodeDataset) -> PriorConfig:
     manifest = codes.manifest
     labelled = all_labelled(manifest.class_names, (shard.labels for shard in codes.shards()))
     return _config(settings, num_codes=manifest.num_codes, num_classes=len(manifest.class_names) if labelled else 0)
+
+
+def _config_of(run: RunFolder, saved: SavedRun, codes: CodeDataset) -> PriorConfig:
+    """Return the configuration of the model of the run to resume. Raise InputError if it is over other codes."""
+    config, num_codes = config_of_run(saved, run.out, PriorConfig, GatedPixelCNN), codes.manifest.num_codes
+    if config.num_codes != num_codes or config.num_classes not in (0, len(codes.manifest.class_names)):
+        raise InputError(
+            expected=f"{config.num_codes} codes and {config.num_classes} classes, as the run in {run.out} learns",
+            got=f"{num_codes} and {len(codes.manifest.class_names)} in {codes.location}",
+            do="name the codes it was started with, or train a new prior with another --out",
+        )
+    return config
 
 
 def _config(settings: PriorSettings, *, num_codes: int, num_classes: int) -> PriorConfig:

@@ -12,7 +12,8 @@ from tokenizer import TokenizerConfig, build_model
 from ..errors import InputError
 from ..images.image_set import ImageSet, ImageSplit, open_images
 from ..images.preprocessing import to_uint8
-from ..models.checkpoint import CheckpointInfo
+from ..models.checkpoint import CheckpointInfo, SavedRun
+from ..models.loading import config_of_run
 from ..runtime.console import say
 from ..runtime.device import choose_device, compile_networks, manual_seed
 from ..runtime.folder_lock import only_writer
@@ -51,7 +52,7 @@ def _train(run: RunFolder, overrides: Mapping[str, Any]) -> CheckpointInfo:
     device = choose_device(run.device)
     check_run_folder(run, saved)
     images = _open_images(settings)
-    config = config_for(settings, images) if saved is None else TokenizerConfig(**saved.info.config)
+    config = config_for(settings, images) if saved is None else _config_of(run, saved, images)
     manual_seed(settings.seed)
     model = build_model(config).to(device)
     if settings.compile:
@@ -84,6 +85,22 @@ def _open_images(settings: TokenizerSettings) -> ImageSet:
         data_root=settings.data_root,
         multiple_of=settings.downsample,
     )
+
+
+def _config_of(run: RunFolder, saved: SavedRun, images: ImageSet) -> TokenizerConfig:
+    """Return the configuration of the model of the run to resume. Raise InputError if it takes other images."""
+    config = config_of_run(saved, run.out, TokenizerConfig, build_model)
+    before, now = (
+        "{height}x{width}x{channels}".format(**form)
+        for form in (saved.info.preprocessing, asdict(images.preprocessing))
+    )
+    if before != now:
+        raise InputError(
+            expected=f"images of {before} in {images.source}, as the run in {run.out} was started with",
+            got=f"images of {now}",
+            do="name the images it was started with, or train a new tokenizer with another --out",
+        )
+    return config
 
 
 def _info(settings: TokenizerSettings, config: TokenizerConfig, images: ImageSet) -> CheckpointInfo:

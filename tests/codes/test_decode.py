@@ -211,7 +211,7 @@ def failing(after: int, error: BaseException) -> Callable[..., Iterator[Tensor]]
     return images
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError("No space left on device"), Killed()])
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("no memory"), Killed()])
 @pytest.mark.parametrize("after", [0, 1, 3])
 def test_a_failure_midway_leaves_the_old_array(
     tmp_path: Path, many: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, after: int
@@ -338,7 +338,7 @@ def test_an_array_whose_writes_fail(tmp_path: Path, many: Path) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("builtins.open", full)
-        line = r"expected to write [0-9,]+ bytes to .*out.npy, got No space left on device; free space"
+        line = r"expected to write .*out.npy \([0-9,]+ bytes\), got No space left on device .*; free that much"
         with pytest.raises(InputError, match=line):
             decode_codes(many / "codes", many / "tokenizer", tmp_path / "out.npy")
     assert list(tmp_path.iterdir()) == []

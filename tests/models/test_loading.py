@@ -35,17 +35,17 @@ def fingerprint_of(model: nn.Module) -> str:
 
 def after_read(patch: pytest.MonkeyPatch, number: int, act: Callable[[], object]) -> None:
     """Call `act` right after the read of a checkpoint's file with this number, counted from 1."""
-    real, reads = Path.read_bytes, []
+    real, reads = checkpoint.read_current, []
 
-    def read_bytes(path: Path) -> bytes:
-        data = real(path)
-        if path.name.removesuffix(".new") in (checkpoint.CONFIG, checkpoint.MODEL):
-            reads.append(path)
+    def read_current(folder: Path, name: str, read: Callable[[Path], bytes]) -> bytes:
+        data = real(folder, name, read)
+        if name in (checkpoint.CONFIG, checkpoint.MODEL):
+            reads.append(name)
             if len(reads) == number:
                 act()
         return data
 
-    patch.setattr(Path, "read_bytes", read_bytes)
+    patch.setattr(checkpoint, "read_current", read_current)
 
 
 def attempt(act: Callable[[], Result]) -> Result | InputError:

@@ -1,9 +1,6 @@
 """A kill at any moment leaves the old files or the new ones, never a mixture."""
 
-import itertools
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -17,56 +14,11 @@ from pipeline.runtime import atomic_files
 from pipeline.runtime.atomic_files import current, to_json, write_atomic, write_together
 
 from ..support import bits_of, brightness_tokenizer, save_tokenizer
+from .kills import Killed, every_kill, killed_at
 
 OLD = {"a.bin": b"old a", "b.bin": b"old b", "c.bin": b"old c"}
 NEW = {"a.bin": b"new a!", "b.bin": b"new b!", "c.bin": b"new c!"}
 NEXT = {"a.bin": b"next a!!", "b.bin": b"next b!!", "c.bin": b"next c!!"}
-
-
-class Killed(BaseException):
-    """What `kill -9` looks like from inside: nothing handles it."""
-
-
-@contextmanager
-def killed_at(touch: int, *, halfway: bool = False) -> Iterator[list[str]]:
-    """Die just before the touch of the disk of this number, counted from 0; or, a write, in the middle of it."""
-    touches: list[str] = []
-
-    def dying(name: str, real: Callable[..., object]) -> Callable[..., object]:
-        def touch_or_die(*arguments: object, **options: object) -> object:
-            touches.append(name)
-            if len(touches) <= touch:
-                return real(*arguments, **options)
-            if halfway and name == "write":
-                path, data = arguments
-                assert isinstance(path, Path)
-                assert isinstance(data, bytes)
-                path.write_bytes(data[: len(data) // 2])
-            raise Killed
-
-        return touch_or_die
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(atomic_files, "_write_flushed", dying("write", atomic_files._write_flushed))
-        patch.setattr(os, "replace", dying("rename", os.replace))
-        patch.setattr(Path, "unlink", dying("unlink", Path.unlink))
-        yield touches
-
-
-def every_kill(
-    prepare: Callable[[], object], write: Callable[[], object], check: Callable[[], None], *, halfway: bool
-) -> int:
-    """Run `prepare`, `write` up to each possible kill, and `check`; return how many kills there were."""
-    for touch in itertools.count():
-        prepare()
-        with killed_at(touch, halfway=halfway):
-            try:
-                write()
-            except Killed:
-                check()
-                continue
-        return touch
-    raise AssertionError
 
 
 def read(folder: Path) -> dict[str, bytes]:
@@ -257,14 +209,15 @@ def test_a_reader_whose_file_is_renamed_meanwhile_reads_again(
     with killed_at(len(contents) + 2), pytest.raises(Killed):
         write_together(tmp_path, contents)
     assert (tmp_path / f"{name}.new").exists()
-    real = Path.read_bytes
+    real = current
 
-    def renamed_then_opened(path: Path) -> bytes:
+    def chosen_then_renamed(folder: Path, chosen: str) -> Path:
+        path = real(folder, chosen)
         if path.name == f"{name}.new":
             atomic_files._complete(tmp_path)
-        return real(path)
+        return path
 
-    monkeypatch.setattr(Path, "read_bytes", renamed_then_opened)
+    monkeypatch.setattr(atomic_files, "current", chosen_then_renamed)
     assert load_tokenizer(tmp_path).decoder.layers[0].bias[0] == 2
 
 
