@@ -35,7 +35,7 @@ MOST_CHANNELS = 2**8
 MOST_PER_CODE = 2**8  # pixels along each side that a code covers
 LARGEST_MANIFEST = 2**26  # bytes: 512 for each shard, the same for everything else
 # Of a file inside the folder, on every system: Windows has devices with such names everywhere.
-_PLAIN_NAME = re.compile(r"(?!(con|prn|aux|nul|com\d|lpt\d)(\.|$))\w[\w.-]*", re.ASCII | re.IGNORECASE)
+_PLAIN_NAME = re.compile(r"(?!(con|prn|aux|nul|com\d|lpt\d)(\.|$))\w[\w.-]{0,254}", re.ASCII | re.IGNORECASE)
 
 
 @dataclass(frozen=True)

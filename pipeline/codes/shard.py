@@ -26,9 +26,10 @@ LARGEST_HEADER = 2**10  # bytes of a .npy file before its numbers; numpy writes 
 NAME_BYTES = 6 * 2**12 + 16  # of a name in JSON, at most: each byte of the longest path as an escape of six
 # As numpy writes it for numbers of one type. numpy reads it as Python, where the text of a stranger can cost any memory
 # and raise almost anything.
-_HEADER = re.compile(
-    rb"\{\s*'descr':\s*'([^'\\]{1,16})',\s*'fortran_order':\s*(True|False),\s*'shape':\s*\(([\d, ]{0,100})\),?\s*\}\s*"
-)
+_SIDE = rb"(?:0|[1-9]\d{0,17})"
+_SHAPE = rb"%b,|%b(?:, ?%b)+,?" % (_SIDE, _SIDE, _SIDE)
+_FIELDS = rb"\{ 'descr': '([^'\\]{1,16})', 'fortran_order': (True|False), 'shape': \((%b)\),? \} "
+_HEADER = re.compile(_FIELDS.replace(b" ", rb"[ \n]*") % _SHAPE)
 _NUMBERS = re.compile(r"[<>=|]?[biufc]\d{1,2}")  # types of one number
 
 

@@ -34,7 +34,7 @@ from ..mutations import IRREGULAR, mutated_bytes, mutated_json, watched
 from ..support import digest_of
 from .code_folders import GRID, random_rows, read_by_numpy, request, write_rows
 
-MOST_MEMORY = 2**22  # bytes beside what is stored; the numbers in the files ask for up to 10^400
+MOST_MEMORY = 2**24  # bytes; the numbers in the files ask for up to 10^400
 ROWS = random_rows(10)
 CONTROL = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f]")
 posix_only = pytest.mark.skipif(sys.platform == "win32", reason="pipes and links")

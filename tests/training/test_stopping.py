@@ -389,7 +389,7 @@ def poison_the_optimizer(toy: Toy, patch: pytest.MonkeyPatch) -> None:
 
 def poison_the_best_weights(toy: Toy, patch: pytest.MonkeyPatch) -> None:
     """The weights that model.safetensors is to hold, while those in training are finite."""
-    trainers = [found for found in gc.get_objects() if isinstance(found, loop._Trainer) and found.stage is toy]
+    trainers = [found for found in gc.get_objects() if type(found) is loop._Trainer and found.stage is toy]
     assert len(trainers) == 1
     assert trainers[0].best_weights is not None
     trainers[0].best_weights["weight"] *= math.nan
