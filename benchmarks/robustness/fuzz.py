@@ -37,7 +37,8 @@ RAW_BYTES = 0.25  # share of the files with random bytes; the others are valid i
 RESEALED = 0.8  # share of the files whose hash is made to fit
 NAN = "0000c07f"  # all numbers of a file, as `mutations.py` says it
 NO_MEMORY = "an.t allocate|annot allocate|nable to allocate|out of memory"  # whatever caught that error
-GOOD = ("loaded", "refused in one line")
+FELL_BACK = "using the one before it"  # what a warning says where the last save is damaged
+GOOD = ("loaded", "refused in one line", "the save before was used, and a line says so")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,6 +180,8 @@ def judge(ended: Ended, grown: int, opened: list[str], *, draws_from_nan: bool) 
         return f"raw: {re.sub('[0-9]+', 'N', (ended.errors or ended.err.splitlines())[-1])[:70]}"
     if grown > GROWTH or re.search(NO_MEMORY, ended.err):
         return "memory grows"
+    if ended.status == 0 and FELL_BACK in ended.err:
+        return GOOD[2]
     if ended.status == 0:
         return "draws from weights that are not numbers" if draws_from_nan else GOOD[0]
     if ended.status != 1 or len(ended.errors) != 1:

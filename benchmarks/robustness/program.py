@@ -185,6 +185,7 @@ def _run(arguments: Sequence[str], surroundings: Surroundings, out: int, err: in
     except BaseException:
         traceback.print_exc()
     finally:
+        _ignore_signals()  # the command has ended, and with it what a signal means
         os._exit(_flushed(status))
 
 
@@ -202,6 +203,11 @@ def _enter(surroundings: Surroundings, out: int, err: int) -> None:
     limit_memory(GROWTH)
     for number, handler in _SIGNALS.items():
         signal.signal(number, handler)
+
+
+def _ignore_signals() -> None:
+    for number in _SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _flushed(status: int) -> int:

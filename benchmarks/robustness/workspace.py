@@ -21,6 +21,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from pipeline.runtime.json_files import sealed
+
 from .program import HANG, Ended, Program, Surroundings, run
 
 CLASSES = ("disc", "line", "été")
@@ -211,8 +213,9 @@ def _interrupt(complete: Path, partial: Path) -> None:
     shutil.copytree(complete, partial)
     content = json.loads((complete / "manifest.json").read_bytes())
     shards = content["shards"]
+    del content["checksum"]
     kept = {**content, "shards": shards[:2], "count": sum(s["count"] for s in shards[:2]), "statistics": {}}
-    (partial / "manifest.json").write_text(json.dumps(kept, indent=2, ensure_ascii=False), "utf-8")
+    (partial / "manifest.json").write_bytes(sealed(kept))
     (partial / "shard-00002.json").write_text(json.dumps(shards[2]))
     (partial / "README.md").unlink()
     for shard in shards[3:]:

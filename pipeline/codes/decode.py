@@ -72,9 +72,20 @@ def decode_codes(
     if n < 1:
         raise ValueError(f"n: expected at least 1 image, got {n}")
     _check_out(out, start, n, force=force)
+    if suffix in (".png", ".npy"):
+        _decode(codes, tokenizer_folder, out, start, n, device)
+    else:
+        with only_writer(out, "decoding run"):
+            _check_out(out, start, n, force=force)  # again: another run may have ended meanwhile
+            _decode(codes, tokenizer_folder, out, start, n, device)
+    return n
+
+
+def _decode(codes: CodeDataset, tokenizer_folder: Path, out: Path, start: int, n: int, device: str) -> None:
+    """Write the images, to a place that was checked."""
     tokenizer = load_trained_tokenizer(tokenizer_folder, device)
     remedy = "name the tokenizer that made them"
-    check_same_tokenizer(tokenizer.info.fingerprint, codes.manifest.tokenizer_fingerprint, f"codes in {folder}", remedy)
+    check_same_tokenizer(tokenizer.info.fingerprint, codes.manifest.tokenizer_fingerprint, f"codes in {codes.location}", remedy)
 
     def rows(first: int, last: int) -> Tensor:
         return codes.batch(np.arange(start + first, start + last))[0]
@@ -82,15 +93,12 @@ def decode_codes(
     record = DecodeRecord(start=start, n=n, finished=0, tokenizer_fingerprint=tokenizer.info.fingerprint)
     decoded = decode(tokenizer.model, rows, n, folder=tokenizer_folder)
     with closing(with_progress(decoded, n, "decoding", size=len)) as images:
-        if suffix == ".png":
+        if out.suffix.lower() == ".png":
             save_grid(torch.cat(list(images)), out)
-        elif suffix == ".npy":
+        elif out.suffix.lower() == ".npy":
             _write_array(images, n, out)
         else:
-            with only_writer(out, "decoding run"):
-                _check_out(out, start, n, force=force)  # again: another run may have ended meanwhile
-                _write_folder(images, out, record)
-    return n
+            _write_folder(images, out, record)
 
 
 def _check_out(out: Path, start: int, n: int, *, force: bool) -> None:

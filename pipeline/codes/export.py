@@ -72,11 +72,11 @@ def export_codes(
     with process_group() as group:
         group.run_on_all(lambda: check_table(to))
         chosen = group.run_on_all(lambda: choose_device(group.device(device)))
-        trained = group.run_on_all(lambda: load_trained_tokenizer(tokenizer_folder, chosen))
-        info, tokenizer = trained.info, trained.model
-        source = source_name(info.training["data"] if data is None else data)
-        known = _known_before_images(info, tokenizer, source, split=split, flips=flips, shard_size=shard_size)
         with _locked(out, group):
+            trained = group.run_on_all(lambda: load_trained_tokenizer(tokenizer_folder, chosen))
+            info, tokenizer = trained.info, trained.model
+            source = source_name(info.training["data"] if data is None else data)
+            known = _known_before_images(info, tokenizer, source, split=split, flips=flips, shard_size=shard_size)
             group.run_on_main(lambda: check_destination(out, known, force=force, unknown=FROM_IMAGES))
             image_set = group.main_first(lambda: images_of(info, data=data, data_root=data_root))
             images = group.run_on_all(lambda: split_of(image_set, split))
