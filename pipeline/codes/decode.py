@@ -14,7 +14,6 @@ from torch import Tensor
 from ..errors import InputError
 from ..images.png import save_grid
 from ..images.png_folder import ImageFolder, is_count, read_record, written_count
-from ..models.checkpoint import check_same_tokenizer
 from ..models.inference import decode_codes as decode
 from ..models.loading import load_trained_tokenizer
 from ..runtime.atomic_files import open_atomic, to_json
@@ -23,6 +22,7 @@ from ..runtime.folder_lock import only_writer
 from ..runtime.output_paths import OutputFiles, check_output_file, check_output_folder
 from ..runtime.progress import with_progress
 from .dataset import CodeDataset
+from .made_by import check_made_by
 
 SHEET_IMAGES = 64  # in a contact sheet, by default
 RECORD = "decode.json"
@@ -84,8 +84,7 @@ def decode_codes(
 def _decode(codes: CodeDataset, tokenizer_folder: Path, out: Path, start: int, n: int, device: str) -> None:
     """Write the images, to a place that was checked."""
     tokenizer = load_trained_tokenizer(tokenizer_folder, device)
-    remedy = "name the tokenizer that made them"
-    check_same_tokenizer(tokenizer.info.fingerprint, codes.manifest.tokenizer_fingerprint, f"codes in {codes.location}", remedy)
+    check_made_by(codes, tokenizer, "name the tokenizer that made them")
 
     def rows(first: int, last: int) -> Tensor:
         return codes.batch(np.arange(start + first, start + last))[0]

@@ -4,14 +4,17 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..codes.unfinished import holds_only_an_export
 from ..errors import InputError
 from ..models.checkpoint import CONFIG, MODEL, PREVIOUS, TRAINING, SavedRun, has_checkpoint, read_run
 from ..runtime.atomic_files import COMMIT, committed
-from ..runtime.filesystem import check_only_files, check_subfolder, check_writable, make_folder
+from ..runtime.filesystem import check_only_files, check_subfolder, check_writable, make_folder, names_in
+from ..runtime.folder_lock import LOCK
 from ..runtime.output_paths import check_output_folder, remove_files
 
 LOG = "metrics.jsonl"
 PICTURES = "pictures"  # subfolder of the previews
+CODES = "codes"  # subfolder of the codes that train-prior exports
 CHECKPOINT = (MODEL, CONFIG, TRAINING)
 LOGS = re.compile(rf"{re.escape(LOG)}|{PICTURES}/step-([0-9]{{7}}|[1-9][0-9]{{7,}})(-codebook)?\.png")
 
@@ -54,10 +57,10 @@ def check_run_folder(run: RunFolder, saved: SavedRun | None) -> None:
     Whatever `force` and `resume` are, nothing but files may be in the places of files, and folders in those of folders.
 
     Call it before any long work; it makes and removes nothing. What is left of a run that was killed before its first
-    save may be replaced with `resume` alone.
+    save may be replaced with `resume` alone, and a run that was stopped while it exported its codes continues anyway.
     """
     _check_files(run.out)
-    if saved is not None:
+    if saved is not None or (not run.force and _holds_only_codes(run.out)):
         check_writable(run.out)
         return
     unsaved = not any((run.out / name).exists() for name in (MODEL, TRAINING))
@@ -77,6 +80,11 @@ def prepare_run_folder(run: RunFolder, saved: SavedRun | None) -> None:
     if saved is None:
         remove_files(run.out, LOGS.fullmatch, subfolder=PICTURES)
         remove_files(run.out, {f"{PREVIOUS}/{name}" for name in CHECKPOINT}.__contains__, subfolder=PREVIOUS)
+
+
+def _holds_only_codes(folder: Path) -> bool:
+    """Return whether nothing is in the folder but the codes that train-prior began to export."""
+    return set(names_in(folder)) - {LOCK} == {CODES} and holds_only_an_export(folder / CODES)
 
 
 def _check_files(folder: Path) -> None:

@@ -13,7 +13,8 @@ from prior import GatedPixelCNN, PriorConfig
 
 from ..codes.dataset import CodeDataset
 from ..codes.export import export_codes
-from ..codes.manifest import MANIFEST, read_manifest
+from ..codes.made_by import check_made_by
+from ..codes.manifest import MANIFEST, CodeManifest, read_manifest
 from ..errors import InputError
 from ..images.holdout import held_out
 from ..models.checkpoint import CONFIG, CheckpointInfo, SavedRun, check_same_tokenizer
@@ -25,9 +26,11 @@ from ..runtime.folder_lock import only_writer
 from .loop import LoopSettings, run_training
 from .prior_stage import PriorStage, sample_preview
 from .recipes import PriorSettings
-from .run_folder import RunFolder, check_run_folder, prepare_run_folder, saved_run
+from .run_folder import CODES, RunFolder, check_run_folder, prepare_run_folder, saved_run
 from .settings import recorded, resolve
 from .split_summary import split_summary
+
+MOST_CODES = 2**24  # K of a prior, whose embedding and logits have a row for each
 
 
 def train_prior(run: RunFolder, overrides: Mapping[str, Any], default_tokenizer: Path) -> CheckpointInfo:
@@ -63,7 +66,8 @@ def _train(run: RunFolder, overrides: Mapping[str, Any], default_tokenizer: Path
     if tokenizer is None:
         tokenizer = _optional_tokenizer(tokenizer_folder, codes, device)
     else:
-        _check_made_by(tokenizer, codes)
+        remedy = f"export them again with export-codes --tokenizer {tokenizer.folder}"
+        check_made_by(codes, tokenizer, f"{remedy}, or name the tokenizer that made them")
 
     manual_seed(settings.seed)
     config = config_for(settings, codes) if saved is None else _config_of(run, saved, codes)
@@ -170,6 +174,12 @@ def _check_learnable(codes: CodeDataset) -> None:
             got=f"{manifest.count:,}",
             do="run the export-codes that was interrupted once more: it continues",
         )
+    if manifest.num_codes > MOST_CODES:
+        raise InputError(
+            expected=f"at most {MOST_CODES:,} different codes in {codes.location}",
+            got=f"{manifest.num_codes:,}",
+            do="use a tokenizer with fewer",
+        )
     if not len(codes):
         raise InputError(expected=f"at least one grid in {codes.location}", got="none", do="export the codes of images")
     highest = max(int(shard.labels.max()) for shard in codes.shards())
@@ -186,28 +196,31 @@ def _exported_codes(tokenizer: TrainedTokenizer, run: RunFolder, saved: SavedRun
 
     An interrupted export continues, or with --force starts anew.
     """
-    fingerprint, folder = tokenizer.info.fingerprint, tokenizer.folder
     if saved is not None:
-        _check_resumable(saved.info, fingerprint, f"a tokenizer in {folder}")
-    out = run.out / "codes"
-    existing = read_manifest(out) if (out / MANIFEST).exists() else None
-    if existing is None or existing.tokenizer_fingerprint != fingerprint:
-        export_codes(folder, out, device=run.device, force=True)
-    elif not existing.complete:
-        export_codes(folder, out, device=run.device, force=run.force)
+        _check_resumable(saved.info, tokenizer.info.fingerprint, f"a tokenizer in {tokenizer.folder}")
+    out = run.out / CODES
+    existing = _existing_export(out, run)
+    is_other = existing is not None and existing.tokenizer_fingerprint != tokenizer.info.fingerprint
+    if existing is None or is_other or not existing.complete:
+        export_codes(tokenizer.folder, out, device=run.device, force=run.force or is_other)
     return out
+
+
+def _existing_export(out: Path, run: RunFolder) -> CodeManifest | None:
+    """Return the manifest of the codes that are in the run already, None without any; with --force, if it is intact."""
+    if not (out / MANIFEST).exists():
+        return None
+    try:
+        return read_manifest(out)
+    except InputError:
+        if run.force:
+            return None
+        raise
 
 
 def _check_resumable(saved: CheckpointInfo, fingerprint: str, what: str) -> None:
     """Raise InputError unless `what`, with this fingerprint, belongs to the tokenizer whose codes the run learns."""
     check_same_tokenizer(saved.tokenizer_fingerprint, fingerprint, what, "train a new prior with another --out")
-
-
-def _check_made_by(tokenizer: TrainedTokenizer, codes: CodeDataset) -> None:
-    """Raise InputError unless the tokenizer made the codes."""
-    folder, made_by = tokenizer.folder, codes.manifest.tokenizer_fingerprint
-    remedy = f"export them again with export-codes --tokenizer {folder}, or name the tokenizer that made them"
-    check_same_tokenizer(tokenizer.info.fingerprint, made_by, f"codes in {codes.location}", remedy)
 
 
 def _optional_tokenizer(folder: Path, codes: CodeDataset, device: torch.device) -> TrainedTokenizer | None:

@@ -415,6 +415,27 @@ def test_resume_finishes_an_export_of_its_own(killed: Path) -> None:
     assert digest_of(killed / "prior" / "codes") == digest_of(killed / "undisturbed")
 
 
+def test_the_same_command_continues_a_run_that_was_stopped_in_its_export(killed: Path) -> None:
+    """Nothing else is in its folder, and so nothing of anybody is replaced; with anything else it is refused."""
+    first = killed / "prior" / "codes" / "codes-00000.npy"
+    before = first.stat().st_mtime_ns
+    (killed / "prior" / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match="expected an empty or new folder"):
+        train_on_own_images(killed)
+    (killed / "prior" / "notes.txt").unlink()
+    train_on_own_images(killed)
+    assert first.stat().st_mtime_ns == before
+    assert read_manifest(killed / "prior" / "codes").complete
+
+
+def test_force_replaces_a_damaged_manifest_in_a_run(killed: Path) -> None:
+    (killed / "prior" / "codes" / "manifest.json").write_text("{")
+    with pytest.raises(InputError, match="expected the manifest"):
+        train_on_own_images(killed, resume=True)
+    train_on_own_images(killed, force=True)
+    assert read_manifest(killed / "prior" / "codes").complete
+
+
 def test_force_starts_an_unfinished_export_anew(killed: Path) -> None:
     """As --resume advises when it cannot resume it, because another version began it."""
     codes = killed / "prior" / "codes"

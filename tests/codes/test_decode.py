@@ -26,7 +26,7 @@ from pipeline.models.loading import load_tokenizer
 
 from ..conftest import Codegrid, Trained
 from ..disks import failing_writes, full_disk_line
-from ..support import CELL, STEP, brightness_tokenizer, digest_of, save_tokenizer
+from ..support import CELL, LEVELS, STEP, brightness_tokenizer, digest_of, save_tokenizer
 from ..training.training_runs import Killed
 from .code_folders import random_rows, request, write_rows
 
@@ -395,3 +395,13 @@ def test_a_record_of_absurd_numbers_is_none(
         with pytest.raises(InputError, match=r"got decode\.json; move it away"):
             decode_codes(many / "codes", many / "tokenizer", out, n=1, force=True)
         assert digest_of(out) == before
+
+
+def test_codes_that_the_tokenizer_does_not_know(tmp_path: Path, many: Path) -> None:
+    """A manifest with the right fingerprint and a larger K."""
+    shutil.copytree(many / "codes", tmp_path / "codes")
+    manifest = read_manifest(tmp_path / "codes")
+    write_manifest(tmp_path / "codes", replace(manifest, num_codes=LEVELS + 1))
+    with pytest.raises(InputError, match=rf"out of {LEVELS}, as the tokenizer has, got {LEVELS + 1}; name the"):
+        decode_codes(tmp_path / "codes", many / "tokenizer", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
