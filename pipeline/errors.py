@@ -5,6 +5,8 @@ import re
 # Control characters (C0, C1), line and paragraph separators, what turns the direction of writing, lone surrogates.
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
+LONGEST = 600  # characters of each of the three parts of an error
+
 
 def printable(text: str) -> str:
     r"""Return `text` with an escape in place of every character that breaks a line, or acts on a terminal.
@@ -23,8 +25,15 @@ class InputError(Exception):
     """
 
     def __init__(self, *, expected: str, got: str, do: str) -> None:
-        super().__init__(printable(f"expected {expected}, got {got}; {do}"))
+        shown = [_shortened(printable(part)) for part in (expected, got, do)]
+        super().__init__("expected {}, got {}; {}".format(*shown))
         self.expected, self.got, self.do = expected, got, do
+
+
+def _shortened(text: str) -> str:
+    """Return a text of LONGEST characters at most, its middle left out if it has more, as a stranger's name may."""
+    half = LONGEST // 2 - 3
+    return text if len(text) <= LONGEST else f"{text[:half]} ... {text[-half:]}"
 
 
 def _escape(character: str) -> str:

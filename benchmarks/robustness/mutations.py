@@ -7,6 +7,7 @@ import json
 import random
 import struct
 from collections.abc import Callable
+from copy import deepcopy
 from typing import Any
 
 DEEP = "@deep@"  # stands for a list in a list in a list ..., which `json` itself cannot write
@@ -102,7 +103,7 @@ def mutate_value(content: Any, random: Random) -> tuple[Any, str]:
             done.append(f"{kind} {key} as {new[:20]!r}")
             parent[new] = parent[key] if kind == "double" else parent.pop(key)
     if random.random() < 0.02:
-        return random.choice(ABSURD), "all of it"
+        return deepcopy(random.choice(ABSURD)), "all of it"
     return content, ", ".join(done)
 
 
@@ -174,10 +175,12 @@ def _mutate_npy_text(text: str, kind: str, random: Random) -> str:
 def _near(value: Any, random: Random) -> Any:
     """Return an absurd value, or one that is close to the right one."""
     if isinstance(value, int) and random.random() < 0.3:
-        return random.choice((value + 1, value - 1, -value, 2 * value, float(value), str(value), [value]))
+        return random.choice(
+            (value + 1, value - 1, -value, 2 * value, str(value)[:20] + ".0", str(value % 10**9), [value])
+        )
     if isinstance(value, str) and random.random() < 0.3:
         return random.choice((value.upper(), value[:-1], value + "x", [value], value[::-1]))
-    return random.choice(ABSURD)
+    return deepcopy(random.choice(ABSURD))
 
 
 def _places(content: Any) -> "list[tuple[Any, Any]]":

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.errors import InputError, printable
+from pipeline.errors import LONGEST, InputError, printable
 from pipeline.runtime import console
 from pipeline.runtime.console import (
     check_output,
@@ -192,3 +192,16 @@ def test_a_handler_of_a_signal_that_prints_while_the_stream_is_written_loses_its
     say("a")
     assert not output_closed()
     check_output()
+
+
+@pytest.mark.parametrize("character", ["x", "\x1b", "\u202e", "\U0001f600"])
+def test_a_line_is_short_whatever_a_stranger_names(character: str) -> None:
+    error = InputError(expected=character * 10**5, got="y" * 700, do="do this")
+    assert len(str(error)) < 2 * LONGEST + 50
+    assert str(error).startswith(f"expected {printable(character)}")
+    assert str(error).endswith("y; do this")
+    assert error.expected == character * 10**5
+
+
+def test_a_line_of_ordinary_length_is_complete() -> None:
+    assert str(InputError(expected="a" * LONGEST, got="b", do="c")) == f"expected {'a' * LONGEST}, got b; c"
