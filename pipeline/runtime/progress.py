@@ -4,6 +4,7 @@ encoding train: 12,800 of 50,000 images (26 %), 3,900 images/s, 10 s left
 step 812 of 1,500 (54 %), loss 0.123, 512 codes in use, 3,900 images/s, 1:10 left
 """
 
+import os
 import sys
 import time
 from collections import deque
@@ -20,6 +21,7 @@ Item = TypeVar("Item")
 
 REDRAWN_EVERY = 0.1  # seconds, on a terminal
 FIRST_LINE_AFTER, NEXT_LINES_AFTER = 5.0, 15.0  # seconds, elsewhere; shorter work prints nothing
+USUAL_COLUMNS = 80
 RATE_OVER = 60.0  # seconds, the last of which the rate is the mean over
 
 
@@ -223,7 +225,7 @@ class _TerminalLine:
 
     def __init__(self, line: str) -> None:
         self._next = 0.0
-        options = {"bar_format": "{desc} {bar:20}", "leave": False, "dynamic_ncols": True}
+        options = {"bar_format": "{desc} {bar:20}", "leave": False, "ncols": _columns()}
         self._bar = _Bar(desc=line, total=1, file=_Terminal(), **options)
         show_status(self._bar)
 
@@ -236,7 +238,8 @@ class _TerminalLine:
 
     def show(self, progress: Progress) -> None:
         self._bar.n, self._bar.total = progress.done, progress.total
-        self._bar.desc = progress.line(self._bar.format_dict["ncols"])
+        self._bar.ncols = _columns()
+        self._bar.desc = progress.line(self._bar.ncols)
         self._bar.refresh()
 
     def close(self) -> None:
@@ -255,6 +258,14 @@ class _Terminal:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(sys.stderr, name)
+
+
+def _columns() -> int:
+    """Return the width of the terminal in characters; some terminals do not know theirs, or say 0."""
+    try:
+        return os.get_terminal_size(sys.stderr.fileno()).columns or USUAL_COLUMNS
+    except (OSError, ValueError):
+        return USUAL_COLUMNS
 
 
 def _is_terminal() -> bool:
