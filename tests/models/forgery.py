@@ -1,9 +1,11 @@
 """Checkpoints of a stranger who knows the format: whatever they hold, every hash fits."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from pipeline.errors import InputError
 from pipeline.models.checkpoint import CONFIG, MODEL, TRAINING
 from pipeline.runtime.atomic_files import sha256
 from pipeline.runtime.json_files import sealed
@@ -11,6 +13,18 @@ from pipeline.runtime.json_files import sealed
 from ..mutations import json_bytes
 
 Header = dict[str, Any]
+Result = TypeVar("Result")
+
+
+def result_or_line(act: Callable[[], Result], *errors: type[Exception]) -> Result | str:
+    """Return what `act` returns, or the one short line of the error that it raises."""
+    try:
+        return act()
+    except errors or InputError as error:
+        line = str(error)
+    assert "\n" not in line
+    assert len(line) < 2000
+    return line
 
 
 def config_of(folder: Path) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,17 @@ from pipeline.models.checkpoint import CONFIG, MODEL
 
 from ..mutations import DEEP, mutated_bytes, mutated_json, watched
 from ..support import ROOT, bits_of, brightness_tokenizer, load_weights, save_prior, save_tokenizer, tiny_prior
-from .forgery import DELETED, change, config_of, join_file, split_file, write_config, write_model, write_sparse
+from .forgery import (
+    DELETED,
+    change,
+    config_of,
+    join_file,
+    result_or_line,
+    split_file,
+    write_config,
+    write_model,
+    write_sparse,
+)
 
 NAMES = ("disc", "line", "été")
 MEMORY = 64 * 2**20  # bytes; a hundred times the files
@@ -282,6 +293,7 @@ def test_a_file_that_is_larger_than_what_is_in_it_is_refused(valid: Path, kind: 
 
 CHILD = """
 import resource, signal, sys
+from contextlib import suppress
 from pathlib import Path
 import torch
 from pipeline import load_prior, load_tokenizer
@@ -335,16 +347,12 @@ def test_the_process_grows_by_little(valid: Path, tmp_path: Path) -> None:
 def loads_or_is_refused(folder: Path, kind: str, valid: Path) -> None:
     """Assert that the folder loads as a model of finite weights, or is refused in one line."""
     with watched() as seen:
-        try:
-            model = LOAD[kind](folder)
-        except InputError as error:
-            assert "\n" not in str(error)
-            assert len(str(error)) < 2000
-        else:
-            assert all(bool((tensor.isfinite() | (tensor.dim() == 0)).all()) for tensor in model.state_dict().values())
-            assert {name: len(bits) for name, bits in bits_of(model).items()} == {
-                name: len(bits) for name, bits in bits_of(LOAD[kind](valid / kind)).items()
-            }
+        model = result_or_line(lambda: LOAD[kind](folder))
+    if not isinstance(model, str):
+        assert all(bool((tensor.isfinite() | (tensor.dim() == 0)).all()) for tensor in model.state_dict().values())
+        assert {name: len(bits) for name, bits in bits_of(model).items()} == {
+            name: len(bits) for name, bits in bits_of(LOAD[kind](valid / kind)).items()
+        }
     assert seen.peak < MEMORY
     assert all(path.is_relative_to(folder) or path.is_relative_to(valid) for path in seen.opened)
 
@@ -362,10 +370,8 @@ def test_any_config(valid: Path, kind: str, tmp_path: Path) -> None:
     def check(data: bytes, seal: bool) -> None:
         (folder / CONFIG).write_bytes(data)
         if seal:
-            try:
+            with suppress(ValueError, RecursionError):
                 write_config(folder, json.loads(data))
-            except (ValueError, RecursionError):
-                pass
         loads_or_is_refused(folder, kind, valid)
 
     check()

@@ -21,7 +21,7 @@ from pipeline.training.train_prior import train_prior
 from pipeline.training.train_tokenizer import train_tokenizer
 
 from ..conftest import Codegrid, Trained
-from ..models.forgery import change, config_of, write_config, write_model, write_training
+from ..models.forgery import change, config_of, result_or_line, write_config, write_model, write_training
 from ..mutations import mutated_json
 from ..support import brightness_tokenizer, digest_of, load_weights, save_tokenizer
 
@@ -314,12 +314,7 @@ def test_any_values(trained: Trained, kind: str, tmp_path: Path) -> None:
         for name, content in before.items():
             (folder / name).write_bytes(content)
         rewrite_training(folder, state.tensors, data.decode())
-        try:
-            resume(trained, kind, folder, steps=4)
-        except InputError as error:
-            assert "\n" not in str(error)
-            assert len(str(error)) < 1500
-        else:
+        if result_or_line(lambda: resume(trained, kind, folder, steps=4)) is None:
             assert all(bool(tensor.isfinite().all()) for tensor in load_weights(folder).values() if tensor.dim())
             ended.append(data)
 
@@ -343,11 +338,7 @@ def test_any_config_of_a_run(trained: Trained, kind: str, tmp_path: Path) -> Non
             write_config(folder, json.loads(data))
         except (ValueError, RecursionError):
             return
-        try:
-            resume(trained, kind, folder, steps=4)
-        except (InputError, ValueError) as error:
-            assert len(str(error)) < 1500
-        else:
+        if result_or_line(lambda: resume(trained, kind, folder, steps=4), InputError, ValueError) is None:
             assert all(bool(tensor.isfinite().all()) for tensor in load_weights(folder).values() if tensor.dim())
 
     check()
