@@ -16,11 +16,11 @@ Header = dict[str, Any]
 Result = TypeVar("Result")
 
 
-def result_or_line(act: Callable[[], Result], *errors: type[Exception]) -> Result | str:
+def result_or_line(act: Callable[[], Result], errors: tuple[type[Exception], ...] = (InputError,)) -> Result | str:
     """Return what `act` returns, or the one short line of the error that it raises."""
     try:
         return act()
-    except errors or InputError as error:
+    except errors as error:
         line = str(error)
     assert "\n" not in line
     assert len(line) < 2000

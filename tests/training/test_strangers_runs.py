@@ -338,7 +338,7 @@ def test_any_config_of_a_run(trained: Trained, kind: str, tmp_path: Path) -> Non
             write_config(folder, json.loads(data))
         except (ValueError, RecursionError):
             return
-        if result_or_line(lambda: resume(trained, kind, folder, steps=4), InputError, ValueError) is None:
+        if result_or_line(lambda: resume(trained, kind, folder, steps=4), (InputError, ValueError)) is None:
             assert all(bool(tensor.isfinite().all()) for tensor in load_weights(folder).values() if tensor.dim())
 
     check()
