@@ -63,7 +63,7 @@ class StopSignal:
 def _write_line(text: str) -> None:
     """Write a line to standard error, past Python's buffer, which the code that a signal interrupts may be writing."""
     line = f"\n{text}\n"
-    with suppress(OSError, RuntimeError):  # the terminal is closed; the line that is interrupted is printed by Python, too
+    with suppress(OSError, RuntimeError):  # the terminal is closed; Python is printing the line interrupted here
         try:
             descriptor = sys.stderr.fileno()
         except (AttributeError, ValueError, OSError):  # no file of the system, as in a test or a notebook

@@ -97,7 +97,10 @@ def run_and_exit(arguments: list[str], prepare: Callable[[pytest.MonkeyPatch], N
     status = 99
     try:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        sys.stdout, sys.stderr = (open(descriptor, "w", buffering=1, closefd=False) for descriptor in (1, 2))
+        sys.stdout, sys.stderr = (
+            io.TextIOWrapper(io.FileIO(descriptor, "w", closefd=False), "utf-8", write_through=True)  # type: ignore[arg-type]
+            for descriptor in (1, 2)
+        )
         prepare(pytest.MonkeyPatch())
         cli.main(arguments)
     except SystemExit as ended:
@@ -147,9 +150,7 @@ def test_a_signal_saves_and_leaves(
 
 @pytest.mark.parametrize("moment", MOMENTS)
 @pytest.mark.parametrize("first", STATUS)
-def test_another_ctrl_c_leaves_at_once(
-    trained: Trained, tmp_path: Path, moment: str, first: signal.Signals
-) -> None:
+def test_another_ctrl_c_leaves_at_once(trained: Trained, tmp_path: Path, moment: str, first: signal.Signals) -> None:
     """Without a new save, and nothing is broken."""
     command = command_of("prior", trained, tmp_path)
     ended = in_a_process(command, lambda patch: MOMENTS[moment](patch, send(first, signal.SIGINT)))
@@ -298,12 +299,12 @@ def test_a_signal_while_standard_error_is_written_does_no_harm(
 def test_a_closed_standard_error_does_no_harm(monkeypatch: pytest.MonkeyPatch) -> None:
     reading, writing = os.pipe()
     os.close(reading)
-    monkeypatch.setattr(sys, "stderr", open(writing, "w"))
-    with StopSignal() as stop, pytest.raises(SystemExit) as ended:
+    with os.fdopen(writing, "w") as closed, StopSignal() as stop:
+        monkeypatch.setattr(sys, "stderr", closed)
         os.kill(os.getpid(), signal.SIGHUP)
-        stop.exit("stopped")
+        with pytest.raises(SystemExit) as ended:
+            stop.exit("stopped")
     assert ended.value.code == 129
-    sys.stderr.close()
 
 
 def test_handlers_are_what_they_were(monkeypatch: pytest.MonkeyPatch) -> None:

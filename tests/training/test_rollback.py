@@ -15,7 +15,7 @@ from pipeline.codes.dataset import CodeDataset
 from pipeline.errors import InputError
 from pipeline.images.holdout import held_out
 from pipeline.images.image_set import open_images
-from pipeline.models.checkpoint import load_training, read_info
+from pipeline.models.checkpoint import load_training, read_info, read_run
 from pipeline.models.loading import load_prior, load_tokenizer
 from pipeline.training import loop
 from pipeline.training.divergence import NAMED, DivergedError, Divergence
@@ -88,11 +88,9 @@ def test_a_second_time_in_another_step_ends_the_run(tmp_path: Path, resumed: boo
             run_training(toy, toy_info(), settings, tmp_path)
     toy = nan_in(Toy(), first, second)
     before = digest_of(tmp_path)
+    saved = read_run(tmp_path, "prior") if resumed else None
     with pytest.raises(InputError, match=r"got loss = nan at step \d+, in the batch of \d.png, \d.png; lower") as error:
-        if resumed:
-            run_again(toy, settings, tmp_path)
-        else:
-            run_training(toy, toy_info(), settings, tmp_path)
+        run_training(toy, toy_info(), settings, tmp_path, resume=saved)
     step = second - first + (1 if resumed else 0)
     assert f"at step {step}, " in str(error.value)
     names = [f"{index}.png" for index in DataOrder(5, 2, 0).batch(step - 1)]
