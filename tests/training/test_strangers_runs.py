@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,16 +14,17 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from torch import Tensor
 
+from pipeline.codes.export import export_codes
 from pipeline.errors import InputError
 from pipeline.models import checkpoint
-from pipeline.models.checkpoint import MODEL, TRAINING, load_training
+from pipeline.models.checkpoint import MODEL, TRAINING, load_training, read_info
 from pipeline.training.run_folder import RunFolder
 from pipeline.training.train_prior import train_prior
 from pipeline.training.train_tokenizer import train_tokenizer
 
 from ..conftest import Codegrid, Trained
 from ..models.forgery import change, config_of, result_or_line, write_config, write_model, write_training
-from ..mutations import mutated_json
+from ..mutations import mutated_json, watched
 from ..support import brightness_tokenizer, digest_of, load_weights, save_tokenizer
 
 KINDS = ("tokenizer", "prior")
@@ -100,6 +102,9 @@ def test_a_setting_of_another_type_or_out_of_its_range_is_refused(
     change(folder, **{f"training__{name}": value})
     line = check_refused(trained, kind, folder, steps=None if name == "steps" else 5)
     assert name in line
+    assert name not in SETTINGS or line.startswith(
+        "expected the settings of a training run in the config.json of --out"
+    )
 
 
 def test_settings_that_are_wrong_are_one_line_of_the_program(
@@ -156,19 +161,20 @@ def test_images_of_another_size_than_the_run_was_started_with_are_refused(
     assert "got images of 8x12x1" in line
 
 
-def test_a_prior_over_other_codes_is_refused(trained: Trained, tmp_path: Path) -> None:
-    """Its weights fit its config, which has more codes than the data set."""
-    folder = copy_of(trained, "prior", tmp_path)
-    weights = load_weights(folder)
-    grown = {
-        name: torch.cat([tensor, tensor[:1]]) if tensor.dim() and tensor.shape[0] == 16 else tensor
-        for name, tensor in weights.items()
-    }
-    config = config_of(folder)["config"]
-    assert config["num_codes"] == 16
-    write_model(folder, safetensors.torch.save(grown))
-    change(folder, config__num_codes=17)
-    check_refused(trained, "prior", folder)
+def test_a_prior_over_other_codes_is_refused(trained: Trained, tmp_path: Path, grey_folder: Path) -> None:
+    """A run over 8 codes, complete and intact, which says that it learns from the 16 of another data set."""
+    save_tokenizer(tmp_path / "tokenizer", brightness_tokenizer(8), grey_folder)
+    export_codes(tmp_path / "tokenizer", tmp_path / "codes", device="cpu")
+    small = {"channels": 4, "num_layers": 1, "steps": 1, "codes": str(tmp_path / "codes")}
+    train_prior(RunFolder(out=tmp_path / "prior", device="cpu"), small, tmp_path / "tokenizer")
+    change(
+        tmp_path / "prior",
+        training__codes=str(trained.codes),
+        tokenizer_fingerprint=read_info(trained.tokenizer, "tokenizer").fingerprint,
+    )
+    line = check_refused(trained, "prior", tmp_path / "prior")
+    assert "expected 8 codes and 3 classes, as the run in" in line
+    assert "got 16 and 3 in" in line
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -342,6 +348,16 @@ def test_any_config_of_a_run(trained: Trained, kind: str, tmp_path: Path) -> Non
             assert all(bool(tensor.isfinite().all()) for tensor in load_weights(folder).values() if tensor.dim())
 
     check()
+
+
+@pytest.mark.parametrize("name", [MODEL, TRAINING])
+def test_a_file_with_a_long_tail_of_nothing_is_refused(trained: Trained, name: str, tmp_path: Path) -> None:
+    """8 GB that take no space on the disk, and none in memory."""
+    folder = copy_of(trained, "prior", tmp_path)
+    os.truncate(folder / name, 2**33)
+    with watched() as seen, pytest.raises(InputError, match=r"8,589,934,592 bytes, where its header needs"):
+        resume(trained, "prior", folder)
+    assert seen.peak < 64 * 2**20
 
 
 def test_a_run_of_another_network_is_no_state_of_this_one(trained: Trained, tmp_path: Path) -> None:
