@@ -8,10 +8,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from prior import GatedPixelCNN, PriorConfig
 from tokenizer import VQVAE, Baseline, TokenizerConfig, build_model
@@ -255,11 +256,28 @@ def _check_network(
     config = _parse_config(config_type, info)
     _check_sizes(config, found)
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), _WithoutNumbers():
             expected = build(config).state_dict()
     except RuntimeError as error:  # a size beyond all numbers
         raise ValueError(f"a config of no network ({error})") from None
     check_outlines(outlines_of(expected), found)
+
+
+class _WithoutNumbers(TorchFunctionMode):
+    """Draws no numbers for the parameters of a model: on the meta device there are none.
+
+    There, to draw some would import torch's compiler, which takes a second.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.randn:
+            return torch.empty(*args, **kwargs)
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
 
 
 def _parse_config(config_type: type[Config], info: CheckpointInfo) -> Config:

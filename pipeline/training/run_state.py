@@ -94,13 +94,9 @@ def load_state(
         stage.model.load_state_dict(groups["model"])
         stage.load_state(groups.get("stage", {}))
         optimizers.load_tensors(groups.get("optimizer", {}))
-        torch.set_rng_state(groups["random"]["cpu"])
-        if device.type == "cuda" and "cuda" in groups["random"]:
-            torch.cuda.set_rng_state(groups["random"]["cuda"])
+        _set_random_states(groups["random"], device)
     except KeyError as error:
         raise ValueError(f"no {short(error.args[0])}") from error
-    except (TypeError, RuntimeError) as error:  # of a random state
-        raise ValueError(" ".join(str(error).split())) from error
     steps = 0 if position.interval is None else position.interval.steps
     means.load(steps, {name: total.to(device) for name, total in sums.items()})
     return position
@@ -112,6 +108,18 @@ def copy_of(state: TrainingState) -> TrainingState:
     return TrainingState(
         tensors={name: tensor.detach().to("cpu", copy=True) for name, tensor in state.tensors.items()}, values=values
     )
+
+
+def _set_random_states(states: Mapping[str, Tensor], device: torch.device) -> None:
+    """Set the state of torch's generators; a run from another device may have none for this one. Raise ValueError."""
+    present = torch.get_rng_state()
+    check_outlines(outlines_of({"random/cpu": present}), outlines_of({"random/cpu": states["cpu"]}))
+    try:
+        torch.set_rng_state(states["cpu"])
+        if device.type == "cuda" and "cuda" in states:
+            torch.cuda.set_rng_state(states["cuda"])
+    except (TypeError, RuntimeError) as error:
+        raise ValueError(" ".join(str(error).split())) from error
 
 
 def _check_optimizer(tensors: Mapping[str, Tensor], optimizers: Optimizers) -> None:

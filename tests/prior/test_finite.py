@@ -1,0 +1,51 @@
+"""Logits that are not finite are refused while sampling, not drawn from."""
+
+import pytest
+import torch
+
+from prior import complete_codes, sample_codes
+from prior.raster import check_finite
+
+from ..support import tiny_prior
+
+GRID = (3, 5)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_one_number_is_enough(value: float) -> None:
+    logits = torch.zeros(4, 16)
+    check_finite(logits, 0)
+    logits[2, 7] = value
+    with pytest.raises(
+        ValueError, match="expected finite logits of the prior, got NaN or infinity in row 2 of the grid"
+    ):
+        check_finite(logits, 2)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0, 2.0])
+@pytest.mark.parametrize("top_k", [None, 3])
+def test_weights_with_one_nan_draw_nothing(temperature: float, top_k: int | None) -> None:
+    prior = tiny_prior()
+    with torch.no_grad():
+        list(prior.parameters())[-1].view(-1)[3] = torch.nan
+    with pytest.raises(ValueError, match="row 0"):
+        sample_codes(prior, 2, GRID, temperature=temperature, top_k=top_k)
+
+
+@pytest.mark.parametrize("keep", ["first row", "last row", "nothing"])
+def test_completion_refuses_them_too(keep: str) -> None:
+    """Also where the codes of a row are known, and the prior only says how likely they are."""
+    prior = tiny_prior()
+    with torch.no_grad():
+        for parameter in prior.parameters():
+            parameter.mul_(1e20)
+    known = torch.full((2, *GRID), -1)
+    if keep != "nothing":
+        known[:, 0 if keep == "first row" else -1] = 3
+    with pytest.raises(ValueError, match="finite logits"):
+        complete_codes(prior, known, candidates=4)
+
+
+def test_a_finite_prior_draws_what_it_drew() -> None:
+    torch.manual_seed(0)
+    assert sample_codes(tiny_prior(), 3, GRID).shape == (3, *GRID)
