@@ -21,7 +21,7 @@ from random import Random
 from typing import NoReturn
 
 from pipeline.models.checkpoint import PREVIOUS
-from pipeline.runtime.json_files import CHECKSUM, sealed
+from pipeline.runtime.sealed_json import CHECKSUM, sealed
 
 from . import workspace as of
 from .mutations import MUTATE, mutate_bytes

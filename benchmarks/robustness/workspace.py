@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from pipeline.runtime.json_files import sealed
+from pipeline.runtime.sealed_json import sealed
 
 from .program import HANG, Ended, Program, Surroundings, run
 

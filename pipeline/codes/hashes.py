@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import InputError
-from ..runtime.json_files import regular_size
+from ..runtime.untrusted_files import regular_size
 
 READ_AT_ONCE = 2**20  # bytes
 

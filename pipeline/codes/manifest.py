@@ -20,8 +20,9 @@ import numpy as np
 
 from ..errors import InputError
 from ..runtime.atomic_files import write_atomic
-from ..runtime.json_files import check_seal, parse_json, read_regular, sealed
 from ..runtime.schema import from_json, short
+from ..runtime.sealed_json import check_seal, sealed
+from ..runtime.untrusted_files import parse_json, read_regular
 
 FORMAT_VERSION = 1
 MANIFEST, CARD = "manifest.json", "README.md"

@@ -18,7 +18,7 @@ import torch
 
 from ..errors import InputError
 from ..runtime.atomic_files import sha256, to_json, write_atomic
-from ..runtime.json_files import parse_json, read_regular, regular_size
+from ..runtime.untrusted_files import parse_json, read_regular, regular_size
 from .hashes import HashedFile
 from .manifest import CodeManifest, ShardEntry, shard_files
 

@@ -14,8 +14,9 @@ from ..errors import InputError
 from ..runtime.atomic_files import TEMPORARY
 from ..runtime.filesystem import check_writable, unwritable
 from ..runtime.folder_lock import LOCK
-from ..runtime.json_files import parse_json, read_regular, regular_size, sealed
 from ..runtime.schema import from_json, short
+from ..runtime.sealed_json import sealed
+from ..runtime.untrusted_files import parse_json, read_regular, regular_size
 from .card import CARD_MARK
 from .content import wrong_content
 from .hashes import HashedFile

@@ -13,9 +13,9 @@ from ..models.checkpoint import check_same_tokenizer, read_info
 from ..runtime.atomic_files import TEMPORARY
 from ..runtime.console import check_output, say
 from ..runtime.folder_lock import LOCK
-from ..runtime.json_files import regular_size
 from ..runtime.progress import with_progress
 from ..runtime.schema import short
+from ..runtime.untrusted_files import regular_size
 from .content import map_codes, wrong_content
 from .encoded_images import rows_sha256
 from .hashes import HashedFile

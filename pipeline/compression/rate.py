@@ -166,7 +166,7 @@ def _measure_split(tokenizer: TrainedTokenizer, prior: TrainedPrior | None, spli
     if prior is not None:
         bits["prior"] = measure_prior(prior.model, code_batches(codes, split.labels))
         check_finite({"bits_per_code": bits["prior"]}, prior.folder)
-    psnr = _psnr_of_codes(tokenizer.model, codes, split.images)
+    psnr = _psnr_of_codes(tokenizer, codes, split.images)
     jpeg = jpeg_at_psnr(psnr, split.images)
     sizes = {
         "raw": float(split.images[0].size),
@@ -213,10 +213,15 @@ def _encode(tokenizer: VQVAE, split: ImageSplit) -> np.ndarray:
     return np.concatenate([codes.numpy().astype(dtype) for codes in shown])
 
 
-def _psnr_of_codes(tokenizer: VQVAE, codes: np.ndarray, images: np.ndarray) -> float:
+def _psnr_of_codes(tokenizer: TrainedTokenizer, codes: np.ndarray, images: np.ndarray) -> float:
     """Return the PSNR in dB between images uint8 [N,C,H',W'] and what their codes [N,H,W] decode to, in uint8."""
     error, start = 0, 0
-    decoded = decode_codes(tokenizer, lambda first, last: torch.from_numpy(codes[first:last]).long(), len(codes))
+    decoded = decode_codes(
+        tokenizer.model,
+        lambda first, last: torch.from_numpy(codes[first:last]).long(),
+        len(codes),
+        folder=tokenizer.folder,
+    )
     for batch in with_progress(decoded, len(codes), "decoding", size=len):
         error += squared_error(batch.numpy(), images[start : start + len(batch)])
         start += len(batch)

@@ -26,8 +26,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..errors import InputError
-from ..runtime.json_files import CHECKSUM, check_seal, parse_json, read_regular, sealed
 from ..runtime.progress import Progress
+from ..runtime.sealed_json import CHECKSUM, check_seal, sealed
+from ..runtime.untrusted_files import parse_json, read_regular
 from .building_folder import kept_alive, new_building_folder
 from .cache_folder import cache_folder, cannot_write, writing_cache
 

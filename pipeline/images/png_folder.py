@@ -20,7 +20,7 @@ from ..errors import InputError
 from ..runtime.atomic_files import SCRATCH, TEMPORARY, cannot_write, write_atomic
 from ..runtime.filesystem import is_regular, make_folder, missing_folders, remove_if_empty
 from ..runtime.output_paths import OutputFiles, prepare_output, remove_file, remove_files, remove_run
-from ..runtime.untrusted_json import read_untrusted_json
+from ..runtime.untrusted_files import parse_json, read_regular
 from .png import save_png
 
 MOST_IMAGES = 10**8  # of a run; what claims to be the record of more is none
@@ -136,7 +136,7 @@ class ImageFolder:
 def read_record(path: Path) -> dict[str, Any] | None:
     """Return the JSON object that a record holds, None if there is no such file or it holds none."""
     try:
-        content = read_untrusted_json(path, MOST_RECORD_BYTES)
+        content = parse_json(read_regular(path, MOST_RECORD_BYTES, follow_links=False))
     except (OSError, ValueError):
         return None
     return content if isinstance(content, dict) else None

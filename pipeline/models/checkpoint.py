@@ -25,8 +25,9 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..runtime.atomic_files import current, read_current, sha256, write_together
-from ..runtime.json_files import check_seal, parse_json, read_regular, sealed
 from ..runtime.schema import from_json, short
+from ..runtime.sealed_json import check_seal, sealed
+from ..runtime.untrusted_files import parse_json, read_regular
 from .tensor_file import Outline, parse_metadata, parse_tensors, read_tensor_file
 
 FORMAT_VERSION = 2  # 2: Muon, the encoder without its 3x3 convolution

@@ -17,8 +17,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from ..runtime.json_files import parse_json, regular_size
 from ..runtime.schema import from_json, short
+from ..runtime.untrusted_files import parse_json, regular_size
 
 LARGEST_HEADER = 2**22  # bytes
 MOST_TENSORS = 2**12

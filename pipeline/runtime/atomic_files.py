@@ -15,7 +15,6 @@ import json
 import os
 import re
 import shutil
-import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 from ..errors import InputError
+from .untrusted_files import parse_json, read_regular
 
 COMMIT = "commit.json"
 TEMPORARY = ".new"  # a file that is being written has this after its name
@@ -219,10 +219,10 @@ def _read_commit(folder: Path) -> _Commit:
     """Return the commit of a folder, one of no files if there is none. Raise InputError if no writer wrote it."""
     path = folder / COMMIT
     try:
-        content = _read_small_json(path)
+        content = parse_json(read_regular(path, LARGEST_COMMIT))
     except (FileNotFoundError, NotADirectoryError):
         return _Commit([])
-    except (OSError, ValueError, RecursionError):
+    except (OSError, ValueError):
         content = None
     if isinstance(content, list) and _are_names(content):
         return _Commit(content)
@@ -235,17 +235,6 @@ def _read_commit(folder: Path) -> _Commit:
         got="another",
         do="move it away, or restore the folder from a copy",
     )
-
-
-def _read_small_json(path: Path) -> Any:
-    """Return the content of a commit file. Raise OSError or ValueError if it is no regular file, too large or no JSON.
-
-    It may be a stranger's, so nothing else is opened: a pipe would wait for ever.
-    """
-    status = os.stat(path)
-    if not stat.S_ISREG(status.st_mode) or status.st_size > LARGEST_COMMIT:
-        raise ValueError("no file that a writer wrote")
-    return json.loads(path.read_bytes())
 
 
 def _are_names(values: Iterable[object]) -> bool:

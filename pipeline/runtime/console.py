@@ -130,8 +130,9 @@ def write_text(stream: TextIO | None, text: str) -> OSError | None:
     except OSError as error:
         _mute(stream)
         return error
-    except RuntimeError:  # from the handler of a signal that came while the same stream was written
-        return None
+    except RuntimeError:  # from the handler of a signal that came while the same stream was written: past its buffer
+        with suppress(OSError, ValueError):
+            os.write(stream.fileno(), text.encode("utf-8", "backslashreplace"))
     return None
 
 

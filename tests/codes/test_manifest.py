@@ -10,7 +10,7 @@ import pytest
 
 from pipeline.codes.manifest import CodeManifest, code_dtype, read_manifest, write_manifest
 from pipeline.errors import InputError
-from pipeline.runtime.json_files import sealed
+from pipeline.runtime.sealed_json import sealed
 
 EARLIER: dict[str, Any] = {  # as the first version wrote it
     "count": 5,

@@ -63,14 +63,7 @@ COMMANDS: dict[str, Command] = {
 }
 
 
-CASES = [pytest.param("prior", command) for command in COMMANDS] + [
-    pytest.param(
-        "decoder",
-        command,
-        marks=[] if command == "evaluate" else pytest.mark.xfail(reason="pixels are not checked yet", strict=True),
-    )
-    for command in COMMANDS
-]
+CASES = [(where, command) for where in ("prior", "decoder") for command in COMMANDS]
 
 
 @pytest.mark.parametrize(("where", "command"), CASES)

@@ -25,7 +25,7 @@ from pipeline.images.cache import Built, StoredFile, open_entry
 from pipeline.images.cache_folder import cache_folder
 from pipeline.images.cached_array import NewArray, read_images
 from pipeline.images.source import Broken
-from pipeline.runtime.json_files import sealed
+from pipeline.runtime.sealed_json import sealed
 
 from ..support import ROOT
 

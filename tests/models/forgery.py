@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from pipeline.errors import InputError
 from pipeline.models.checkpoint import CONFIG, MODEL, TRAINING
 from pipeline.runtime.atomic_files import sha256
-from pipeline.runtime.json_files import sealed
+from pipeline.runtime.sealed_json import sealed
 
 from ..mutations import json_bytes
 

@@ -22,7 +22,7 @@ from pipeline.models.checkpoint import (
     save_checkpoint,
 )
 from pipeline.models.loading import load_prior, load_tokenizer
-from pipeline.runtime.json_files import sealed
+from pipeline.runtime.sealed_json import sealed
 from tokenizer import VQVAE, TokenizerConfig
 
 from ..conftest import Codegrid

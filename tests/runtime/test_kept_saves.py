@@ -129,13 +129,12 @@ def error_of(act: Callable[[], object]) -> InputError | None:
     return None
 
 
-def explained(error: InputError, path: Path, size: int | None, code: int) -> bool:
+def explained(error: InputError, path: Path, size: int, code: int) -> bool:
     """Return whether the one line has the path, the bytes, the reason and a remedy."""
     line = str(error)
-    needed = "" if size is None else f" ({size:,} bytes)"
     return (
         "\n" not in line
-        and line.startswith(f"expected to write {path}{needed}, got {os.strerror(code)}")
+        and line.startswith(f"expected to write {path} ({size:,} bytes), got {os.strerror(code)}")
         and bool(error.do)
         and ("are free" in line) == (code in (errno.ENOSPC, errno.EDQUOT))
     )
@@ -175,7 +174,7 @@ def test_one_file_whose_write_fails_stays_as_it_was(tmp_path: Path, code: int, s
         if not streamed:
             write_atomic(path, data)
             return
-        with open_atomic(path) as file:
+        with open_atomic(path, len(data)) as file:
             file.write(data)
 
     for number in itertools.count():
@@ -184,7 +183,7 @@ def test_one_file_whose_write_fails_stays_as_it_was(tmp_path: Path, code: int, s
             error = error_of(write)
         if error is None:
             break
-        assert explained(error, path, None if streamed else len(data), code)
+        assert explained(error, path, len(data), code)
         assert tree(tmp_path) == {"one.bin": b"old"}
     assert number == 6  # mkdir, open, write, flush, close, rename
     assert tree(tmp_path) == {"one.bin": data}

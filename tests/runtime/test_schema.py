@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.runtime.json_files import CHECKSUM, check_seal, parse_json, sealed
 from pipeline.runtime.schema import LONGEST, checked, from_json
+from pipeline.runtime.sealed_json import CHECKSUM, check_seal, sealed
+from pipeline.runtime.untrusted_files import parse_json
 
 
 @dataclass(frozen=True)

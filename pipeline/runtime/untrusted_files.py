@@ -1,0 +1,49 @@
+"""Reading files that may come from a stranger: whatever is there, it costs little memory and time.
+
+Only regular files are opened: a named pipe would wait for its other end, and a device may have none.
+"""
+
+import json
+import os
+import stat
+from pathlib import Path
+from typing import Any, NoReturn
+
+
+def read_regular(path: Path, limit: int, *, follow_links: bool = True) -> bytes:
+    """Return the content of a file.
+
+    Args:
+        path: of the file.
+        limit: bytes that it may have.
+        follow_links: whether a link to a file is read.
+
+    Raises:
+        OSError: it cannot be read; FileNotFoundError if there is none.
+        ValueError: it is a folder, a device or a pipe, or a link that is not followed, or has more than `limit` bytes.
+            It is not opened then.
+    """
+    size = regular_size(path, follow_links=follow_links)
+    if size > limit:
+        raise ValueError(f"{size:,} bytes, more than the {limit:,} that are possible")
+    return path.read_bytes()
+
+
+def regular_size(path: Path, *, follow_links: bool = True) -> int:
+    """Return the size of a file in bytes. Raises as `read_regular`, but for the limit."""
+    status = os.stat(path, follow_symlinks=follow_links)
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError("a folder" if stat.S_ISDIR(status.st_mode) else "no regular file")
+    return status.st_size
+
+
+def parse_json(data: bytes) -> Any:
+    """Return the content of a JSON file. Raise ValueError if it is none, or holds NaN or infinity."""
+    try:
+        return json.loads(data, parse_constant=_refuse_constant)
+    except RecursionError:
+        raise ValueError("JSON nested too deeply") from None
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"the number {name}")
