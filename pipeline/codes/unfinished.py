@@ -98,7 +98,7 @@ def prepare_destination(folder: Path, requested: CodeManifest, *, force: bool) -
     check_writable(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / MANIFEST).unlink(missing_ok=True)  # first, so that no manifest counts files that are gone
-    remove(path for path in folder.iterdir() if EXPORT_FILES.fullmatch(path.name.removesuffix(TEMPORARY)))
+    remove(folder / name for name in filter(_is_export_file, _names_in(folder)))
     write_manifest(folder, requested)
     return requested
 
@@ -119,12 +119,12 @@ def holds_only_an_export(folder: Path) -> bool:
     So it is after any interruption of one, at which a command that exports by itself may continue unasked.
     """
     names = _names_in(folder)
-    return all(name == LOCK or EXPORT_FILES.fullmatch(name.removesuffix(TEMPORARY)) for name in names)
+    return all(name == LOCK or _is_export_file(name) for name in names)
 
 
 def remove_leftovers(folder: Path) -> None:
     """Remove the temporary files that a killed export left."""
-    remove(path for path in folder.iterdir() if _is_leftover(path.name))
+    remove(folder / name for name in _names_in(folder) if _is_export_file(name) and name.endswith(TEMPORARY))
 
 
 def remove(files: Iterable[Path]) -> None:
@@ -234,10 +234,13 @@ def _names_in(folder: Path) -> list[str]:
 
 
 def _check_nothing_in_the_way(folder: Path, names: Collection[str]) -> None:
-    """Raise InputError for a README.md of the user, or a folder, a pipe or a device in the place of a file."""
-    for name in (name for name in names if EXPORT_FILES.fullmatch(name.removesuffix(TEMPORARY))):
+    """Raise InputError for a README.md of the user, or a folder, a pipe or a device in the place of a file.
+
+    A link to a file, or to nothing, is replaced, but for one with a temporary name, through which would be written.
+    """
+    for name in filter(_is_export_file, names):
         try:
-            regular_size(folder / name)
+            regular_size(folder / name, follow_links=not name.endswith(TEMPORARY))
         except FileNotFoundError:  # a link that leads nowhere, which is replaced
             continue
         except (OSError, ValueError) as error:
@@ -264,8 +267,6 @@ def _is_card(path: Path) -> bool:
         return False
 
 
-def _is_leftover(name: str) -> bool:
-    """Return whether this is the name of a temporary file of an export."""
-    return name in FIRST_FILES or (
-        name.endswith(TEMPORARY) and bool(EXPORT_FILES.fullmatch(name.removesuffix(TEMPORARY)))
-    )
+def _is_export_file(name: str) -> bool:
+    """Return whether this is the name of a file of an export, or of its temporary file."""
+    return EXPORT_FILES.fullmatch(name.removesuffix(TEMPORARY)) is not None
