@@ -140,14 +140,15 @@ def save_tokenizer(
     data: Path | str = "glyphs",
     class_names: Sequence[str] = (),
     state: TrainingState | None = None,
+    size: tuple[int, int] = (HEIGHT, WIDTH),
 ) -> CheckpointInfo:
-    """Save `model` as a checkpoint, trained on `data` for 7 steps."""
+    """Save `model` as a checkpoint, trained for 7 steps on `data` in this size."""
     info = CheckpointInfo(
         kind="tokenizer",
         config=asdict(model.config),
         step=7,
         class_names=list(class_names),
-        preprocessing={"height": HEIGHT, "width": WIDTH, "channels": model.config.in_channels},
+        preprocessing={"height": size[0], "width": size[1], "channels": model.config.in_channels},
         training={"data": str(data), "data_root": None},
     )
     return save_checkpoint(folder, info, model.state_dict(), state)

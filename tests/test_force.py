@@ -148,6 +148,26 @@ def test_a_link_in_the_place_of_an_image_is_not_followed(
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows lets few users make links")
+@pytest.mark.parametrize("name", FOLDERS)
+@pytest.mark.parametrize("there", [False, True], ids=["link to nothing", "link to a file"])
+def test_nothing_is_written_through_a_link(
+    tmp_path: Path, commands: dict[str, list[object]], name: str, there: bool, codegrid: Codegrid
+) -> None:
+    """The record is first written under a name that alone does not make a folder one with files in it."""
+    out, target = tmp_path / "out", tmp_path / "of the user"
+    out.mkdir()
+    if there:
+        target.write_bytes(b"mine")
+    (out / ".codegrid.new").symlink_to(target)
+    before = digest_of(tmp_path)
+    outcome = codegrid(*commands[name], "--out", out, "--n", 2)
+    assert outcome.status == 1
+    assert ".codegrid.new, got a link" in outcome.error_lines[0]
+    assert digest_of(tmp_path) == before
+    assert target.exists() == there
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows lets few users make links")
 @pytest.mark.parametrize("kind", ["link", "file", "dangling link"])
 @pytest.mark.parametrize("name", ["sample", "complete"])
 def test_images_that_is_no_folder_of_its_own_is_refused(

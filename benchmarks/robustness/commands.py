@@ -16,7 +16,7 @@ from .workspace import make_workspace
 
 Measure = Callable[..., None]
 PARTS: dict[str, tuple[Measure, int, str]] = {  # how it is measured, how often by default, and what is counted
-    "kills": (kills.measure, 200, "SIGKILLs; a quarter as many signals and closed pipes on top"),
+    "kills": (kills.measure, 200, "SIGKILLs; a quarter as many signals, and some closed pipes, on top"),
     "damage": (damage.measure, 500, "damaged files, each read by every command that reads it"),
     "fuzz": (fuzz.measure, 20_000, "fuzzed files"),
     "full-disk": (full_disk.measure, 60, "amounts of room for each command, in pages and in files, at most"),

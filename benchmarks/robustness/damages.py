@@ -81,4 +81,3 @@ def replace(path: Path, other: Path | None, random: random.Random) -> str:
 
 
 DAMAGES: tuple[Damage, ...] = (flip, truncate, empty, delete, grow, zero, folder, rubbish, replace)
-EXISTING = frozenset({flip, truncate, grow, zero})  # those that need a file with some bytes in it

@@ -70,7 +70,7 @@ STAGES = (
 
 
 def measure(workspace: Workspace, tally: Tally, *, n: int, seed: int, jobs: int) -> None:
-    """Kill n runs, and ask a quarter as many to stop in each of the gentler ways."""
+    """Kill n runs, ask a quarter as many to stop by the four signals, and close the pipe of some."""
     with tempfile.TemporaryDirectory(dir=workspace.folder.parent) as folder:
         for stage in STAGES:
             undisturbed = _undisturbed(workspace, stage, Path(folder))

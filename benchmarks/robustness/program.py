@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, NoReturn
@@ -152,13 +152,6 @@ def limit_memory(growth: int) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + growth,) * 2)
 
 
-def timed(action: Callable[[], object]) -> float:
-    """Return how long `action` takes, in seconds."""
-    begin = time.monotonic()
-    action()
-    return time.monotonic() - begin
-
-
 def _content(file: IO[bytes]) -> str:
     """Return all that was written into a file, and close it."""
     with file:
@@ -178,9 +171,8 @@ def _run(arguments: Sequence[str], surroundings: Surroundings, out: int, err: in
         status = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
     except KeyboardInterrupt as interrupt:
         status = 128 + signal.SIGINT
-        if (
-            interrupt.__traceback__ is not None and interrupt.__traceback__.tb_next is not None
-        ):  # it began, and let it out
+        trace = interrupt.__traceback__
+        if trace is not None and trace.tb_next is not None:  # the command began, and let it out
             traceback.print_exc()
     except BaseException:
         traceback.print_exc()

@@ -19,7 +19,7 @@ from .workspace import Command, Workspace
 
 ENDLESS = 10.0  # seconds after which a load is ended
 ADDRESSES = 2 * 2**30  # bytes of addresses that it may take; threads reserve many and use few
-SYSTEM_FILES = ("/usr/", "/proc/", "/dev/null", "/dev/urandom", "/sys/devices/system/cpu")
+SYSTEM_FILES = ("/usr", "/proc", "/dev/null", "/dev/urandom", "/sys/devices/system/cpu")
 ROOT = Path(cli.__file__).parent
 
 
@@ -32,7 +32,8 @@ class SafeProcess:
         limit_memory(ADDRESSES)
         signal.signal(signal.SIGALRM, _end)
         self.opened: list[str] = []  # files outside the folder, in the last run
-        self._allowed = (*map(str, allowed), str(ROOT), sys.prefix, sys.base_prefix, *SYSTEM_FILES)
+        places = (*allowed, ROOT, sys.prefix, sys.base_prefix, *SYSTEM_FILES)
+        self._allowed = tuple(os.path.join(str(place), "") for place in places)
         self._out, self._err = io.BytesIO(), io.BytesIO()
         sys.stdout = io.TextIOWrapper(self._out, encoding="utf-8")
         sys.stderr = io.TextIOWrapper(self._err, encoding="utf-8", errors="backslashreplace", line_buffering=True)
@@ -54,9 +55,8 @@ class SafeProcess:
     def _audit(self, event: str, arguments: tuple[Any, ...]) -> None:
         if event == "open" and isinstance(arguments[0], (str, bytes)):
             path = os.path.abspath(os.fsdecode(arguments[0]))
-            if not path.startswith(self._allowed) and os.path.exists(
-                path
-            ):  # a resumed run tries the paths in its config
+            allowed = os.path.join(path, "").startswith(self._allowed)
+            if not allowed and os.path.exists(path):  # a resumed run tries the paths in its config
                 self.opened.append(path)
 
 

@@ -16,7 +16,7 @@ from tokenizer import VQVAE
 from ..errors import InputError
 from ..images.image_set import ImageSet, ImageSplit, source_name, split_of
 from ..models.checkpoint import CheckpointInfo, library_versions
-from ..models.loading import images_of, load_trained_tokenizer
+from ..models.loading import images_of, load_trained_tokenizer, own_images
 from ..runtime.console import note, say
 from ..runtime.device import choose_device
 from ..runtime.folder_lock import only_writer
@@ -75,7 +75,7 @@ def export_codes(
         with _locked(out, group):
             trained = group.run_on_all(lambda: load_trained_tokenizer(tokenizer_folder, chosen))
             info, tokenizer = trained.info, trained.model
-            source = source_name(info.training["data"] if data is None else data)
+            source = group.run_on_all(lambda: source_name(own_images(info)[0] if data is None else data))
             known = _known_before_images(info, tokenizer, source, split=split, flips=flips, shard_size=shard_size)
             group.run_on_main(lambda: check_destination(out, known, force=force, unknown=FROM_IMAGES))
             image_set = group.main_first(lambda: images_of(info, data=data, data_root=data_root))

@@ -12,6 +12,7 @@ rows is the first half again, each image mirrored left to right, with the same l
 
 import math
 import re
+from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -132,6 +133,10 @@ def check_manifest(manifest: CodeManifest) -> None:
     for name in manifest.tables:
         if not _PLAIN_NAME.fullmatch(name):
             raise ValueError(f"a table in the file {short(repr(name))}, which is not in the folder")
+    listed = Counter(name for files in (*(entry.files for entry in manifest.shards), manifest.tables) for name in files)
+    for name, times in listed.items():
+        if times > 1:
+            raise ValueError(f"the file {short(name)} {times:,} times")
 
 
 def check_entry(entry: ShardEntry, what: str) -> None:

@@ -12,8 +12,9 @@ from pathlib import Path
 
 from ..errors import InputError
 from ..runtime.atomic_files import TEMPORARY
-from ..runtime.filesystem import check_writable, unwritable
+from ..runtime.filesystem import check_writable, make_folder, names_in
 from ..runtime.folder_lock import LOCK
+from ..runtime.output_paths import remove_file
 from ..runtime.schema import from_json, short
 from ..runtime.sealed_json import sealed
 from ..runtime.untrusted_files import parse_json, read_regular, regular_size
@@ -33,7 +34,7 @@ from .manifest import (
 )
 
 ENTRY = "shard-{:05d}.json"
-EXPORT_FILES = re.compile(
+_EXPORT_FILES = re.compile(
     r"manifest\.json|README\.md|(codes|labels)-[0-9]{5,}\.npy|(names|shard)-[0-9]{5,}\.json|codes\.npz"
     r"|codes-[0-9]{5,}\.parquet"
 )
@@ -66,7 +67,7 @@ def check_destination(
             shards or classes than a manifest can hold.
     """
     _check_describable(requested)
-    names = _names_in(folder)
+    names = sorted(names_in(folder))
     _check_nothing_in_the_way(folder, names)
     if force:
         return None
@@ -96,9 +97,10 @@ def prepare_destination(folder: Path, requested: CodeManifest, *, force: bool) -
     if existing is not None:
         return _resume(folder, existing, requested)
     check_writable(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / MANIFEST).unlink(missing_ok=True)  # first, so that no manifest counts files that are gone
-    remove(path for path in folder.iterdir() if EXPORT_FILES.fullmatch(path.name.removesuffix(TEMPORARY)))
+    make_folder(folder)
+    remove_file(folder / MANIFEST)  # first, so that no manifest counts files that are gone
+    for name in filter(is_export_file, names_in(folder)):
+        remove_file(folder / name)
     write_manifest(folder, requested)
     return requested
 
@@ -109,7 +111,7 @@ def collect_entries(folder: Path, manifest: CodeManifest) -> CodeManifest:
     if entries:
         manifest = _with_shards(manifest, [*manifest.shards, *_valid(entries)])
         write_manifest(folder, manifest)
-        remove(entries)
+        _remove(entries)
     return manifest
 
 
@@ -118,19 +120,19 @@ def holds_only_an_export(folder: Path) -> bool:
 
     So it is after any interruption of one, at which a command that exports by itself may continue unasked.
     """
-    names = _names_in(folder)
-    return all(name == LOCK or EXPORT_FILES.fullmatch(name.removesuffix(TEMPORARY)) for name in names)
+    return all(name == LOCK or is_export_file(name) for name in names_in(folder))
+
+
+def is_export_file(name: str) -> bool:
+    """Return whether this is the name of a file of an export, or of its temporary file."""
+    return _EXPORT_FILES.fullmatch(name.removesuffix(TEMPORARY)) is not None
 
 
 def remove_leftovers(folder: Path) -> None:
     """Remove the temporary files that a killed export left."""
-    remove(path for path in folder.iterdir() if _is_leftover(path.name))
-
-
-def remove(files: Iterable[Path]) -> None:
-    """Remove files, which may be gone already."""
-    for path in list(files):
-        path.unlink(missing_ok=True)
+    for name in filter(is_export_file, names_in(folder)):
+        if name.endswith(TEMPORARY):
+            remove_file(folder / name)
 
 
 def _resume(folder: Path, existing: CodeManifest, requested: CodeManifest) -> CodeManifest:
@@ -147,8 +149,14 @@ def _resume(folder: Path, existing: CodeManifest, requested: CodeManifest) -> Co
     else:
         _check_same_request(folder, resumed, requested)
         write_manifest(folder, resumed)
-    remove(entries)
+    _remove(entries)
     return resumed
+
+
+def _remove(files: Iterable[Path]) -> None:
+    """Remove files, which may be gone already. Raise InputError for one that stays."""
+    for path in files:
+        remove_file(path)
 
 
 def _with_shards(manifest: CodeManifest, entries: Sequence[ShardEntry]) -> CodeManifest:
@@ -181,7 +189,7 @@ def _is_intact(folder: Path, entry: ShardEntry, manifest: CodeManifest) -> bool:
 
 def _read_entries(folder: Path, manifest: CodeManifest) -> dict[Path, ShardEntry | None]:
     """Return, by file, the entries of finished shards that the manifest may not hold yet; None for what is no entry."""
-    paths = (folder / name for name in _names_in(folder) if _ENTRY_FILE.fullmatch(name))
+    paths = (folder / name for name in sorted(names_in(folder)) if _ENTRY_FILE.fullmatch(name))
     return {path: _read_entry(path, manifest) for path in paths}
 
 
@@ -223,21 +231,14 @@ def _check_describable(requested: CodeManifest) -> None:
         ) from None
 
 
-def _names_in(folder: Path) -> list[str]:
-    """Return the names of what is in a folder, sorted; [] if there is no such folder."""
-    try:
-        return sorted(os.listdir(folder))
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        raise unwritable(folder, error) from None
-
-
 def _check_nothing_in_the_way(folder: Path, names: Collection[str]) -> None:
-    """Raise InputError for a README.md of the user, or a folder, a pipe or a device in the place of a file."""
-    for name in (name for name in names if EXPORT_FILES.fullmatch(name.removesuffix(TEMPORARY))):
+    """Raise InputError for a README.md of the user, or a folder, a pipe or a device in the place of a file.
+
+    A link to a file, or to nothing, is replaced, but for one with a temporary name, through which would be written.
+    """
+    for name in filter(is_export_file, names):
         try:
-            regular_size(folder / name)
+            regular_size(folder / name, follow_links=not name.endswith(TEMPORARY))
         except FileNotFoundError:  # a link that leads nowhere, which is replaced
             continue
         except (OSError, ValueError) as error:
@@ -262,10 +263,3 @@ def _is_card(path: Path) -> bool:
         return True
     except (OSError, ValueError):
         return False
-
-
-def _is_leftover(name: str) -> bool:
-    """Return whether this is the name of a temporary file of an export."""
-    return name in FIRST_FILES or (
-        name.endswith(TEMPORARY) and bool(EXPORT_FILES.fullmatch(name.removesuffix(TEMPORARY)))
-    )

@@ -10,7 +10,6 @@ from pathlib import Path
 from ..errors import InputError
 from ..images.image_set import ImageSplit, open_images, split_of
 from ..models.checkpoint import check_same_tokenizer, read_info
-from ..runtime.atomic_files import TEMPORARY
 from ..runtime.console import check_output, say
 from ..runtime.folder_lock import LOCK
 from ..runtime.progress import with_progress
@@ -21,7 +20,7 @@ from .encoded_images import rows_sha256
 from .hashes import HashedFile
 from .manifest import CARD, MANIFEST, CodeManifest, read_manifest
 from .statistics import CodeStatistics, Histogram
-from .unfinished import EXPORT_FILES
+from .unfinished import is_export_file
 
 NAMED = 5  # problems that the one line of the error names at most; all are printed
 ROUNDING = 1e-9  # relative difference that a statistic may have on another machine
@@ -111,7 +110,7 @@ def _missing_or_foreign(folder: Path, manifest: CodeManifest) -> Iterator[str]:
     if manifest.complete and manifest.shard_size is not None:
         yield from _wrong_card(folder / CARD)
     for name in sorted(os.listdir(folder)):
-        in_progress = not manifest.complete and EXPORT_FILES.fullmatch(name.removesuffix(TEMPORARY))
+        in_progress = not manifest.complete and is_export_file(name)
         if name not in expected and not in_progress:
             yield f"{name} is not of this data set"
 

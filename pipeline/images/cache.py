@@ -36,6 +36,7 @@ FORMAT = 3  # of an entry and of every key; another number leaves older entries 
 _INDEX = "index.json"
 _LARGEST_INDEX = 2**33  # bytes
 _CHUNK = 2**20  # bytes read at a time
+_ATTEMPTS = 3  # to put a new entry in its place, where other processes do the same
 _SHOWN_FROM = 2**30  # bytes, whose check takes long enough to show how far it is
 
 # What reading an entry raises if it is damaged, or if something else is in its place.
@@ -93,23 +94,35 @@ def _build_entry(folder: Path, build: Callable[[Path], Built], read: Callable[[P
         with kept_alive(temporary):
             built = build(temporary)
             _write_index(temporary / _INDEX, built)
-        with suppress(*_DAMAGE):
-            return _open_checked(folder, read)
         return _move(temporary, folder, built, read)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _move(temporary: Path, folder: Path, built: Built, read: Callable[[Path, dict[str, Any]], _T]) -> _T:
-    """Put the new entry in the place of whatever is at `folder`."""
-    try:
-        _remove(folder)
-        os.rename(temporary, folder)
-        return read(folder, built.index)
-    except OSError as error:
-        with suppress(*_DAMAGE):  # of another process, which was faster after all
+    """Put the new entry at `folder`, in the place of what is damaged there; an intact one is kept, and read instead."""
+    for _ in range(_ATTEMPTS):
+        found = _identity(folder)
+        try:
+            os.rename(temporary, folder)  # which replaces nothing but an empty folder
+            return read(folder, built.index)
+        except OSError as error:
+            failure = error
+        with suppress(*_DAMAGE):  # of another process, which was faster
             return _open_checked(folder, read)
-        raise cannot_write(error) from error
+        with writing_cache():
+            if _identity(folder) == found:  # and is not what another process has put there during the check
+                _remove(folder)
+    raise cannot_write(failure) from failure
+
+
+def _identity(path: Path) -> tuple[int, int, int] | None:
+    """Return what tells a file or folder from another that takes its place; None if there is nothing."""
+    try:
+        status = path.lstat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino, status.st_ctime_ns
 
 
 def _remove(path: Path) -> None:

@@ -175,7 +175,7 @@ def images_of(info: CheckpointInfo, *, data: str | None = None, data_root: str |
         InputError: the images cannot be opened.
     """
     if data is None:
-        data, own_root = _own_images(info)
+        data, own_root = own_images(info)
         data_root = data_root or own_root
     return open_images(
         data,
@@ -185,7 +185,7 @@ def images_of(info: CheckpointInfo, *, data: str | None = None, data_root: str |
     )
 
 
-def _own_images(info: CheckpointInfo) -> tuple[str, str | None]:
+def own_images(info: CheckpointInfo) -> tuple[str, str | None]:
     """Return the source and the data root that the tokenizer was trained on. Raise InputError if it names none."""
     data, data_root = info.training.get("data"), info.training.get("data_root")
     if not isinstance(data, str) or not isinstance(data_root, (str, type(None))):

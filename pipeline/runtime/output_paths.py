@@ -15,6 +15,7 @@ from .atomic_files import SCRATCH, TEMPORARY
 from .filesystem import (
     FILE_SUFFIXES,
     check_folder_name,
+    check_only_files,
     check_writable,
     is_regular,
     is_taken,
@@ -79,6 +80,7 @@ def check_output_folder(
     """
     check_writable(folder)
     check_folder_name(folder)
+    check_only_files(folder, [SCRATCH])  # what is written there would go through a link
     if not force and set(names_in(folder)) - {LOCK, SCRATCH}:
         raise InputError(
             expected=f"an empty or new folder as --out {folder}",

@@ -17,18 +17,20 @@ from torch import Tensor
 from pipeline.codes.dataset import CodeDataset
 from pipeline.codes.decode import SHEET_IMAGES, decode_codes
 from pipeline.codes.manifest import read_manifest, write_manifest
+from pipeline.codes.shard import npy_bytes
 from pipeline.errors import InputError
 from pipeline.images import png_folder
 from pipeline.images.image_set import open_images
 from pipeline.images.png import save_grid
 from pipeline.models.inference import BLOCK, reconstruct_images
 from pipeline.models.loading import load_tokenizer
+from pipeline.runtime.atomic_files import sha256
 
 from ..conftest import Codegrid, Trained
 from ..disks import failing_writes, full_disk_line
 from ..support import CELL, LEVELS, STEP, brightness_tokenizer, digest_of, save_tokenizer
 from ..training.training_runs import Killed
-from .code_folders import random_rows, request, write_rows
+from .code_folders import GRID, random_rows, request, write_rows
 
 OUTPUTS = ("out.npy", "out.png", "out")
 
@@ -52,7 +54,7 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """More grids than a contact sheet or a block holds, and the tokenizer that shows each code as its brightness."""
     folder = tmp_path_factory.mktemp("many")
     rows = random_rows(2 * BLOCK + 3)
-    info = save_tokenizer(folder / "tokenizer", brightness_tokenizer())
+    info = save_tokenizer(folder / "tokenizer", brightness_tokenizer(), size=(CELL * GRID[0], CELL * GRID[1]))
     requested = replace(request(rows, shard_size=50), tokenizer_fingerprint=info.fingerprint)
     write_rows(folder / "codes", rows, requested)
     return folder
@@ -395,6 +397,23 @@ def test_a_record_of_absurd_numbers_is_none(
         with pytest.raises(InputError, match=r"got decode\.json; move it away"):
             decode_codes(many / "codes", many / "tokenizer", out, n=1, force=True)
         assert digest_of(out) == before
+
+
+def test_grids_that_are_not_those_of_the_tokenizer(tmp_path: Path, many: Path) -> None:
+    """A manifest with the right fingerprint and twice the rows a grid; the images would have another size."""
+    shutil.copytree(many / "codes", tmp_path / "codes")
+    manifest = read_manifest(tmp_path / "codes")
+    height, width = manifest.grid
+    shards = []
+    for entry in manifest.shards:
+        name = next(iter(entry.files))
+        content = npy_bytes(np.zeros((entry.count, 2 * height, width), np.uint8))
+        (tmp_path / "codes" / name).write_bytes(content)
+        shards.append(replace(entry, files={**entry.files, name: sha256(content)}))
+    write_manifest(tmp_path / "codes", replace(manifest, grid=(2 * height, width), shards=shards))
+    with pytest.raises(InputError, match=rf"grids of {height}x{width}, .*, got {2 * height}x{width}; name the"):
+        decode_codes(tmp_path / "codes", many / "tokenizer", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_codes_that_the_tokenizer_does_not_know(tmp_path: Path, many: Path) -> None:

@@ -1,5 +1,6 @@
 """Exports: the same bytes however the work is divided, stopped and resumed; and no file of the user is touched."""
 
+import errno
 import hashlib
 import json
 import os
@@ -512,6 +513,42 @@ def test_a_process_killed_in_the_middle_and_run_again(tmp_path: Path, tokenizer:
 
 
 # What is refused, and when
+
+
+@pytest.mark.parametrize("data", [None, [1, 2], 5, {}])
+def test_a_tokenizer_that_does_not_name_its_images(tmp_path: Path, tokenizer: Path, data: Any) -> None:
+    """As a stranger's may; with --data it serves as well as any."""
+    copy = tmp_path / "tokenizer"
+    shutil.copytree(tokenizer, copy)
+    config = json.loads((copy / "config.json").read_bytes())
+    images = config["training"].pop("data")
+    del config["checksum"]
+    if data is not None:
+        config["training"]["data"] = data
+    (copy / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=r"the images it was trained on, got .*; name them with --data"):
+        export_codes(copy, tmp_path / "codes", device="cpu")
+    assert not (tmp_path / "codes").exists()
+    assert export_codes(copy, tmp_path / "codes", data=images, device="cpu").complete
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such permissions")
+def test_a_file_that_cannot_be_removed_is_named(
+    tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export_codes(tokenizer, tmp_path / "codes", device="cpu")
+    unlink = Path.unlink
+
+    def refuses(path: Path, missing_ok: bool = False) -> None:
+        if path.name == "labels-00000.npy":
+            raise PermissionError(errno.EPERM, "Operation not permitted")
+        unlink(path, missing_ok=missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", refuses)
+    with pytest.raises(
+        InputError, match=r"to remove .*labels-00000\.npy, .*, got Operation not permitted; name another"
+    ):
+        export_codes(tokenizer, tmp_path / "codes", device="cpu", force=True)
 
 
 def no_images(*_: Any, **__: Any) -> Any:

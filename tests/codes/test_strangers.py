@@ -164,6 +164,17 @@ def test_numbers_that_no_data_set_has(tmp_path: Path, folder: Path, fields: dict
     assert str(tmp_path / "manifest.json") in line
 
 
+def test_a_file_of_two_shards(tmp_path: Path, folder: Path) -> None:
+    """Each byte is read once, whatever a manifest says."""
+    copy = tmp_path / "codes"
+    shutil.copytree(folder, copy)
+    shards = content_of(folder)["shards"]
+    change(copy, shards=[shards[0], {**shards[0], "start": 4}, shards[2]])
+    for action in (lambda: CodeDataset(copy), lambda: verify_codes(copy)):
+        assert (line := refused(action)) is not None
+        assert "codes-00000.npy" in line
+
+
 def test_a_manifest_too_large_is_not_read(tmp_path: Path) -> None:
     with open(tmp_path / "manifest.json", "wb") as file:
         file.truncate(2**36)  # sparse
@@ -440,6 +451,25 @@ def test_links_to_files_are_followed(tmp_path: Path, folder: Path) -> None:
         (copy / path.name).symlink_to(path)
     use(copy)
     assert refused(lambda: verify_codes(copy)) is None
+
+
+@posix_only
+@pytest.mark.parametrize("force", [False, True])
+@pytest.mark.parametrize("there", [False, True], ids=["link to nothing", "link to a file"])
+@pytest.mark.parametrize("name", ["manifest.json", "codes-00001.npy", "shard-00001.json", "README.md"])
+def test_nothing_is_written_through_a_link(
+    tmp_path: Path, unfinished: Path, name: str, there: bool, force: bool
+) -> None:
+    """A file is written under its temporary name first."""
+    copy, target = tmp_path / "codes", tmp_path / "of the user"
+    shutil.copytree(unfinished, copy)
+    if there:
+        target.write_bytes(b"mine")
+    (copy / f"{name}.new").symlink_to(target)
+    line = refused(lambda: write_codes(copy, request(ROWS), ROWS, ProcessGroup(), force=force))
+    assert line is not None
+    assert f"{name}.new" in line
+    assert (target.read_bytes() == b"mine") if there else not target.exists()
 
 
 # What is printed

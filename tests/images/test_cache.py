@@ -103,6 +103,33 @@ def test_the_entry_another_process_finished_first_is_kept() -> None:
     assert open_entry({}, refuse, read)[1] == 42
 
 
+def test_an_entry_that_another_process_repairs_during_the_last_check_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both found it damaged, and built it again; the other one may be about to read its own."""
+    folder = opened()
+    intact = shutil.copytree(folder, folder.with_name("intact"))
+    (folder / "train.npy").write_bytes(b"rubbish")
+    check, built = cache_module._open_checked, []
+
+    def build_here(temporary: Path) -> Built:
+        built.append(temporary)
+        return build(temporary)
+
+    def check_slowly(*arguments: Any) -> Any:
+        try:
+            return check(*arguments)
+        finally:
+            if built and intact.exists():
+                shutil.rmtree(folder)
+                intact.rename(folder)
+                (folder / "of the other").touch()
+
+    monkeypatch.setattr(cache_module, "_open_checked", check_slowly)
+    assert open_entry({}, build_here, read) == (folder, 42)
+    assert len(built) == 1
+    assert (folder / "of the other").exists()
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+
+
 def test_the_folder_is_the_users_choice_or_the_systems(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert cache_folder() == tmp_path / "cache"
     monkeypatch.delenv("CODEGRID_CACHE")
