@@ -26,12 +26,10 @@ from ..runtime.folder_lock import only_writer
 from ..runtime.schema import short
 from .loop import LoopSettings, run_training
 from .prior_stage import PriorStage, sample_preview
-from .recipes import PriorSettings
+from .recipes import MOST_CODES, PriorSettings
 from .run_folder import CODES, RunFolder, check_run_folder, prepare_run_folder, saved_run
 from .settings import recorded, resolve
 from .split_summary import split_summary
-
-MOST_CODES = 2**24  # K of a prior, whose embedding and logits have a row for each
 
 
 def train_prior(run: RunFolder, overrides: Mapping[str, Any], default_tokenizer: Path) -> CheckpointInfo:
