@@ -304,6 +304,7 @@ def test_what_the_tests_break_is_what_protects(tmp_path: Path, monkeypatch: pyte
     assert (tmp_path / "x").read_bytes() == b"new"
 
 
+@pytest.mark.skipif(os.name == "nt", reason="has other limits, and other words for them")
 def test_a_commit_that_cannot_be_read_is_named_with_the_reason(tmp_path: Path) -> None:
     """It may be that of a save, and there may be none: the line does not say that another program wrote one."""
     folder = tmp_path / "run"
