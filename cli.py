@@ -16,7 +16,8 @@ from click.shell_completion import shell_complete
 from pipeline import __version__
 from pipeline.errors import InputError
 from pipeline.runtime.console import check_output, end_status, note, prepare_console, record_closed, say
-from pipeline.training.recipes import PriorSettings, TokenizerSettings
+from pipeline.training.recipes import MOST_CODES, PriorSettings, TokenizerSettings
+from pipeline.training.settings import LARGEST_BATCH
 
 if TYPE_CHECKING:
     from pipeline.models.checkpoint import CheckpointInfo
@@ -26,8 +27,8 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 TOKENIZER = Path("checkpoints/tokenizer")
 PRIOR = Path("checkpoints/prior")
 STAGE_ONE, STAGE_TWO = TokenizerSettings(), PriorSettings()  # the defaults, for the help texts
-MOST_IMAGES, LARGEST_BATCH = 10**6, 2**20  # beyond these and the next a number is a slip; before, memory is the limit
-MOST_CODES, LARGEST_WIDTH, MOST_LAYERS = 2**24, 2**16, 1000
+# Beyond these a number is a slip; before, memory is the limit.
+MOST_IMAGES, LARGEST_WIDTH, MOST_LAYERS = 10**6, 2**16, 1000
 DATA_HELP = "glyphs, a torchvision name (mnist, cifar10, ...), or a folder of images."
 
 

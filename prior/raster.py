@@ -58,12 +58,14 @@ class Raster:
             ValueError: the logits are not finite.
         """
         self.network.start_row()
+        extremes: list[Tensor] = []  # of the logits at each position, which are finite if these are
         for column in range(self.width):
             features = self.network.features(column)
             codes = self.positions[row * self.width + column]
             any_unknown, any_known = self.any_unknown[row][column], self.any_known[row][column]
             if any_unknown or self.weigh:
                 logits = self.network.logits(features).to(self.chooser)
+                extremes += logits.aminmax()
             if any_unknown:
                 chosen = choose_codes(logits, self.uniforms[row * self.width + column], self.parameters)
                 chosen = chosen.to(codes.device)
@@ -71,8 +73,8 @@ class Raster:
             if self.weigh and any_known:
                 self._weigh(logits, row, column)
             self.network.set_codes(column, codes)
-        if self.weigh or any(self.any_unknown[row]):
-            check_finite(logits, row)
+        if extremes:
+            check_finite(torch.stack(extremes), row)  # once a row: a CPU-GPU sync
 
     def result(self) -> Tensor:
         """Return the codes [n,H,W], once all rows are drawn."""
@@ -92,7 +94,7 @@ class Raster:
 
 
 def check_finite(logits: Tensor, row: int) -> None:
-    """Raise ValueError unless the last logits of a row are finite; NaN earlier in it spreads to its end as a rule."""
+    """Raise ValueError unless logits of a row, in any shape, are finite."""
     if not bool(logits.isfinite().all()):
         raise ValueError(
             f"expected finite logits of the prior, got NaN or infinity in row {row} of the grid; "

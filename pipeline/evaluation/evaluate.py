@@ -72,7 +72,8 @@ def evaluate(
         device: auto, cpu, cuda, cuda:1 or mps.
 
     Raises:
-        InputError: a checkpoint or the images cannot be used, or the prior was trained on another tokenizer's codes.
+        InputError: a checkpoint or the images cannot be used, the prior was trained on another tokenizer's codes, or a
+            number is NaN or infinite.
     """
     pair = None if prior_folder is None else load_pair(tokenizer_folder, prior_folder, device)
     trained = load_trained_autoencoder(tokenizer_folder, device) if pair is None else pair[0]
@@ -83,10 +84,8 @@ def evaluate(
     numbers, health = measure_reconstruction(
         trained.model, chosen, progress=True, on_codes=None if pair is None else codes.append
     )
-    likelihood = None if pair is None else _measure_likelihood(*pair, codes.all(), labels)
     check_finite(asdict(numbers), tokenizer_folder)
-    if pair is not None and likelihood is not None:
-        check_finite(asdict(likelihood), pair[1].folder)
+    likelihood = None if pair is None else _measure_likelihood(*pair, codes.all(), labels)
     return Evaluation(
         data=images.source,
         split=split,
@@ -131,8 +130,12 @@ class _Codes:
 def _measure_likelihood(
     tokenizer: TrainedTokenizer, prior: TrainedPrior, codes: np.ndarray, labels: np.ndarray
 ) -> Likelihood:
-    """Measure the prior on codes [N,H,W] and labels [N], in its numbering, of images of the tokenizer's size."""
+    """Measure the prior on codes [N,H,W] and labels [N], in its numbering, of images of the tokenizer's size.
+
+    Raise InputError if it gives NaN or infinity.
+    """
     size = tokenizer.info.preprocessing
     bits = measure_prior(prior.model, code_batches(codes, labels))
+    check_finite({"bits_per_code": bits}, prior.folder)
     shape = (size["channels"], size["height"], size["width"])
     return Likelihood(bits_per_code=bits, bits_per_dim=bits_per_dim(bits, tokenizer.grid, shape))

@@ -27,7 +27,7 @@ from ..errors import InputError
 from ..runtime.atomic_files import current, read_current, sha256, write_together
 from ..runtime.schema import from_json, short
 from ..runtime.sealed_json import check_seal, sealed
-from ..runtime.untrusted_files import parse_json, read_regular
+from ..runtime.untrusted_files import parse_json, read_regular, unreadable
 from .tensor_file import Outline, parse_metadata, parse_tensors, read_tensor_file
 
 FORMAT_VERSION = 2  # 2: Muon, the encoder without its 3x3 convolution
@@ -138,7 +138,7 @@ def read_info(folder: str | Path, kind: str) -> CheckpointInfo:
 
     Raises:
         DamagedError: its content is not what was written.
-        InputError: there is no checkpoint, or it has another kind or format version.
+        InputError: there is no checkpoint, it may not be read, or it has another kind or format version.
     """
     folder = Path(folder)
     path = folder / CONFIG
@@ -147,7 +147,7 @@ def read_info(folder: str | Path, kind: str) -> CheckpointInfo:
     except (FileNotFoundError, NotADirectoryError):
         raise _no_config(folder, kind) from None
     except (OSError, ValueError) as error:
-        raise _damaged(f"JSON in {path}", short(error), kind) from None
+        raise _unusable(path, f"JSON in {path}", error, kind) from None
     return _parse_info(content, kind, path)
 
 
@@ -186,11 +186,12 @@ def load_training(folder: Path) -> TrainingState:
 
     Raises:
         DamagedError: the file is missing or is no training state.
+        InputError: it may not be read.
     """
     try:
         return _parse_training(read_current(folder, TRAINING, read_tensor_file))
     except (OSError, ValueError, MemoryError) as error:
-        raise _damaged_training(folder, error, "") from None
+        raise _unusable_training(folder, error, "") from None
 
 
 def check_same_tokenizer(expected: str, got: str, what: str, do: str) -> None:
@@ -234,21 +235,28 @@ def _or_previous(folder: Path, read: Callable[[Path], T]) -> T:
 
 def _read_save(folder: Path, kind: str, check: Check) -> tuple[CheckpointInfo, bytes]:
     """Return config and weights of one save. Raise DamagedError if they do not fit together in any of the ATTEMPTS."""
+    info: CheckpointInfo | None = None
+    problem: Exception | None = None
     for attempt in range(ATTEMPTS):
         if attempt > 0:
             time.sleep(0.1)
-        info = read_info(folder, kind)
+        before, info = info, read_info(folder, kind)
+        if info == before and isinstance(problem, ValueError):
+            break  # nobody replaces the files meanwhile: they are damaged
         try:
-            data = read_current(folder, MODEL, lambda path: read_tensor_file(path, partial(check, info)))  # noqa: B023
-            if sha256(data) == info.fingerprint:
+            data = read_current(folder, MODEL, partial(read_tensor_file, check=partial(check, info)))
+            digest = sha256(data)
+            if digest == info.fingerprint:
                 return info, data
-            found = f"{len(data):,} bytes with {sha256(data)}"
+            problem = ValueError(f"{len(data):,} bytes with {digest}")
         except FileNotFoundError:
-            found = "no such file"
+            problem = FileNotFoundError("no such file")
         except (OSError, ValueError, MemoryError) as error:
-            found = _reason(error)
+            problem = error
+    assert info is not None
+    assert problem is not None
     named = f"with the fingerprint {short(info.fingerprint)} that {CONFIG} names"
-    raise _damaged(f"the weights of a {kind} in {folder / MODEL}, {named}", found, kind)
+    raise _unusable(folder / MODEL, f"the weights of a {kind} in {folder / MODEL}, {named}", problem, kind)
 
 
 def _read_run(folder: Path, kind: str, *, is_previous: bool) -> SavedRun:
@@ -257,7 +265,7 @@ def _read_run(folder: Path, kind: str, *, is_previous: bool) -> SavedRun:
     try:
         training = _parse_training(_read_training(folder, info))
     except (OSError, ValueError, MemoryError) as error:
-        raise _damaged_training(folder, error, kind) from None
+        raise _unusable_training(folder, error, kind) from None
     try:
         weights = parse_tensors(data)
     except ValueError as error:
@@ -335,9 +343,19 @@ def _damaged(expected: str, got: str, kind: str) -> DamagedError:
     )
 
 
-def _damaged_training(folder: Path, error: Exception, kind: str) -> DamagedError:
-    got = f"a file that cannot be read ({_reason(error)})"
-    return _damaged(f"the training state {folder / TRAINING}", got, kind)
+def _unusable(path: Path, expected: str, error: Exception, kind: str) -> InputError:
+    """Return the error for a file that could not be used: a DamagedError, unless it may not be read at all."""
+    if isinstance(error, PermissionError):
+        return unreadable(path, error)
+    return _damaged(expected, _reason(error), kind)
+
+
+def _unusable_training(folder: Path, error: Exception, kind: str) -> InputError:
+    """Return the error for the file of the training state, as `_unusable` does."""
+    path = folder / TRAINING
+    if isinstance(error, PermissionError):
+        return unreadable(path, error)
+    return _damaged(f"the training state {path}", f"a file that cannot be read ({_reason(error)})", kind)
 
 
 def _reason(error: Exception) -> str:

@@ -23,6 +23,7 @@ from ..runtime.untrusted_files import parse_json, regular_size
 LARGEST_HEADER = 2**22  # bytes
 MOST_TENSORS = 2**12
 METADATA = "__metadata__"  # the key of the header's texts
+MOST_DIMENSIONS, LARGEST_DIMENSION = 8, 2**48  # of a shape; to multiply more and larger ones can take minutes
 LENGTH = 8  # bytes that hold the length of the header, little-endian
 
 _TYPES = {
@@ -41,13 +42,17 @@ _TYPES = {
 
 @dataclass(frozen=True)
 class Outline:
-    """What a tensor is, but for its numbers."""
+    """What a tensor is, but for its numbers.
+
+    Raises:
+        ValueError: there is no tensor of this shape.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
 
     def __post_init__(self) -> None:
-        if any(side < 0 for side in self.shape):
+        if len(self.shape) > MOST_DIMENSIONS or not all(0 <= side <= LARGEST_DIMENSION for side in self.shape):
             raise ValueError(f"the shape {short(list(self.shape))}")
 
     def __str__(self) -> str:

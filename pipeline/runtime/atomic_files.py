@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 from ..errors import InputError
-from .untrusted_files import parse_json, read_regular
+from .untrusted_files import parse_json, read_regular, unreadable
 
 COMMIT = "commit.json"
 TEMPORARY = ".new"  # a file that is being written has this after its name
@@ -128,7 +128,7 @@ def current(folder: Path, name: str) -> Path:
     """Return the path that holds the committed content of `name`, also after a kill during `write_together`.
 
     Raises:
-        InputError: `commit.json` is not that of a writer.
+        InputError: `commit.json` cannot be read, or is not that of a writer.
     """
     new = _temporary(folder, name)
     return new if name in committed(folder) and new.exists() else folder / name
@@ -138,7 +138,7 @@ def read_current(folder: Path, name: str, read: Callable[[Path], T]) -> T:
     """Return what `read` returns for the path of the committed content of `name`, also while a writer renames it.
 
     Raises:
-        InputError: `commit.json` is not that of a writer.
+        InputError: `commit.json` cannot be read, or is not that of a writer.
         FileNotFoundError: there is no such file; whatever else `read` raises.
     """
     for _ in range(ATTEMPTS - 1):
@@ -151,7 +151,7 @@ def committed(folder: Path) -> list[str]:
     """Return the names of the files in a commit whose renames may not all be done; [] if there is no commit.
 
     Raises:
-        InputError: `commit.json` is not that of a writer.
+        InputError: `commit.json` cannot be read, or is not that of a writer.
     """
     return _read_commit(folder).files
 
@@ -216,13 +216,18 @@ def _complete(folder: Path) -> None:
 
 
 def _read_commit(folder: Path) -> _Commit:
-    """Return the commit of a folder, one of no files if there is none. Raise InputError if no writer wrote it."""
+    """Return the commit of a folder, one of no files if there is none.
+
+    Raise InputError if it cannot be read, or no writer wrote it.
+    """
     path = folder / COMMIT
     try:
         content = parse_json(read_regular(path, LARGEST_COMMIT))
     except (FileNotFoundError, NotADirectoryError):
         return _Commit([])
-    except (OSError, ValueError):
+    except OSError as error:
+        raise unreadable(path, error) from None
+    except ValueError:
         content = None
     if isinstance(content, list) and _are_names(content):
         return _Commit(content)

@@ -127,6 +127,9 @@ def write_text(stream: TextIO | None, text: str) -> OSError | None:
     try:
         stream.write(text)
         stream.flush()
+    except UnicodeEncodeError:  # a stream that `prepare_console` has not seen; nothing of the text is written
+        encoding = stream.encoding or "ascii"
+        return write_text(stream, text.encode(encoding, "backslashreplace").decode(encoding))
     except OSError as error:
         _mute(stream)
         return error

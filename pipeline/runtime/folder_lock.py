@@ -125,7 +125,7 @@ def _introduce(file: int, what: str) -> None:
         "process": os.getpid(),
         "machine": socket.gethostname(),
         "since": time.strftime("%Y-%m-%d %H:%M:%S"),
-        "command": _in_one_line(command, LONGEST_COMMAND),
+        "command": _in_one_line(command),
     }
     with suppress(OSError):  # the lock holds on a full disk, too
         os.ftruncate(file, 0)
@@ -137,20 +137,20 @@ def _holder(file: int) -> str:
     try:
         os.lseek(file, 0, os.SEEK_SET)
         content = json.loads(os.read(file, MOST_BYTES))
-        words = {name: _in_one_line(str(content[name]), LONGEST_COMMAND) for name in ("what", "machine", "since")}
-        process, command = int(content["process"]), _in_one_line(str(content["command"]), LONGEST_COMMAND)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):  # that process is writing it at this moment
+        words = {name: _in_one_line(str(content[name])) for name in ("what", "machine", "since", "command")}
+        process = int(content["process"])
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):  # it is being written just now
         return "another run that writes into it, of an unknown process"
     return (
         f"another {words['what']} that writes into it, process {process} on {words['machine']} "
-        f"since {words['since']}: {command}"
+        f"since {words['since']}: {words['command']}"
     )
 
 
-def _in_one_line(text: str, longest: int) -> str:
-    """Return the text without characters that a terminal does not show, cut to this many characters."""
+def _in_one_line(text: str) -> str:
+    """Return the text without characters that a terminal does not show, cut to LONGEST_COMMAND of them."""
     shown = "".join(character if character.isprintable() else "?" for character in text)
-    return shown if len(shown) <= longest else f"{shown[: longest - 3]}..."
+    return shown if len(shown) <= LONGEST_COMMAND else f"{shown[: LONGEST_COMMAND - 3]}..."
 
 
 def _is_at(file: int, path: Path) -> bool:

@@ -9,6 +9,8 @@ import stat
 from pathlib import Path
 from typing import Any, NoReturn
 
+from ..errors import InputError
+
 
 def read_regular(path: Path, limit: int, *, follow_links: bool = True) -> bytes:
     """Return the content of a file.
@@ -43,6 +45,15 @@ def parse_json(data: bytes) -> Any:
         return json.loads(data, parse_constant=_refuse_constant)
     except RecursionError:
         raise ValueError("JSON nested too deeply") from None
+
+
+def unreadable(path: Path, error: OSError) -> InputError:
+    """Return the error for a file that the system does not let this process read, whatever it holds."""
+    return InputError(
+        expected=f"to read {path}",
+        got=error.strerror or str(error),
+        do="change its permissions, see that its disk is there, or name another folder",
+    )
 
 
 def _refuse_constant(name: str) -> NoReturn:

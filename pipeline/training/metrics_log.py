@@ -28,12 +28,13 @@ class MetricsLog:
     def write(self, step: int, split: str, numbers: Mapping[str, float]) -> None:
         """Append one line about the data of `split`, "train" or "held_out"; its key in the file is "part"."""
         values = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
-        line = {"step": step, "part": split, "seconds": self.seconds, **values}
+        line = (json.dumps({"step": step, "part": split, "seconds": self.seconds, **values}) + "\n").encode()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with open(self.path, "ab", buffering=0) as file:
             end = file.tell()
             try:
-                file.write((json.dumps(line) + "\n").encode())
+                while line:  # a disk that is nearly full takes a part without an error
+                    line = line[file.write(line) :]
             except OSError:
                 with suppress(OSError):
                     file.truncate(end)  # no half of a line, which the next one would continue
@@ -85,8 +86,12 @@ class RunningMeans:
 
 
 def _number(line: bytes, name: str, default: float) -> float:
-    """Return a number of a line, `default` for a line that was cut short or is no line of a log."""
+    """Return a number of a line, `default` for a line that was cut short, is no line of a log, or has no such number.
+
+    Numbers in a log are finite and not negative.
+    """
     try:
-        return float(json.loads(line)[name])
+        number = float(json.loads(line)[name])
     except (ValueError, KeyError, TypeError, RecursionError, OverflowError):
         return default
+    return number if 0 <= number < math.inf else default

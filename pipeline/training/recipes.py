@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from .settings import CHANGEABLE, PATH, check_shared
 
+MOST_CODES = 2**24  # K; the codebook, and the embedding and the logits of a prior, have a row for each
 LARGEST_SIDE = 2**14  # pixels; models/loading.py, which imports torch, loads no tokenizer of larger images
 
 

@@ -23,14 +23,13 @@ from ..models.loading import TrainedTokenizer, config_of_run, load_trained_token
 from ..runtime.console import say
 from ..runtime.device import choose_device, compile_networks, manual_seed
 from ..runtime.folder_lock import only_writer
+from ..runtime.schema import short
 from .loop import LoopSettings, run_training
 from .prior_stage import PriorStage, sample_preview
-from .recipes import PriorSettings
+from .recipes import MOST_CODES, PriorSettings
 from .run_folder import CODES, RunFolder, check_run_folder, prepare_run_folder, saved_run
 from .settings import recorded, resolve
 from .split_summary import split_summary
-
-MOST_CODES = 2**24  # K of a prior, whose embedding and logits have a row for each
 
 
 def train_prior(run: RunFolder, overrides: Mapping[str, Any], default_tokenizer: Path) -> CheckpointInfo:
@@ -98,11 +97,19 @@ def config_for(settings: PriorSettings, codes: CodeDataset) -> PriorConfig:
 def _config_of(run: RunFolder, saved: SavedRun, codes: CodeDataset) -> PriorConfig:
     """Return the configuration of the model of the run to resume. Raise InputError if it is over other codes."""
     config, num_codes = config_of_run(saved, run.out, PriorConfig, GatedPixelCNN), codes.manifest.num_codes
-    if config.num_codes != num_codes or config.num_classes not in (0, len(codes.manifest.class_names)):
+    before, now = saved.info.class_names, list(codes.manifest.class_names)
+    remedy = "name the codes it was started with, or train a new prior with another --out"
+    if config.num_codes != num_codes or config.num_classes not in (0, len(now)):
         raise InputError(
             expected=f"{config.num_codes} codes and {config.num_classes} classes, as the run in {run.out} learns",
-            got=f"{num_codes} and {len(codes.manifest.class_names)} in {codes.location}",
-            do="name the codes it was started with, or train a new prior with another --out",
+            got=f"{num_codes} and {len(now)} in {codes.location}",
+            do=remedy,
+        )
+    if config.num_classes and before != now:  # as many, but a label means another class
+        raise InputError(
+            expected=f"the classes {short(', '.join(before))}, as the run in {run.out} learns",
+            got=f"{short(', '.join(now))} in {codes.location}",
+            do=remedy,
         )
     return config
 

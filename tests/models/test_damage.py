@@ -1,11 +1,13 @@
 """Loading a damaged checkpoint: it is refused in a line that names the file, or the save before it is loaded."""
 
+import errno
 import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +18,16 @@ from pipeline import ImagePipeline, load_prior, load_tokenizer
 from pipeline.errors import InputError
 from pipeline.evaluation.evaluate import evaluate
 from pipeline.models import checkpoint
-from pipeline.models.checkpoint import CONFIG, MODEL, PREVIOUS, TRAINING, CheckpointInfo, TrainingState, save_checkpoint
+from pipeline.models.checkpoint import (
+    CONFIG,
+    MODEL,
+    PREVIOUS,
+    TRAINING,
+    CheckpointInfo,
+    TrainingState,
+    read_run,
+    save_checkpoint,
+)
 
 from ..mutations import DAMAGES, IRREGULAR
 from ..support import bits_of, brightness_tokenizer, digest_of, save_prior, save_tokenizer, tiny_prior
@@ -186,3 +197,36 @@ def test_weights_that_are_not_finite_are_refused_though_their_fingerprint_fits(p
         next(prior.parameters()).view(-1)[0] = torch.nan
     save_prior(pair.prior, prior, checkpoint.read_info(pair.tokenizer, "tokenizer").fingerprint)
     refused(lambda: load_prior(pair.prior), pair.prior / MODEL)
+
+
+@pytest.mark.parametrize("name", [CONFIG, MODEL, TRAINING])
+def test_a_file_that_may_not_be_read_is_not_damaged(
+    pair: Pair, name: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Else a run would resume from the save before, and replace the last, for want of a permission."""
+
+    def read_current(folder: Path, wanted: str, read: Callable[[Path], bytes]) -> bytes:
+        if folder == pair.prior and wanted == name:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder / wanted))
+        return read(folder / wanted)
+
+    monkeypatch.setattr(checkpoint, "read_current", read_current)
+    with pytest.raises(InputError, match=rf"read .*{name}, got Permission denied; change its permissions"):
+        read_run(pair.prior, "prior")
+    assert not warnings_in(caplog)
+
+
+def test_damaged_weights_are_read_once(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are read again only while the config changes too, as it does where a training run replaces both."""
+    read: list[Path] = []
+
+    def read_tensor_file(path: Path, check: Any) -> bytes:
+        read.append(path)
+        return real(path, check)
+
+    real = checkpoint.read_tensor_file
+    monkeypatch.setattr(checkpoint, "read_tensor_file", read_tensor_file)
+    path = pair.prior / MODEL
+    DAMAGES["one bit"](path, np.random.default_rng(0))
+    load_prior(pair.prior)
+    assert read == [path, pair.prior / PREVIOUS / MODEL]

@@ -100,3 +100,11 @@ def test_differences_are_named(change: dict[str, torch.Tensor], message: str) ->
         check_outlines(outlines_of(TENSORS), outlines_of(TENSORS | change))
     with pytest.raises(ValueError, match="no matrix"):
         check_outlines(outlines_of(TENSORS), outlines_of({}))
+
+
+@pytest.mark.parametrize("shape", [[10**4000] * 3, [2**63], [1] * 9, [-1], [2, -3]])
+def test_a_shape_of_no_tensor_is_refused_before_its_numbers_are_counted(shape: list[int]) -> None:
+    """To multiply the sides that a header of four megabytes can hold takes minutes."""
+    header = {"a": {"dtype": "F32", "shape": shape, "data_offsets": [0, 4]}}
+    with pytest.raises(ValueError, match=r"^the shape "):
+        parse_outlines(join_file(header, b""))

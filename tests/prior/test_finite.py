@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from torch import Tensor
 
 from prior import complete_codes, sample_codes
+from prior.incremental import IncrementalPrior
 from prior.raster import check_finite
 
 from ..support import tiny_prior
@@ -32,6 +34,27 @@ def test_weights_with_one_nan_draw_nothing(temperature: float, top_k: int | None
         sample_codes(prior, 2, GRID, temperature=temperature, top_k=top_k)
 
 
+@pytest.mark.parametrize("column", range(GRID[1]))
+def test_one_position_is_enough(column: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Logits that overflow at one position spread no NaN to the next: the code drawn there is any, and a valid one."""
+    columns: list[int] = []
+    logits, features = IncrementalPrior.logits, IncrementalPrior.features
+
+    def recorded(prior: IncrementalPrior, position: int) -> Tensor:
+        columns.append(position)
+        return features(prior, position)
+
+    def overflown(prior: IncrementalPrior, seen: Tensor) -> Tensor:
+        is_there = len(columns) == GRID[1] + column + 1
+        return logits(prior, seen).index_fill(1, torch.tensor([3]), torch.nan if is_there else 0)
+
+    monkeypatch.setattr(IncrementalPrior, "features", recorded)
+    monkeypatch.setattr(IncrementalPrior, "logits", overflown)
+    with pytest.raises(ValueError, match="row 1"):
+        sample_codes(tiny_prior(), 2, GRID)
+    assert columns == [*range(GRID[1])] * 2
+
+
 @pytest.mark.parametrize("keep", ["first row", "last row", "nothing"])
 def test_completion_refuses_them_too(keep: str) -> None:
     """Also where the codes of a row are known, and the prior only says how likely they are."""
@@ -44,8 +67,3 @@ def test_completion_refuses_them_too(keep: str) -> None:
         known[:, 0 if keep == "first row" else -1] = 3
     with pytest.raises(ValueError, match="finite logits"):
         complete_codes(prior, known, candidates=4)
-
-
-def test_a_finite_prior_draws_what_it_drew() -> None:
-    torch.manual_seed(0)
-    assert sample_codes(tiny_prior(), 3, GRID).shape == (3, *GRID)

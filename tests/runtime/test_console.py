@@ -88,6 +88,14 @@ def test_what_an_encoding_lacks_is_escaped(monkeypatch: pytest.MonkeyPatch) -> N
     assert streams["stderr"].buffer.getvalue() == b"\\u732b \\xff\n"  # type: ignore[attr-defined]
 
 
+def test_what_an_encoding_lacks_is_escaped_in_a_stream_that_nobody_prepared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where another program imports this one: a run must not end because it names a picture."""
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
+    monkeypatch.setattr(sys, "stdout", stream)
+    say("été 🐈", "b")
+    assert stream.buffer.getvalue() == "été \\U0001f408\nb\n".encode("cp1252")  # type: ignore[attr-defined]
+
+
 def test_warnings_are_printed_once_each_on_a_line_of_their_own(capsys: pytest.CaptureFixture[str]) -> None:
     prepare_console()
     prepare_console()

@@ -205,6 +205,15 @@ def test_a_full_disk_takes_no_lock_away(tmp_path: Path, monkeypatch: pytest.Monk
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("process", ["Infinity", "1e999", "NaN", '"x"', "[1]", "null"])
+def test_a_holder_that_is_no_process_is_unknown(tmp_path: Path, process: str) -> None:
+    content = f'{{"what": "export", "machine": "a", "since": "b", "command": "c", "process": {process}}}'
+    with only_writer(tmp_path, "export"):
+        (tmp_path / LOCK).write_text(content)
+        with pytest.raises(InputError, match="of an unknown process"), only_writer(tmp_path, "export"):
+            pass
+
+
 def test_a_folder_that_is_gone_hides_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Or one that has become read-only."""
 

@@ -302,3 +302,16 @@ def test_what_the_tests_break_is_what_protects(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(atomic_files, "_are_names", lambda values: True)
     atomic_files._complete(folder)
     assert (tmp_path / "x").read_bytes() == b"new"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="has other limits, and other words for them")
+def test_a_commit_that_cannot_be_read_is_named_with_the_reason(tmp_path: Path) -> None:
+    """It may be that of a save, and there may be none: the line does not say that another program wrote one."""
+    folder = tmp_path / "run"
+    prepare_in(folder)
+    (folder / COMMIT).symlink_to(COMMIT)
+    refused(folder)
+    with pytest.raises(InputError, match=r"read .*commit.json, got Too many levels of symbolic links"):
+        committed(folder)
+    with pytest.raises(InputError, match=r"read .*commit.json, got File name too long"):
+        committed(tmp_path / ("x" * 300))

@@ -252,3 +252,31 @@ def test_only_what_came_after_a_step_is_dropped(tmp_path: Path) -> None:
     before = lines_of(tmp_path)
     log.drop_after(3)
     assert lines_of(tmp_path) == [line for line in before if line["step"] <= 3]
+
+
+def test_a_line_that_does_not_fit_on_the_disk_leaves_no_part_of_it(tmp_path: Path) -> None:
+    """A disk may take some bytes of a line without an error, and refuse those after them."""
+    resource = pytest.importorskip("resource")
+    path = tmp_path / "metrics.jsonl"
+    log = MetricsLog(path)
+    log.write(1, "train", {"loss": 0.5})
+    before, limits = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 10, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            log.write(2, "train", {"loss": 0.25})
+        assert path.read_bytes() == before
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    log.write(3, "train", {"loss": 0.125})
+    assert [line["step"] for line in lines_of(tmp_path)] == [1, 3]
+
+
+@pytest.mark.parametrize("seconds", ["-5.0", "1e999", "NaN", "-Infinity", '"x"'])
+def test_seconds_that_no_run_takes_count_as_none(tmp_path: Path, seconds: str) -> None:
+    """They would be saved with the state of the run, which then could not be read again."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(f'{{"step": 1, "seconds": {seconds}}}\n')
+    log = MetricsLog(path)
+    log.resume(1, None)
+    assert 0 <= log.seconds < 60

@@ -177,6 +177,15 @@ def test_a_prior_over_other_codes_is_refused(trained: Trained, tmp_path: Path, g
     assert "got 16 and 3 in" in line
 
 
+def test_codes_of_other_classes_are_refused(trained: Trained, tmp_path: Path) -> None:
+    """As many, with other names: the run would save these for what it learned of those."""
+    folder = copy_of(trained, "prior", tmp_path)
+    change(folder, class_names=["disc", "line", "star"])
+    line = check_refused(trained, "prior", folder)
+    assert "expected the classes disc, line, star, as the run in" in line
+    assert "got disc, line, été in" in line
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_best_weights_that_are_not_finite_are_refused(trained: Trained, value: float, tmp_path: Path) -> None:
     """They are those of the best evaluation, which the run would save again."""
