@@ -14,8 +14,9 @@ import click
 from click.shell_completion import shell_complete
 
 from pipeline import __version__
-from pipeline.errors import InputError
+from pipeline.errors import InputError, printable
 from pipeline.runtime.console import check_output, end_status, note, prepare_console, record_closed, say
+from pipeline.runtime.interrupts import ending_by_signal
 from pipeline.training.recipes import MOST_CODES, PriorSettings, TokenizerSettings
 from pipeline.training.settings import LARGEST_BATCH
 
@@ -289,9 +290,10 @@ def sample(out: Path, tokenizer: Path, prior: Path, device: str, force: bool, **
     """
     from pipeline.generation.image_pipeline import ImagePipeline
     from pipeline.generation.sample_folder import SampleOptions, sample_to_folder
-    from pipeline.generation.sample_record import SAMPLE, check_sample_folder
+    from pipeline.generation.sample_record import SAMPLE, only_run_in
 
-    check_sample_folder(out, SAMPLE, chosen["n"], force=force)  # before the models are loaded
+    with only_run_in(out, SAMPLE, chosen["n"], force=force):
+        pass  # whatever refuses it does so before the models are loaded
     images = ImagePipeline.from_pretrained(tokenizer, prior, device)
     picture = sample_to_folder(images, SampleOptions.of(**chosen), out, force=force)
     say(f"{chosen['n']} new images: {picture}")
@@ -326,9 +328,10 @@ def complete(
     """
     from pipeline.generation.image_pipeline import ImagePipeline
     from pipeline.generation.sample_folder import SampleOptions, complete_to_folder
-    from pipeline.generation.sample_record import COMPLETION, check_sample_folder
+    from pipeline.generation.sample_record import COMPLETION, only_run_in
 
-    check_sample_folder(out, COMPLETION, chosen["n"], force=force)  # before the models are loaded
+    with only_run_in(out, COMPLETION, chosen["n"], force=force):
+        pass  # whatever refuses it does so before the models are loaded
     pipeline = ImagePipeline.from_pretrained(tokenizer, prior, device)
     options = SampleOptions.of(**chosen)
     picture = complete_to_folder(pipeline, image, keep, options, out, candidates=candidates, force=force)
@@ -424,21 +427,31 @@ def command_line(command: str, *words: str, tokenizer: Path, prior: Path = PRIOR
     """Return a command on these folders as a shell takes it; default folders are omitted."""
     chosen = {"--tokenizer": (tokenizer, TOKENIZER), "--prior": (prior, PRIOR)}
     folders = [word for option, (path, default) in chosen.items() if path != default for word in (option, str(path))]
-    quoted = subprocess.list2cmdline if os.name == "nt" else shlex.join
-    return quoted(["codegrid", command, *words, *folders])
+    arguments = ["codegrid", command, *words, *folders]
+    return subprocess.list2cmdline(arguments) if os.name == "nt" else " ".join(map(shell_quoted, arguments))
+
+
+def shell_quoted(word: str) -> str:
+    """Return a word as a shell takes it, with escapes that bash and zsh read for what cannot be printed."""
+    escaped = printable(word)
+    if escaped == word:
+        return shlex.quote(word)
+    escaped = printable(word.replace("\\", "\\\\").replace("'", "\\'"))
+    return f"$'{escaped}'"
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Run a command and exit.
 
-    The status is 0 when it is done, 1 if it failed, 2 if the command line is wrong, 130 on Ctrl-C, 141 if nobody reads
-    standard output any more.
+    The status is 0 when it is done, 1 if it failed, 2 if the command line is wrong, 130 on Ctrl-C, 143 after SIGTERM,
+    129 after SIGHUP, 141 if nobody reads standard output any more.
     """
     prepare_console()
     arguments = sys.argv[1:] if arguments is None else arguments
     debug = "--debug" in arguments  # at any position
     try:
-        run_command([argument for argument in arguments if argument != "--debug"])
+        with ending_by_signal():
+            run_command([argument for argument in arguments if argument != "--debug"])
         check_output()
     except click.UsageError as error:
         hint = f" (see {error.ctx.command_path} --help)" if error.ctx else ""

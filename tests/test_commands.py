@@ -5,6 +5,7 @@ import os
 import re
 import shlex
 import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
+import cli
+from pipeline.errors import printable
 from pipeline.generation import sample_folder
 from pipeline.images.holdout import held_out
 from pipeline.images.image_set import open_images
@@ -106,6 +109,19 @@ def next_command(outcome: Outcome) -> list[str]:
     program, *words = shlex.split(outcome.out.splitlines()[-1].removeprefix("next: "))
     assert (outcome.status, program) == (0, "codegrid")
     return words
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="asks bash")
+@pytest.mark.parametrize(
+    "word", ["plain", "two words", "it's", "back\\slash", "\x1b[2J\\", "a\nb'c", "caf\udce9", "x\u202ey"]
+)
+def test_a_shell_reads_a_quoted_word_as_it_is(word: str) -> None:
+    """Also one with characters that are not printed raw."""
+    quoted = cli.shell_quoted(word)
+    assert printable(quoted) == quoted
+    shell = ["bash", "-c", f"printf %s {quoted}"]
+    printed = subprocess.run(shell, capture_output=True, env={**os.environ, "LC_ALL": "C.UTF-8"}, check=True).stdout
+    assert os.fsdecode(printed) == word
 
 
 @pytest.mark.skipif(os.name == "nt", reason="reads the quotes of a POSIX shell")

@@ -40,6 +40,10 @@ class QuantizerOutput:
     codebook_loss: Tensor  # scalar, mean over elements of (sg[z] - e)^2: pulls the codes to the encoder
 
 
+class NotFiniteError(ValueError, FloatingPointError):
+    """Says that a vector to quantize is NaN or infinite."""
+
+
 class VectorQuantizer(nn.Module):
     """Maps z [B,D,*S] to the nearest codebook vectors, their codes and the losses that train both sides.
 
@@ -215,7 +219,7 @@ class VectorQuantizer(nn.Module):
             expected = f"[B,{self.code_dim},*S] with one to three dimensions in S"
             raise ValueError(f"expected vectors {expected}, got the shape {list(z.shape)}")
         if not bool(torch.isfinite(z).all()):  # CPU-GPU sync
-            raise ValueError("expected finite vectors to quantize, got nan or inf; lower the learning rate")
+            raise NotFiniteError("expected finite vectors to quantize, got nan or inf; lower the learning rate")
 
 
 @torch.no_grad()

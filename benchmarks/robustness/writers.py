@@ -105,7 +105,7 @@ def judge(programs: dict[int, Ended], same: bool) -> tuple[str, bool]:
     if not same:
         return f"{len(winners)} of 2 end well, with another result", True
     if len(winners) != 1:
-        return "both end well" if winners else "none ends well", True
+        return ("one after the other, the result undisturbed", False) if winners else ("none ends well", True)
     (loser,) = (ended for pid, ended in programs.items() if pid not in winners)
     if loser.status != 1 or len(loser.errors) != 1:
         return f"refused with status {loser.status} and {len(loser.errors)} error lines", True

@@ -20,6 +20,7 @@ from ..models.loading import images_of, load_trained_tokenizer, own_images
 from ..runtime.console import note, say
 from ..runtime.device import choose_device
 from ..runtime.folder_lock import only_writer
+from ..runtime.interrupts import Terminated
 from ..runtime.process_group import ProcessGroup, process_group
 from ..runtime.progress import Progress
 from .encoded_images import EncodedImages, rows_sha256
@@ -187,7 +188,7 @@ def _explain_interrupt(group: ProcessGroup, *, force: bool) -> Iterator[None]:
     """Print on Ctrl-C that finished shards are kept, and how to resume."""
     try:
         yield
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Terminated):
         if group.is_main:
             command = "the same command without --force" if force else "the same command"
             note(f"stopped; finished shards are kept, and {command} resumes")

@@ -19,6 +19,7 @@ from ..images.png import save_grid
 from ..images.png_folder import ImageFolder
 from ..images.preprocessing import IMAGE_ERRORS, Preprocessing, read_image, to_float, to_uint8, why_unreadable
 from ..runtime.console import note
+from ..runtime.interrupts import Terminated
 from ..runtime.progress import Progress
 from .image_pipeline import ImagePipeline, Sampled
 from .keep_mask import HALVES, half_mask, hide_pixels, mask_from_file
@@ -64,7 +65,7 @@ def sample_to_folder(pipeline: ImagePipeline, options: SampleOptions, out: Path,
         InputError: an unknown label, a folder that cannot be used, or images that cannot be written; the images that
             were finished are kept, and the record says how many.
         ValueError: an option out of its range.
-        KeyboardInterrupt: Ctrl-C; the images that were finished are kept, too.
+        KeyboardInterrupt: Ctrl-C; the images that were finished are kept, too, as after SIGTERM and SIGHUP.
     """
     labels = pipeline.labels_for(options.n, options.labels or None)
     record = _record(pipeline, options, labels)
@@ -75,7 +76,7 @@ def sample_to_folder(pipeline: ImagePipeline, options: SampleOptions, out: Path,
                 for batch in _sampled(pipeline, options, labels, bar):
                     folder.add(batch.images)
                     batches.append(batch)
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, Terminated):
             finished = sum(len(batch.codes) for batch in batches)
             note(f"stopped: {finished} of {options.n} images are in {out}")
             raise

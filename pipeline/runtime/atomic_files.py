@@ -34,8 +34,8 @@ T = TypeVar("T")
 
 _PLAIN_NAME = re.compile(r"\w[\w.-]*", re.ASCII)  # of a file inside the folder
 _REMEDIES = {
-    errno.ENOSPC: "free that much on the disk, or name another folder",
-    errno.EDQUOT: "free that much of your quota, or name another folder",
+    errno.ENOSPC: "free space on the disk, or name another folder",
+    errno.EDQUOT: "free some of your quota, or name another folder",
     errno.EFBIG: "raise the limit for the size of a file, or name a folder on another file system",
     errno.EROFS: "name a folder on a disk that can be written",
     errno.EACCES: "change its permissions, or name another folder",
@@ -114,6 +114,8 @@ def write_together(folder: Path, files: Mapping[str, bytes], *, keep: str | None
         _check_places(folder, files, keep)
         _complete(folder)
     with _explained(folder, size, [_temporary(folder, name) for name in (*files, COMMIT)]):
+        if keep is not None:
+            (folder / keep).mkdir(exist_ok=True)  # now, while it can still be taken back
         for name, data in files.items():
             _write_flushed(_temporary(folder, name), data)
         names = sorted(files)
@@ -166,7 +168,7 @@ def cannot_write(path: Path, size: int, error: OSError) -> InputError:
     """
     found = error.strerror or str(error)
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        found += _free_space(path)
+        found += _free_space(path, size)
     remedy = _REMEDIES.get(error.errno or 0, "see that the disk is there and can be written, or name another folder")
     return InputError(expected=f"to write {path} ({size:,} bytes)", got=found, do=remedy)
 
@@ -259,11 +261,15 @@ def _explained(path: Path, size: int, temporary: Iterable[Path]) -> Iterator[Non
         raise cannot_write(path, size, error) from error
 
 
-def _free_space(path: Path) -> str:
-    """Return in words how much is free where `path` is; "" if that cannot be found out."""
+def _free_space(path: Path, size: int) -> str:
+    """Return in words how much is free where `path` is; "" if that cannot be found out, or is not what is missing.
+
+    A disk may have no room for another file, or only for parts of several, and yet more than `size` bytes.
+    """
     for folder in (path, *path.parents):
         with suppress(OSError):
-            return f" ({shutil.disk_usage(folder).free:,} bytes are free)"
+            free = shutil.disk_usage(folder).free
+            return f" ({free:,} bytes are free)" if free < size else ""
     return ""
 
 

@@ -2,6 +2,8 @@
 
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
@@ -9,6 +11,31 @@ from .console import note
 
 NAMES = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows has no SIGHUP, the end of the terminal
 SIGNALS = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
+
+
+class Terminated(SystemExit):
+    """Ends a command after SIGTERM or SIGHUP, with the status that a shell shows then: 143 or 129."""
+
+
+@contextmanager
+def ending_by_signal() -> Iterator[None]:
+    """Raise Terminated within `with` where SIGTERM or SIGHUP would end the process, so that it can leave in order.
+
+    Training, which saves first, handles them itself meanwhile (`StopSignal`). Ignored signals stay ignored.
+    """
+
+    def end(number: int, frame: FrameType | None) -> None:
+        raise Terminated(128 + number)
+
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        chosen = [number for number in SIGNALS if number != signal.SIGINT]
+        before = {number: signal.signal(number, end) for number in chosen if signal.getsignal(number) == signal.SIG_DFL}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class StopSignal:

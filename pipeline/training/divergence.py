@@ -50,6 +50,11 @@ class Divergence:
         if wrong is not None:
             raise self._error("a finite state to save", wrong, step)
 
+    def caught(self, error: FloatingPointError, step: int) -> DivergedError:
+        """Return the error for one that the model raised in the batch of a step, counted from 0."""
+        self._first_bad.fill_(step)
+        return self._error("finite losses", str(error).partition("; ")[0], step)
+
     def forget(self) -> None:
         """Begin anew, after a return to a good state."""
         self._first_bad.fill_(-1)

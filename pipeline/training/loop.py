@@ -157,11 +157,15 @@ class _Trainer:
         """Take one step of the optimizer at this learning rate, count it, and return its losses.
 
         Raises:
-            DivergedError: a loss is not finite, and the device is one where it costs nothing to know: no step is taken.
+            DivergedError: a loss is not finite, and the device is one where it costs nothing to know, or the model
+                says so itself: no step is taken.
         """
         self.stage.model.train()
-        with autocast(self.settings.device, self.settings.precision):
-            losses = self.stage.losses(self.order.batch(self.step))
+        try:
+            with autocast(self.settings.device, self.settings.precision):
+                losses = self.stage.losses(self.order.batch(self.step))
+        except FloatingPointError as error:  # of the model itself, such as the quantizer, before there is a loss
+            raise self.divergence.caught(error, self.step) from error
         self.optimizers.zero_grad()
         losses["loss"].backward()
         self.divergence.note(losses, self.step)
@@ -196,6 +200,7 @@ class _Trainer:
     def restore(self, saved: SavedRun) -> None:
         """Restore what `save` wrote. Raise InputError if it does not fit the run."""
         try:
+            check_finite(saved.weights)
             self._load_state(saved.training, saved.weights)
         except ValueError as error:
             raise InputError(
@@ -222,7 +227,6 @@ class _Trainer:
         self.step, self.best = position.step, dict(position.best)
         self.best_weights = None
         if self.settings.keep_best and self.best:
-            check_finite(best_weights)
             check_outlines(outlines_of(self.stage.model.state_dict()), outlines_of(best_weights))
             self.best_weights = dict(best_weights)
         self.learning_rate_scale = position.learning_rate_scale
@@ -250,7 +254,10 @@ class _Trainer:
         self.stage.model.eval()
         forked = [self.settings.device] if self.settings.device.type == "cuda" else []
         with torch.no_grad(), torch.random.fork_rng(forked):  # evaluating must not change what is learned
-            evaluation = self.stage.evaluate()
+            try:
+                evaluation = self.stage.evaluate()
+            except FloatingPointError as error:
+                raise self.divergence.caught(error, self.step - 1) from error
             self._write_log("held_out", evaluation.numbers)
             self.divergence.check(evaluation.numbers, self.step)
             with self._unharmed_by("the pictures"):
@@ -270,7 +277,7 @@ class _Trainer:
         """Log the mean losses since the last line; show them in the progress bar. Raise DivergedError unless finite."""
         self.divergence.check(losses, self.step)
         numbers = self.means.take() | self.stage.status()
-        self.bar.set_numbers(_in_words(_shown(numbers)))
+        self.bar.set_numbers(_shown(numbers))
         self._write_log("train", numbers | {"learning_rate": rate})
 
     def _write_log(self, split: str, numbers: Mapping[str, float]) -> None:
@@ -294,9 +301,17 @@ class _Trainer:
         return self.step * times // steps > (self.step - 1) * times // steps
 
 
-def _shown(numbers: Mapping[str, float]) -> dict[str, float]:
-    """Return the numbers to show while training: the loss in bits where there is one, as evaluations have it."""
-    return {name: value for name, value in numbers.items() if name != "loss" or "bits_per_code" not in numbers}
+def _shown(numbers: Mapping[str, float]) -> str:
+    """Return the numbers to show while training, the most important first, for a narrow terminal cuts the last.
+
+    These are the loss, in bits where evaluations have it in bits, and the codes in use.
+    """
+    others = dict(numbers)
+    if "bits_per_code" in others:
+        del others["loss"]
+    codes = others.pop("codes_in_use", None)
+    first, *rest = [_in_words({name: value}) for name, value in others.items()]
+    return ", ".join([first, *([] if codes is None else [f"{codes:.0f} codes in use"]), *rest])
 
 
 def _in_words(numbers: Mapping[str, float]) -> str:

@@ -1,6 +1,7 @@
 """Ctrl-C, SIGTERM, SIGHUP and a terminal that closes, in processes of their own: saved, left, and with which status."""
 
 import io
+import json
 import os
 import pty
 import shutil
@@ -10,10 +11,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import cli
+from pipeline.generation import sample_folder
+from pipeline.generation.image_pipeline import ImagePipeline
 from pipeline.models import checkpoint
 from pipeline.models.checkpoint import PREVIOUS, load_training, read_run
 from pipeline.runtime import atomic_files, interrupts
@@ -23,7 +27,7 @@ from pipeline.training import loop
 from pipeline.training.prior_stage import PriorStage
 from pipeline.training.tokenizer_stage import TokenizerStage
 
-from ..conftest import Trained
+from ..conftest import Codegrid, Trained
 from ..support import digest_of
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="signals of another system")
@@ -350,3 +354,34 @@ def test_a_kill_in_the_midst_of_a_save_leaves_the_save_before(trained: Trained, 
 
 def checkpoint_names() -> tuple[str, str, str]:
     return checkpoint.MODEL, checkpoint.CONFIG, checkpoint.TRAINING
+
+
+# Other commands
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_sampling_keeps_what_is_finished_after_any_signal(
+    trained: Trained, tmp_path: Path, number: signal.Signals, status: int, codegrid: Codegrid
+) -> None:
+    """As after Ctrl-C: the record counts it, the lock is gone, and the handlers are what they were."""
+    before, calls = signal.getsignal(number), []
+    real = ImagePipeline.sample
+
+    def sample(self: ImagePipeline, *arguments: Any, **options: Any) -> Any:
+        calls.append(options)
+        if len(calls) == 3:
+            os.kill(os.getpid(), number)
+        return real(self, *arguments, **options)
+
+    both = ["--tokenizer", trained.tokenizer, "--prior", trained.prior, "--device", "cpu"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sample_folder.AT_ONCE, "cpu", 2)
+        patch.setattr(ImagePipeline, "sample", sample)
+        outcome = codegrid("sample", *both, "--n", 20, "--out", tmp_path / "out")
+    assert outcome.status == status
+    assert outcome.error_lines == [f"stopped: 4 of 20 images are in {tmp_path / 'out'}"]
+    assert json.loads((tmp_path / "out" / "sample.json").read_text("utf-8"))["finished"] == 4
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        *("codes.npy", "grid.png", "images", "sample.json")
+    ]
+    assert signal.getsignal(number) == before

@@ -327,6 +327,20 @@ def test_a_loss_that_is_not_finite_takes_the_run_back_once(tmp_path: Path, saved
     assert load_training(out).values["learning_rate_scale"] == 0.5
 
 
+def test_vectors_that_are_not_finite_take_the_run_back_too(
+    tmp_path: Path, trained: Trained, codegrid: Codegrid
+) -> None:
+    """The quantizer refuses them before there is a loss. Nothing is simulated: the weights overflow at once."""
+    command = ["train-tokenizer", "--data", trained.images, "--num-codes", 16, "--precision", "fp32"]
+    outcome = codegrid(*command, "--out", tmp_path / "run", "--steps", 20, "--lr", 1e30)
+    assert outcome.status == 1
+    assert re.search(r"finite vectors.*, in the batch of \S+\.png, .*: back to step 0, this once", outcome.out)
+    (line,) = outcome.error_lines
+    assert re.search(
+        r"^Error: expected finite .* at step \d+, in the batch of .*; lower --lr .*; nothing was saved", line
+    )
+
+
 def test_the_lower_rate_survives_a_stop_and_a_second_time_ends_the_run(tmp_path: Path) -> None:
     settings = settings_of(steps=12)
     toy = Toy()
