@@ -300,11 +300,12 @@ def _parse_training(data: bytes) -> TrainingState:
 
 def _parse_info(content: Any, kind: str, path: Path) -> CheckpointInfo:
     """Return what `config.json` holds. Raise InputError, or DamagedError if it is not what was written."""
+    found = content.get("format_version") if isinstance(content, dict) else None
     try:
         check_seal(content)
     except ValueError as error:
-        raise _damaged(f"a checkpoint's config in {path}", str(error), kind) from None
-    found = content.get("format_version") if isinstance(content, dict) else None
+        got = str(error) if found == FORMAT_VERSION else f"format version {short(found)}, and {error}"
+        raise _damaged(f"a checkpoint's config of format version {FORMAT_VERSION} in {path}", got, kind) from None
     if isinstance(found, int) and found != FORMAT_VERSION:
         raise InputError(
             expected=f"format version {FORMAT_VERSION} in {path}",
