@@ -187,7 +187,7 @@ def train_tokenizer(out: Path, device: str, resume: bool, force: bool, **overrid
     overrides |= {name: int(overrides[name]) for name in ("channels", "downsample") if overrides[name] is not None}
     info = run(RunFolder(out=out, resume=resume, force=force, device=device), overrides)
     say(done_line(info), written_line(out))
-    if info.config["bottleneck"] == "vq":
+    if info.config.get("bottleneck", "vq") == "vq":
         say(f"next: {command_line('train-prior', tokenizer=out)}")
 
 

@@ -28,6 +28,7 @@ LOCK = ".codegrid.lock"
 MOST_BYTES = 4096  # of the file; a longer one is not ours
 LONGEST_COMMAND = 200  # characters of the command that holds the lock, as the message shows it
 HELD = {errno.EACCES, errno.EAGAIN, errno.EDEADLK}  # what the systems say if another process has the lock
+ATTEMPTS, BETWEEN_ATTEMPTS = 10, 0.02  # seconds; another command may hold the lock for the moment of its own check
 _LOCKED_BYTE = 2**20  # on Windows no other process can read a locked byte, so it is one behind the content
 # A link is not followed, so that no other file is written; a named pipe does not wait for its other end.
 _OPEN = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
@@ -103,18 +104,22 @@ def _unusable(path: Path, error: OSError) -> InputError:
 
 
 def _lock(file: int, path: Path, what: str) -> None:
-    """Take the lock, or raise InputError if another process has it."""
-    try:
-        system_lock(file)
-    except OSError as error:
-        if error.errno not in HELD:
-            _log.warning("Warning: no lock on %s (%s): see that no other run writes there", path, error.strerror)
+    """Take the lock, or raise InputError if another process has it, and keeps it for longer than a check takes."""
+    for _ in range(ATTEMPTS):
+        try:
+            system_lock(file)
+        except OSError as error:
+            if error.errno not in HELD:
+                _log.warning("Warning: no lock on %s (%s): see that no other run writes there", path, error.strerror)
+                return
+            time.sleep(BETWEEN_ATTEMPTS)
+        else:
             return
-        raise InputError(
-            expected=f"{path.parent} for this {what} alone",
-            got=_holder(file),
-            do="wait until it has ended, or name another folder",
-        ) from None
+    raise InputError(
+        expected=f"{path.parent} for this {what} alone",
+        got=_holder(file),
+        do="wait until it has ended, or name another folder",
+    )
 
 
 def _introduce(file: int, what: str) -> None:

@@ -282,8 +282,9 @@ def test_a_file_that_was_removed_between_opening_and_locking(tmp_path: Path, mon
         assert (tmp_path / LOCK).stat().st_ino == opened[1]
 
 
-def test_of_many_at_once_never_two_hold_the_lock(tmp_path: Path) -> None:
+def test_of_many_at_once_never_two_hold_the_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """They come and go at once, and each that gets the lock is alone as long as it has it."""
+    monkeypatch.setattr(folder_lock, "ATTEMPTS", 1)  # so that some are refused
     folder, start = tmp_path / "codes", threading.Barrier(6)
     inside: list[int] = []
     most: list[int] = []
@@ -332,3 +333,19 @@ def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
         with refused, only_writer(path, "export"):
             pass
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_who_holds_the_lock_for_a_moment_only_refuses_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as a command that checks its folder before it loads its models."""
+    naps: list[float] = []
+    first = only_writer(tmp_path, "check")
+    first.__enter__()
+
+    def nap(seconds: float) -> None:
+        naps.append(seconds)
+        if len(naps) == 3:
+            first.__exit__(None, None, None)
+
+    monkeypatch.setattr(time, "sleep", nap)
+    with only_writer(tmp_path, "run"):
+        assert len(naps) == 3
