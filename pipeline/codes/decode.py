@@ -71,13 +71,14 @@ def decode_codes(
     n = min(remaining, n if n is not None else SHEET_IMAGES if suffix == ".png" else remaining)
     if n < 1:
         raise ValueError(f"n: expected at least 1 image, got {n}")
-    _check_out(out, start, n, force=force)
     if suffix in (".png", ".npy"):
+        check_output_file(out, force=force)
         _decode(codes, tokenizer_folder, out, start, n, device)
-    else:
-        with only_writer(out, "decoding run"):
-            _check_out(out, start, n, force=force)  # again: another run may have ended meanwhile
-            _decode(codes, tokenizer_folder, out, start, n, device)
+        return n
+    _check_folder_name(out)
+    with only_writer(out, "decoding run"):  # what the folder holds is checked where no other run can change it
+        check_output_folder(out, force=force, written=_files(start, n), earlier=_earlier(out))
+        _decode(codes, tokenizer_folder, out, start, n, device)
     return n
 
 
@@ -100,19 +101,14 @@ def _decode(codes: CodeDataset, tokenizer_folder: Path, out: Path, start: int, n
             _write_folder(images, out, record)
 
 
-def _check_out(out: Path, start: int, n: int, *, force: bool) -> None:
-    """Raise InputError unless `n` images from row `start` on may be written to `out`; nothing is made or removed."""
-    suffix = out.suffix.lower()
-    if suffix in (".png", ".npy"):
-        check_output_file(out, force=force)
-    elif suffix in FILE_SUFFIXES and not os.path.isdir(out):
+def _check_folder_name(out: Path) -> None:
+    """Raise InputError if `out` is not there yet and has the name of a file."""
+    if out.suffix.lower() in FILE_SUFFIXES and not os.path.isdir(out):
         raise InputError(
             expected="a folder, FILE.png or FILE.npy as --out",
             got=f"{out}, which looks like a file of another format",
             do=f"name one of them, such as {out.with_suffix('.png')}",
         )
-    else:
-        check_output_folder(out, force=force, written=_files(start, n), earlier=_earlier(out))
 
 
 def _check_start(codes: CodeDataset, start: int) -> None:

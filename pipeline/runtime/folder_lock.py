@@ -28,7 +28,7 @@ LOCK = ".codegrid.lock"
 MOST_BYTES = 4096  # of the file; a longer one is not ours
 LONGEST_COMMAND = 200  # characters of the command that holds the lock, as the message shows it
 HELD = {errno.EACCES, errno.EAGAIN, errno.EDEADLK}  # what the systems say if another process has the lock
-ATTEMPTS, BETWEEN_ATTEMPTS = 10, 0.02  # seconds; another command may hold the lock for the moment of its own check
+ATTEMPTS, BETWEEN_ATTEMPTS = 4, 0.01  # seconds; another command may hold the lock for the moment of its own check
 _LOCKED_BYTE = 2**20  # on Windows no other process can read a locked byte, so it is one behind the content
 # A link is not followed, so that no other file is written; a named pipe does not wait for its other end.
 _OPEN = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
