@@ -61,3 +61,11 @@ def full_disk_line(act: Callable[[], object]) -> bool:
     assert re.search(r"[0-9,]+ bytes.*No space left on device.*; free ", line), line
     assert "\n" not in line
     return True
+
+
+@pytest.fixture(scope="module", autouse=True)
+def without_waiting_for_the_disk() -> Iterator[None]:
+    """Let the tests of a module that imports this write thousands of files."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda file: None)
+        yield

@@ -1,6 +1,5 @@
 """Decoding a code data set into images: a contact sheet, a PNG each, or one array."""
 
-import os
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass, fields, replace
@@ -17,7 +16,7 @@ from ..images.png_folder import ImageFolder, is_count, read_record, written_coun
 from ..models.inference import decode_codes as decode
 from ..models.loading import load_trained_tokenizer
 from ..runtime.atomic_files import open_atomic, to_json
-from ..runtime.filesystem import FILE_SUFFIXES
+from ..runtime.filesystem import looks_like_file
 from ..runtime.folder_lock import only_writer
 from ..runtime.output_paths import OutputFiles, check_output_file, check_output_folder
 from ..runtime.progress import with_progress
@@ -103,7 +102,7 @@ def _decode(codes: CodeDataset, tokenizer_folder: Path, out: Path, start: int, n
 
 def _check_folder_name(out: Path) -> None:
     """Raise InputError if `out` is not there yet and has the name of a file."""
-    if out.suffix.lower() in FILE_SUFFIXES and not os.path.isdir(out):
+    if looks_like_file(out):
         raise InputError(
             expected="a folder, FILE.png or FILE.npy as --out",
             got=f"{out}, which looks like a file of another format",

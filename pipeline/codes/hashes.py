@@ -1,13 +1,10 @@
 """Comparing files of any size with the SHA-256 that the manifest names."""
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import InputError
-from ..runtime.untrusted_files import regular_size
-
-READ_AT_ONCE = 2**20  # bytes
+from ..runtime.untrusted_files import regular_size, sha256_of
 
 
 @dataclass(frozen=True)
@@ -20,7 +17,8 @@ class HashedFile:
     def problem(self) -> str | None:
         """Return what is wrong with the file, such as "is missing"; None if it has this hash. All of it is read."""
         try:
-            found, size = _hash_and_size(self.path)
+            size = regular_size(self.path)
+            found = sha256_of(self.path)
         except FileNotFoundError:
             return "is missing"
         except OSError as error:
@@ -39,14 +37,3 @@ class HashedFile:
                 got=f"a file that {problem}",
                 do="see what else is damaged with verify-codes, and export the codes again",
             )
-
-
-def _hash_and_size(path: Path) -> tuple[str, int]:
-    """Return the SHA-256 and the size in bytes of a file, which may be larger than the memory."""
-    regular_size(path)
-    digest, size = hashlib.sha256(), 0
-    with open(path, "rb") as file:
-        while chunk := file.read(READ_AT_ONCE):
-            digest.update(chunk)
-            size += len(chunk)
-    return digest.hexdigest(), size

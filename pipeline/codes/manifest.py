@@ -37,7 +37,6 @@ MOST_CHANNELS = 2**8
 MOST_PER_CODE = 2**8  # pixels along each side that a code covers
 LARGEST_MANIFEST = 2**26  # bytes: 512 for each shard, the same for everything else
 # Of a file inside the folder, on every system: Windows has devices with such names everywhere.
-REMEDY = "export the codes again with --force, or into another folder"
 _PLAIN_NAME = re.compile(r"(?!(con|prn|aux|nul|com\d|lpt\d)(\.|$))\w[\w.-]{0,254}", re.ASCII | re.IGNORECASE)
 
 
@@ -119,7 +118,7 @@ def read_manifest(folder: str | Path) -> CodeManifest:
         raise InputError(
             expected=f"the manifest of a code data set in {path}",
             got=got,
-            do=REMEDY,
+            do="export the codes again with --force, or into another folder",
         ) from None
     return manifest
 

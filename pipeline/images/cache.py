@@ -28,14 +28,13 @@ from typing import Any, TypeVar
 from ..errors import InputError
 from ..runtime.progress import Progress
 from ..runtime.sealed_json import CHECKSUM, check_seal, sealed
-from ..runtime.untrusted_files import parse_json, read_regular
+from ..runtime.untrusted_files import parse_json, read_regular, sha256_of
 from .building_folder import kept_alive, new_building_folder
 from .cache_folder import cache_folder, cannot_write, writing_cache
 
 FORMAT = 3  # of an entry and of every key; another number leaves older entries unused (2 had no checksums)
 _INDEX = "index.json"
 _LARGEST_INDEX = 2**33  # bytes
-_CHUNK = 2**20  # bytes read at a time
 _ATTEMPTS = 3  # to put a new entry in its place, where other processes do the same
 _SHOWN_FROM = 2**30  # bytes, whose check takes long enough to show how far it is
 
@@ -150,18 +149,8 @@ def _check_files(folder: Path, files: Mapping[str, StoredFile]) -> None:
     total = sum(file.size for file in files.values())
     with Progress(total, "checking the image cache", "byte", shown=total >= _SHOWN_FROM) as bar:
         for name, file in files.items():
-            if _sha256(folder / name, bar) != file.sha256:
+            if sha256_of(folder / name, bar.update) != file.sha256:
                 raise ValueError(f"the checksum of {name} is another one")
-
-
-def _sha256(path: Path, bar: Progress) -> str:
-    """Return the SHA-256 of a file, and move the bar by its bytes."""
-    digest = hashlib.sha256()
-    with open(path, "rb", buffering=0) as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-            bar.update(len(chunk))
-    return digest.hexdigest()
 
 
 # The index

@@ -61,9 +61,14 @@ def no_folder(path: Path) -> InputError:
     )
 
 
+def looks_like_file(folder: Path) -> bool:
+    """Return whether there is no such folder, and its name ends like that of a file."""
+    return folder.suffix.lower() in FILE_SUFFIXES and not os.path.isdir(folder)
+
+
 def check_folder_name(folder: Path) -> None:
     """Raise InputError if the name of a folder that does not exist looks like that of a file."""
-    if folder.suffix.lower() in FILE_SUFFIXES and not os.path.isdir(folder):
+    if looks_like_file(folder):
         raise InputError(
             expected="a folder as --out",
             got=f"{folder}, which looks like a file",

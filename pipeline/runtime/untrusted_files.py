@@ -3,13 +3,17 @@
 Only regular files are opened: a named pipe would wait for its other end, and a device may have none.
 """
 
+import hashlib
 import json
 import os
 import stat
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
 from ..errors import InputError
+
+READ_AT_ONCE = 2**20  # bytes
 
 
 def read_regular(path: Path, limit: int, *, follow_links: bool = True) -> bytes:
@@ -37,6 +41,24 @@ def regular_size(path: Path, *, follow_links: bool = True) -> int:
     if not stat.S_ISREG(status.st_mode):
         raise ValueError("a folder" if stat.S_ISDIR(status.st_mode) else "no regular file")
     return status.st_size
+
+
+def sha256_of(path: Path, on_read: Callable[[int], object] = lambda size: None) -> str:
+    """Return the SHA-256 of a file of any size, in hexadecimal digits.
+
+    Args:
+        path: of the file, which the caller knows to be a regular one.
+        on_read: is told the bytes of each part that was read.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    digest = hashlib.sha256()
+    with open(path, "rb", buffering=0) as file:
+        while part := file.read(READ_AT_ONCE):
+            digest.update(part)
+            on_read(len(part))
+    return digest.hexdigest()
 
 
 def parse_json(data: bytes) -> Any:

@@ -97,7 +97,7 @@ def _check_files(folder: Path) -> None:
 
 def _check_commit(folder: Path) -> None:
     """Raise InputError for a commit file that no save of a checkpoint wrote: the next save would replace it."""
-    foreign = set(committed(folder)) - {MODEL, CONFIG, TRAINING}
+    foreign = set(committed(folder)) - {*CHECKPOINT}
     if foreign:
         raise InputError(
             expected=f"no {COMMIT} in --out {folder} but that of a checkpoint",

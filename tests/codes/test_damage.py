@@ -1,8 +1,7 @@
 """Each file of a data set, damaged: training, decoding, verifying and resuming name it, or nothing changes."""
 
-import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from pipeline.codes.manifest import read_manifest
 from pipeline.codes.verify import verify_codes
 from pipeline.errors import InputError
 
+from ..disks import without_waiting_for_the_disk  # noqa: F401 (a fixture of this module)
 from ..mutations import DAMAGES
 from ..support import brightness_tokenizer, digest_of, save_tokenizer
 from .code_folders import Rows, read_by_numpy
@@ -39,13 +39,6 @@ class Export:
     tokenizer: Path
     rows: Rows
     images: bytes  # decoded
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _without_waiting_for_the_disk() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "fsync", lambda file: None)
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -467,8 +467,8 @@ def test_a_code_out_of_range_is_reported_when_it_is_read(tmp_path: Path, num_cod
 def hashed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the files that are hashed, as they are."""
     names: list[str] = []
-    hash_and_size = hashes._hash_and_size
-    monkeypatch.setattr(hashes, "_hash_and_size", lambda path: names.append(path.name) or hash_and_size(path))
+    real = hashes.sha256_of
+    monkeypatch.setattr(hashes, "sha256_of", lambda path: names.append(path.name) or real(path))
     return names
 
 

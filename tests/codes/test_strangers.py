@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from pipeline.errors import InputError
 from pipeline.runtime.atomic_files import sha256
 from pipeline.runtime.process_group import ProcessGroup
 
+from ..disks import without_waiting_for_the_disk  # noqa: F401 (a fixture of this module)
 from ..mutations import IRREGULAR, mutated_bytes, mutated_json, watched
 from ..support import digest_of
 from .code_folders import GRID, random_rows, read_by_numpy, request, write_rows
@@ -38,13 +39,6 @@ MOST_MEMORY = 2**24  # bytes; the numbers in the files ask for up to 10^400
 ROWS = random_rows(10)
 CONTROL = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f]")
 posix_only = pytest.mark.skipif(sys.platform == "win32", reason="pipes and links")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _without_waiting_for_the_disk() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "fsync", lambda file: None)
-        yield
 
 
 @pytest.fixture(scope="module")

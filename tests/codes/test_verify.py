@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.codes import hashes
 from pipeline.codes.export import export_codes
 from pipeline.codes.manifest import read_manifest
 from pipeline.codes.tables import add_table
 from pipeline.images.image_set import open_images
+from pipeline.runtime import untrusted_files
 from pipeline.runtime.folder_lock import LOCK
 
 from ..conftest import Codegrid, Trained
@@ -465,7 +465,7 @@ def test_all_problems_are_printed_and_the_first_are_named_in_the_error(intact: P
 
 
 def test_a_file_is_hashed_chunk_by_chunk(intact: Path, codegrid: Codegrid, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hashes, "READ_AT_ONCE", 7)
+    monkeypatch.setattr(untrusted_files, "READ_AT_ONCE", 7)
     assert check(codegrid, intact).status == 0
     size = (intact / "codes-00001.npy").stat().st_size
     flip_a_bit(1)(intact / "codes-00001.npy")
