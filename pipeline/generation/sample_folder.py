@@ -73,7 +73,7 @@ def sample_to_folder(pipeline: ImagePipeline, options: SampleOptions, out: Path,
     with only_run_in(out, SAMPLE, options.n, force=force), _image_folder(out, SAMPLE, record, pipeline) as folder:
         try:
             with _progress(options.n) as bar:
-                for batch in _sampled(pipeline, options, labels, bar):
+                for batch in sample_in_batches(pipeline, options, labels, bar):
                     folder.add(batch.images)
                     batches.append(batch)
         except (KeyboardInterrupt, Terminated):
@@ -147,10 +147,17 @@ def complete_to_folder(
     return out / GRID
 
 
-def _sampled(
+def sample_in_batches(
     pipeline: ImagePipeline, options: SampleOptions, labels: Tensor | None, bar: Progress
 ) -> Iterator[Sampled]:
-    """Yield the samples in batches of AT_ONCE."""
+    """Yield `options.n` samples in batches of AT_ONCE.
+
+    Args:
+        pipeline: to sample from.
+        options: of which `labels` is not looked at.
+        labels: of the samples, int64 [n] in the prior's numbering; None for all classes in turn.
+        bar: counts finished samples, and parts of them.
+    """
     at_once = AT_ONCE[next(pipeline.prior.parameters()).device.type]
     for start in range(0, options.n, at_once):
         count = min(at_once, options.n - start)

@@ -33,7 +33,7 @@ from .tensor_file import Outline, parse_metadata, parse_tensors, read_tensor_fil
 FORMAT_VERSION = 2  # 2: Muon, the encoder without its 3x3 convolution
 MODEL, CONFIG, TRAINING = "model.safetensors", "config.json", "training.safetensors"
 PREVIOUS = "previous"  # subfolder of the save before the last
-TRAIN_COMMAND = {"tokenizer": "train-tokenizer", "prior": "train-prior"}
+TRAIN_COMMAND = {"tokenizer": "train-tokenizer", "prior": "train-prior", "judge": "evaluate --samples"}
 LARGEST_CONFIG = 2**24  # bytes
 ATTEMPTS = 5  # to read config and weights of one save, while a training run replaces both
 
@@ -51,7 +51,7 @@ class DamagedError(InputError):
 class CheckpointInfo:
     """The content of `config.json`."""
 
-    kind: str  # "tokenizer" or "prior"
+    kind: str  # "tokenizer", "prior" or "judge"
     config: dict[str, Any]  # fields of TokenizerConfig or PriorConfig
     step: int  # training steps behind these weights
     class_names: list[str]  # label i is class_names[i]; empty without labels

@@ -1,0 +1,178 @@
+"""Training a judge: a few minutes on a CPU, the same for every set of images; it can be stopped and continued.
+
+A step depends on its number, the seed and the state before it alone, so that a training which was stopped ends with the
+weights of one that was not.
+
+Legend: N images, B in a batch, C channels, H W pixels.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..images.preprocessing import to_float
+from ..models.checkpoint import TrainingState
+from ..models.tensor_file import check_outlines, outlines_of
+from ..runtime.device import autocast, torch_seed
+from ..runtime.interrupts import StopSignal
+from ..runtime.progress import Progress
+from .judge_network import Judge, JudgeConfig
+
+BATCH = 128
+EPOCHS = 6
+FEWEST_IMAGES, MOST_IMAGES = 60_000, 320_000  # that a judge sees in training
+PEAK_RATE, RISE = 0.2, 0.2  # the learning rate rises for this share of the steps, and then falls to 0
+MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4
+LARGEST_SHIFT = 1 / 8  # of a side, by which an image is moved at random
+SAVE_EVERY_SECONDS = 30.0
+
+Save = Callable[[TrainingState], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingImages:
+    """What a judge is trained on."""
+
+    images: np.ndarray  # uint8 [N,C,H,W]
+    labels: np.ndarray  # int64 [N], in [0, num_classes); of no use to an autoencoder
+    num_classes: int  # 0 for an autoencoder
+
+    @property
+    def config(self) -> JudgeConfig:
+        """The configuration of a judge for these images."""
+        channels, height, width = self.images.shape[1:]
+        return JudgeConfig(channels=channels, height=height, width=width, num_classes=self.num_classes)
+
+
+def steps_for(count: int) -> int:
+    """Return the steps of a training on `count` images: EPOCHS of them, within the bounds above."""
+    return -(-min(max(EPOCHS * count, FEWEST_IMAGES), MOST_IMAGES) // BATCH)
+
+
+def train_judge(
+    data: TrainingImages,
+    *,
+    seed: int,
+    device: torch.device,
+    description: str,
+    resume: TrainingState | None = None,
+    save: Save | None = None,
+) -> Judge:
+    """Train a judge on at least one image, with progress on standard error.
+
+    SGD with momentum in mixed precision; every image is moved by up to an eighth of its sides, and never mirrored,
+    which would make another digit or letter of one.
+
+    Args:
+        data: the images.
+        seed: of the first weights, the batches and the shifts.
+        device: to train on.
+        description: what is trained, for the line of progress.
+        resume: what `save` was given last, to continue from there.
+        save: called now and then, and before a signal ends the training, with the state to resume from.
+
+    Returns:
+        The judge, in `eval()` mode.
+
+    Raises:
+        ValueError: `resume` is not the state of such a training.
+        KeyboardInterrupt, SystemExit: Ctrl-C, or another signal to stop.
+    """
+    steps = steps_for(len(data.images))
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(torch_seed(seed))
+        judge = Judge(data.config)
+    judge.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    optimizer = _optimizer(judge)
+    step = 0 if resume is None else _load(resume, judge, optimizer)
+    saved_at = time.monotonic()
+    with Progress(steps, description, "step", batch_size=BATCH) as bar, StopSignal() as stop:
+        bar.start_at(step)
+        while step < steps:
+            images, labels = _batch(data, np.random.default_rng([torch_seed(seed), step]))
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate_at(step, steps)
+            _take_step(judge, optimizer, images.to(device), labels.to(device))
+            step += 1
+            bar.update()
+            due = stop.requested or time.monotonic() - saved_at > SAVE_EVERY_SECONDS
+            if save is not None and due and step < steps:
+                save(_state(judge, optimizer, step))
+                saved_at = time.monotonic()
+            if stop.requested:
+                stop.exit("stopped" if save is None else f"stopped at step {step:,}; the same command continues there")
+    return judge.eval()
+
+
+def learning_rate_at(step: int, steps: int) -> float:
+    """Return the learning rate of a step, counted from 0: a triangle that rises to PEAK_RATE and falls to 0."""
+    done = (step + 1) / (steps + 1)
+    return PEAK_RATE * min(done / RISE, (1 - done) / (1 - RISE))
+
+
+def _take_step(judge: Judge, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor) -> None:
+    """Change the judge by the gradient of the loss on a batch."""
+    judge.train()
+    with autocast(images.device, "auto"):
+        loss = judge.loss(images.contiguous(memory_format=torch.channels_last), labels)
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    optimizer.step()
+
+
+def _batch(data: TrainingImages, random: np.random.Generator) -> tuple[Tensor, Tensor]:
+    """Return images [B,C,H,W] in [0,1], each moved at random, and their labels [B]."""
+    rows = random.integers(len(data.images), size=BATCH)
+    height, width = data.images.shape[2:]
+    down, right = (random.integers(-limit, limit + 1, BATCH) for limit in (_limit(height), _limit(width)))
+    ys, xs = _mirrored(down, height), _mirrored(right, width)
+    every = np.arange(BATCH)[:, None, None, None], np.arange(data.images.shape[1])[:, None, None]
+    moved = np.asarray(data.images[rows])[every[0], every[1], ys[:, None, :, None], xs[:, None, None, :]]
+    return to_float(torch.from_numpy(moved)), torch.from_numpy(data.labels[rows])
+
+
+def _limit(side: int) -> int:
+    return int(side * LARGEST_SHIFT)
+
+
+def _mirrored(shifts: np.ndarray, side: int) -> np.ndarray:
+    """Return which of `side` pixels come where after shifts [B]: [B,side]; beyond an edge they are mirrored."""
+    positions = np.abs(np.arange(side) + shifts[:, None])
+    return np.minimum(positions, 2 * (side - 1) - positions)
+
+
+def _optimizer(judge: nn.Module) -> torch.optim.Optimizer:
+    """Return the optimizer; what has one dimension (biases, batch norms) does not decay."""
+    matrices = [parameter for parameter in judge.parameters() if parameter.ndim > 1]
+    others = [parameter for parameter in judge.parameters() if parameter.ndim <= 1]
+    groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.SGD(groups, lr=PEAK_RATE, momentum=MOMENTUM, nesterov=True)
+
+
+def _state(judge: Judge, optimizer: torch.optim.Optimizer, step: int) -> TrainingState:
+    """Return what a training continues from after `step` steps, at least one."""
+    momentum = {
+        f"momentum/{index}": state["momentum_buffer"] for index, state in optimizer.state_dict()["state"].items()
+    }
+    weights = {f"weights/{name}": tensor for name, tensor in judge.state_dict().items()}
+    return TrainingState(tensors={**weights, **momentum}, values={"step": step})
+
+
+def _load(state: TrainingState, judge: Judge, optimizer: torch.optim.Optimizer) -> int:
+    """Restore what `_state` returned, and return its step. Raise ValueError if it is of another training."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    expected = {f"weights/{name}": tensor for name, tensor in judge.state_dict().items()}
+    expected |= {f"momentum/{index}": parameter for index, parameter in enumerate(parameters)}
+    check_outlines(outlines_of(expected), outlines_of(state.tensors))
+    step = state.values.get("step")
+    if type(step) is not int or step < 1:
+        raise ValueError(f"a training state without a step, but {step!r}")
+    judge.load_state_dict({name: state.tensors[f"weights/{name}"] for name in judge.state_dict()})
+    for index, parameter in enumerate(parameters):
+        momentum = state.tensors[f"momentum/{index}"].to(parameter.device)
+        optimizer.state[parameter]["momentum_buffer"] = torch.empty_like(parameter).copy_(momentum)
+    return step

@@ -1,0 +1,63 @@
+"""The three columns as lines of text, with one that says what each stage costs."""
+
+from .sample_quality import COLUMNS, PictureMetrics
+
+HEADS = ("test images", "reconstructions", "samples")
+WORDS = {
+    "fd": "Frechet distance",
+    "kid": "kernel distance",
+    "mind": "sliced Wasserstein, 3 D SW^2",
+    "precision": "of these, near a training image",
+    "recall": "of the training images, near one of these",
+    "density": "neighbourhoods each is in",
+    "coverage": "of the training images, neighbourhoods met",
+    "class_accuracy": "recognised as its class",
+    "nearest_train": "distance to the nearest training image",
+}
+
+
+def quality_table(metrics: PictureMetrics) -> list[str]:
+    """Return the lines to print."""
+    columns = [getattr(metrics, name).to_json() for name in COLUMNS]
+    names = list(dict.fromkeys(name for column in columns for name in column))
+    rows = [[name, *(_shown(column.get(name)) for column in columns), _words(name)] for name in names]
+    counted = f"{metrics.n:,} of each against {metrics.n:,} training images, seed {metrics.seed}"
+    lines = [f"{counted}; features of {metrics.judge}", *_aligned([["", *HEADS, ""], *rows]), blame(metrics)]
+    if metrics.cas is not None and metrics.cas_real is not None:
+        taught = f"{metrics.cas:.1%} of real test images are recognised after training on the samples"
+        lines.append(f"classification accuracy score: {taught}, {metrics.cas_real:.1%} after as many real images")
+    return lines
+
+
+def blame(metrics: PictureMetrics) -> str:
+    """Return in one line what each stage adds to the Frechet distance of the samples."""
+    floor, reconstructed, sampled = (getattr(metrics, name).own.fd for name in COLUMNS)
+    if sampled < floor:
+        return "the samples are nearer to the training images than real test images are; --nearest shows copies"
+    decoder, prior = reconstructed - floor, sampled - reconstructed
+    worse = "prior" if prior > decoder else "tokenizer"
+    return (
+        f"of the samples' Frechet distance of {sampled:.3g} the floor is {floor:.3g}, the tokenizer adds {decoder:.3g} "
+        f"and the prior {prior:.3g}: the {worse} costs more"
+    )
+
+
+def _words(name: str) -> str:
+    """Return what a number is."""
+    base = name.removesuffix("_inception")
+    words = WORDS[base.removesuffix("_own")]
+    return words if base == name else f"{words} (Inception-v3)"
+
+
+def _shown(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"
+
+
+def _aligned(rows: list[list[str]]) -> list[str]:
+    """Return rows of a table as lines: the first and the last column to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for first, *numbers, last in rows:
+        cells = [first.rjust(widths[0]), *(n.rjust(w) for n, w in zip(numbers, widths[1:], strict=False)), last]
+        lines.append("  ".join(cells).rstrip())
+    return lines

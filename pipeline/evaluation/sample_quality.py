@@ -1,0 +1,210 @@
+"""Which stage is to blame: test images, their reconstructions and samples, each against as many training images.
+
+    test images      the floor: no model can be expected to be nearer to the training images
+    reconstructions  of those test images: what the tokenizer costs
+    samples          of the classes of those test images: what the prior adds
+
+Legend: N pictures of each kind, C channels, H W pixels.
+"""
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from prior import SamplingParameters
+from prior.choosing import AS_TRAINED
+
+from ..errors import InputError
+from ..generation.image_pipeline import ImagePipeline
+from ..generation.sample_folder import SampleOptions, sample_in_batches
+from ..images.image_set import ImageSet
+from ..models.labels import match_labels
+from ..runtime.output_paths import check_output_file
+from ..runtime.progress import Progress
+from .classification_score import accuracy_of_training_on
+from .comparison import Comparison, JudgeKind, Pictures
+from .inception import InceptionWeights
+from .judge import Seen, TrainedJudge, look_at, open_judge
+from .nearest_picture import NearestTraining, save_nearest
+from .picture_numbers import PictureNumbers, distances, picture_numbers
+
+COLUMNS = ("test", "reconstructions", "samples")
+
+
+@dataclass(frozen=True, kw_only=True)
+class QualityOptions:
+    """What to measure about samples."""
+
+    samples: int  # N
+    labels: tuple[str, ...] = ()  # of the samples, in turn; if empty, the classes of the chosen test images
+    seed: int = 0  # of the samples, and of which images are compared
+    parameters: SamplingParameters = field(default=AS_TRAINED)
+    judge: JudgeKind = "auto"
+    cas: bool = False  # whether to measure the classification accuracy score
+    nearest: Path | None = None  # PNG to write, of samples beside the nearest training images
+    inception: Path | None = None  # file of Inception-v3's weights, to measure in its features as well
+    force: bool = False  # whether `nearest` may replace a file
+
+
+@dataclass(frozen=True, kw_only=True)
+class PictureMetrics:
+    """The three columns."""
+
+    n: int  # N, pictures of each kind
+    seed: int
+    judge: str  # whose features are compared, in words
+    judge_accuracy: float | None  # on all real test images; None for an autoencoder
+    test: PictureNumbers
+    reconstructions: PictureNumbers
+    samples: PictureNumbers
+    cas: float | None = None  # accuracy on real test images of a classifier trained on the samples
+    cas_real: float | None = None  # of one trained on as many real images
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the numbers as one object, without those that were not measured."""
+        values = {name: getattr(self, name) for name in ("n", "seed", "judge", "judge_accuracy", "cas", "cas_real")}
+        known = {name: value for name, value in values.items() if value is not None}
+        return known | {name: getattr(self, name).to_json() for name in COLUMNS}
+
+
+class SampleQuality:
+    """The measurement of the samples of one pipeline: prepared first, which refuses what is wrong, and then made.
+
+    Args:
+        pipeline: to sample from.
+        images: of the size that the tokenizer takes.
+        options: what to measure.
+        device: auto, cpu, cuda, cuda:1 or mps; of the judge.
+
+    Raises:
+        InputError: the images do not suffice, an option does not fit them, or a file cannot be used.
+    """
+
+    def __init__(self, pipeline: ImagePipeline, images: ImageSet, options: QualityOptions, device: str) -> None:
+        self.pipeline, self.options, self.device = pipeline, options, device
+        if options.nearest is not None:
+            check_output_file(options.nearest, force=options.force, option="--nearest", suffix=".png")
+        self.inception = None if options.inception is None else InceptionWeights(options.inception)
+        self.comparison = Comparison.of(images, options.samples, options.seed, options.judge)
+        self.labels = self._labels()
+        self.intended = self._intended()
+        if options.cas:
+            self._check_cas()
+
+    def measure(self) -> PictureMetrics:
+        """Train the judge, if it is not in the cache, sample, and measure all three columns."""
+        judge = open_judge(self.comparison.images, self.comparison.class_names, self.device)
+        columns = self._columns()
+        reference = self.comparison.training_images()
+        seen = {name: judge.look(pictures.images, name) for name, pictures in columns.items()}
+        seen_reference = judge.look(reference.images, "training images")
+        numbers = {name: picture_numbers(seen_reference, seen[name], columns[name].labels) for name in COLUMNS}
+        if self.inception is not None:
+            numbers = self._with_inception(numbers, reference, columns)
+        if self.options.nearest is not None:
+            numbers = self._with_nearest(numbers, judge, columns, seen, self.options.nearest)
+        cas, cas_real = self._cas(columns["samples"], reference) if self.options.cas else (None, None)
+        return PictureMetrics(
+            n=self.options.samples,
+            seed=self.options.seed,
+            judge=judge.name,
+            judge_accuracy=judge.accuracy,
+            test=numbers["test"],
+            reconstructions=numbers["reconstructions"],
+            samples=numbers["samples"],
+            cas=cas,
+            cas_real=cas_real,
+        )
+
+    def _columns(self) -> dict[str, Pictures]:
+        """Return the pictures of each column."""
+        test = self.comparison.test_images()
+        reconstructed = Pictures(images=self.pipeline.reconstruct(test.images), labels=test.labels)
+        return {"test": test, "reconstructions": reconstructed, "samples": self._sampled()}
+
+    def _sampled(self) -> Pictures:
+        """Return new images."""
+        options = SampleOptions(n=self.options.samples, seed=self.options.seed, parameters=self.options.parameters)
+        with Progress(options.n, "sampling") as bar:
+            batches = [batch.images for batch in sample_in_batches(self.pipeline, options, self.labels, bar)]
+        return Pictures(images=torch.cat(batches), labels=self.intended)
+
+    def _labels(self) -> Tensor | None:
+        """Return the labels of the samples in the prior's numbering, int64 [N]; None for a prior without classes."""
+        images, rows = self.comparison.images, self.comparison.test_rows
+        if self.options.labels or not self.pipeline.class_names:
+            return self.pipeline.labels_for(self.options.samples, self.options.labels or None)
+        labels = match_labels(images.test.labels[rows], images.class_names, self.pipeline.trained_prior)
+        return torch.from_numpy(labels)
+
+    def _intended(self) -> np.ndarray | None:
+        """Return the class that each sample should show in the judge's numbering; None if it, or the prior, has none.
+
+        Raises:
+            InputError: a class that the judge does not know.
+        """
+        names = self.comparison.class_names
+        if self.labels is None or not names:
+            return None
+        wanted = [self.pipeline.class_names[label] for label in self.labels.tolist()]
+        unknown = sorted(set(wanted) - set(names))
+        if unknown:
+            raise InputError(
+                expected=f"samples of classes that are in {self.comparison.images.source}",
+                got=f"--label {unknown[0]}",
+                do="choose other labels, or use --judge autoencoder",
+            )
+        index = {name: i for i, name in enumerate(names)}
+        return np.array([index[name] for name in wanted], dtype=np.int64)
+
+    def _check_cas(self) -> None:
+        """Raise InputError unless the samples are of two classes or more, so that a classifier can learn from them."""
+        classes = 0 if self.intended is None else len(np.unique(self.intended))
+        if classes < 2:
+            raise InputError(
+                expected="--cas with samples of two classes or more that a classifier can learn from",
+                got="samples of one class" if classes == 1 else "images, a prior or a judge without classes",
+                do="omit --cas, or sample more classes",
+            )
+
+    def _cas(self, samples: Pictures, reference: Pictures) -> tuple[float, float]:
+        """Return the accuracy on real test images after training on samples, and on as many real ones."""
+        num_classes, test = len(self.comparison.class_names), self.comparison.images.test
+        device = next(self.pipeline.tokenizer.parameters()).device
+        on_samples, on_real = (
+            accuracy_of_training_on(pictures, num_classes, test, device, what=what)
+            for pictures, what in ((samples, "samples"), (reference, "as many real images"))
+        )
+        return on_samples, on_real
+
+    def _with_inception(
+        self, numbers: dict[str, PictureNumbers], reference: Pictures, columns: dict[str, Pictures]
+    ) -> dict[str, PictureNumbers]:
+        """Return the numbers with the distances in Inception-v3's features."""
+        assert self.inception is not None
+        real = self.inception.features(reference.images, self.device)
+        return {
+            name: replace(
+                numbers[name], inception=distances(real, self.inception.features(columns[name].images, self.device))
+            )
+            for name in COLUMNS
+        }
+
+    def _with_nearest(
+        self,
+        numbers: dict[str, PictureNumbers],
+        judge: TrainedJudge,
+        columns: dict[str, Pictures],
+        seen: dict[str, Seen],
+        path: Path,
+    ) -> dict[str, PictureNumbers]:
+        """Write the picture of the nearest training images; return the numbers with the distances to them."""
+        train = self.comparison.images.train
+        training = look_at(judge.network, train, "all training images").features
+        found = {name: NearestTraining.of(columns[name].images, seen[name].features, training) for name in COLUMNS}
+        save_nearest(found["samples"], found["test"], train, path)
+        return {name: replace(numbers[name], nearest_train=found[name].median) for name in COLUMNS}
