@@ -11,6 +11,7 @@ Legend: n images, N of a split, C channels, H W pixels, K classes.
 import hashlib
 import json
 import logging
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -89,7 +90,7 @@ class TrainedJudge:
         """
         if images.dtype not in (np.uint8, torch.uint8):
             raise ValueError(f"expected images as uint8, got {images.dtype}")
-        return _look(self.network, lambda start, stop: torch.as_tensor(images[start:stop]), len(images), what)
+        return _look(self.network, lambda start, stop: _tensor(images[start:stop]), len(images), what)
 
 
 def training_images(split: ImageSplit, class_names: tuple[str, ...]) -> TrainingImages:
@@ -114,7 +115,7 @@ def open_judge(images: ImageSet, class_names: tuple[str, ...], device: str = "au
     network = _cached(folder, data)
     if network is None:
         with only_writer(folder, "training of a judge"):
-            network = _cached(folder, data)  # of another process that has just trained it
+            network = _cached(folder, data, warn=True)  # of another process that has just trained it
             if network is None:
                 network = _trained(folder, images, data, class_names, chosen)
     info = read_info(folder, KIND)
@@ -131,7 +132,12 @@ def accuracy_of(predicted: np.ndarray, labels: np.ndarray) -> float:
 
 def look_at(network: Judge, split: ImageSplit, what: str) -> Seen:
     """Return what a judge makes of all images of a split, as `TrainedJudge.look` does."""
-    return _look(network, lambda start, stop: torch.from_numpy(np.asarray(split.images[start:stop])), len(split), what)
+    return _look(network, lambda start, stop: _tensor(split.images[start:stop]), len(split), what)
+
+
+def _tensor(images: np.ndarray | Tensor) -> Tensor:
+    """Return images as a tensor of its own memory; those of a set are mapped from a file, and read-only."""
+    return images if isinstance(images, Tensor) else torch.from_numpy(np.array(images))
 
 
 def _look(network: Judge, load: Callable[[int, int], Tensor], count: int, what: str) -> Seen:
@@ -168,14 +174,15 @@ def _content(split: ImageSplit, *, labelled: bool) -> str:
     return digest.hexdigest()
 
 
-def _cached(folder: Path, data: TrainingImages) -> Judge | None:
-    """Return the judge of the folder; None if there is none, it is not complete, or it is damaged."""
+def _cached(folder: Path, data: TrainingImages, *, warn: bool = False) -> Judge | None:
+    """Return the judge of the folder; None if there is none, it is not complete, or it is damaged: then `warn`."""
     try:
         if not has_checkpoint(folder) or read_info(folder, KIND).step < steps_for(len(data.images)):
             return None
         return _loaded(folder, data)
     except InputError as error:
-        _log.warning("Warning: the judge in %s is damaged and is trained again: %s", folder, error.got)
+        if warn:
+            _log.warning("Warning: the judge in %s is damaged and is trained again: %s", folder, error.got)
         return None
 
 
@@ -220,6 +227,7 @@ def _trained(
         weights = {name.removeprefix("weights/"): t for name, t in state.tensors.items() if name.startswith("weights/")}
         save_checkpoint(folder, _after(info, state.values["step"]), weights, state)
 
+    resume = _stopped(folder, info)
     network = train_judge(data, seed=SEED, device=device, description="training the judge", resume=resume, save=save)
     metrics = {}
     if class_names:
@@ -246,7 +254,9 @@ def _stopped(folder: Path, expected: CheckpointInfo) -> TrainingState | None:
                 return saved.training
     except InputError:
         pass
-    for path in folder.iterdir():
-        if path.name != LOCK and path.is_file():
+    for path in folder.iterdir():  # whatever it is: the folder is of the cache, and of this judge alone
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != LOCK:
             path.unlink()
     return None

@@ -83,8 +83,13 @@ class Judge(nn.Module):
         expected = (self.config.channels, self.config.height, self.config.width)
         if images.ndim != 4 or tuple(images.shape[1:]) != expected:
             raise ValueError(f"expected images [B,{','.join(map(str, expected))}], got {list(images.shape)}")
-        features: Tensor = self.to_features(self.trunk((images - 0.5) / 0.25).mean(dim=(2, 3)))
+        features: Tensor = self.to_features(self.pooled(images))
         return features
+
+    def pooled(self, images: Tensor) -> Tensor:
+        """Return what the features [B,64] are a linear function of: the trunk's mean over positions."""
+        mean: Tensor = self.trunk((images - 0.5) / 0.25).mean(dim=(2, 3))
+        return mean
 
     def loss(self, images: Tensor, labels: Tensor) -> Tensor:
         """Return what training minimises, a scalar in float32.

@@ -28,6 +28,7 @@ FEWEST_IMAGES, MOST_IMAGES = 60_000, 320_000  # that a judge sees in training
 PEAK_RATE, RISE = 0.2, 0.2  # the learning rate rises for this share of the steps, and then falls to 0
 MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4
 LARGEST_SHIFT = 1 / 8  # of a side, by which an image is moved at random
+MOST_MEASURED = 10_000  # training images, for the mean and the variance of a feature
 SAVE_EVERY_SECONDS = 30.0
 
 Save = Callable[[TrainingState], None]
@@ -105,7 +106,9 @@ def train_judge(
                 saved_at = time.monotonic()
             if stop.requested:
                 stop.exit("stopped" if save is None else f"stopped at step {step:,}; the same command continues there")
-    return judge.eval()
+    judge.eval()
+    _standardize(judge, data, device)
+    return judge
 
 
 def learning_rate_at(step: int, steps: int) -> float:
@@ -122,6 +125,23 @@ def _take_step(judge: Judge, optimizer: torch.optim.Optimizer, images: Tensor, l
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     optimizer.step()
+
+
+@torch.no_grad()
+def _standardize(judge: Judge, data: TrainingImages, device: torch.device) -> None:
+    """Give each feature mean 0 and variance 1 over the training images, or MOST_MEASURED of them.
+
+    The batch norm kept moving averages of what single batches had; it computes with what it is given here.
+    """
+    rows = np.linspace(0, len(data.images) - 1, min(len(data.images), MOST_MEASURED)).astype(np.int64)
+    linear, norm = judge.to_features
+    values = []
+    for start in range(0, len(rows), BATCH):
+        images = to_float(torch.from_numpy(np.array(data.images[rows[start : start + BATCH]]))).to(device)
+        values.append(linear(judge.pooled(images)).double().cpu())
+    features = torch.cat(values)
+    norm.running_mean.copy_(features.mean(dim=0))
+    norm.running_var.copy_(features.var(dim=0, correction=0))
 
 
 def _batch(data: TrainingImages, random: np.random.Generator) -> tuple[Tensor, Tensor]:
