@@ -220,8 +220,8 @@ def test_each_feature_has_mean_0_and_variance_1_over_the_training_images(
     )
     assert abs(features.mean(axis=0)).max() < 1e-3
     variances = features.var(axis=0)
-    assert ((abs(variances - 1) < 0.01) | (variances < 0.99)).all()
-    assert (abs(variances - 1) < 0.01).mean() > 0.5  # a feature that is the same for all images stays 0
+    assert variances.max() < 1.01
+    assert (variances > 0.9).mean() > 0.9  # a feature that is nearly the same for all images stays near 0
 
 
 @pytest.mark.parametrize("wrong", [np.zeros((2, 3, 12, 8), np.uint8), np.zeros((2, 3, 8, 12), np.float32)])
