@@ -106,6 +106,15 @@ tokenizer_option = click.option(
     "--tokenizer", type=PathType(), default=TOKENIZER, show_default=True, help="Folder that train-tokenizer wrote."
 )
 json_option = click.option("--json", "json_file", type=PathType(), help="Also write the numbers to this file.")
+replace_evaluation_option = click.option(
+    "--force", is_flag=True, help="Replace the files that --json and --picture name."
+)
+picture_option = click.option(
+    "--picture",
+    "picture_file",
+    type=PathType(),
+    help="Also write this PNG: images, reconstructions and, with --prior, the bits of each code.",
+)
 replace_json_option = click.option("--force", is_flag=True, help="Replace the file that --json names.")
 measured_prior_option = click.option("--prior", type=PathType(), help="Also measure this prior.")
 training_options = options(
@@ -359,21 +368,33 @@ def reconstruct(tokenizer: Path, out: Path, **chosen: Any) -> None:
 @data_options
 @split_option
 @json_option
+@picture_option
 @device_option
-@replace_json_option
-def evaluate(tokenizer: Path, prior: Path | None, json_file: Path | None, force: bool, **chosen: Any) -> None:
-    """Measure reconstruction, codes in use and bits."""
+@replace_evaluation_option
+def evaluate(
+    tokenizer: Path, prior: Path | None, json_file: Path | None, picture_file: Path | None, force: bool, **chosen: Any
+) -> None:
+    """Measure reconstruction, codes in use and bits.
+
+    The bits of a prior are shown beside what simple predictors reach on the same codes.
+    """
     from pipeline.evaluation.evaluate import evaluate as run
+    from pipeline.evaluation.surprise_picture import check_picture_file
+    from pipeline.images.png import png_bytes
     from pipeline.runtime.atomic_files import to_json, write_atomic
     from pipeline.runtime.output_paths import check_output_file
 
     if json_file is not None:
         check_output_file(json_file, force=force, option="--json", suffix=".json")
-    numbers = run(tokenizer, prior, **chosen).to_json()
-    for name, value in numbers.items():
-        say(f"{name:>14}  {value:.6g}" if isinstance(value, float) else f"{name:>14}  {value}")
+    if picture_file is not None:
+        check_picture_file(picture_file, force=force)
+    evaluation = run(tokenizer, prior, with_picture=picture_file is not None, **chosen)
+    say(*evaluation.lines())
     if json_file is not None:
-        write_atomic(json_file, to_json(numbers))
+        write_atomic(json_file, to_json(evaluation.to_json()))
+    if picture_file is not None and evaluation.picture is not None:
+        write_atomic(picture_file, png_bytes(evaluation.picture))
+        say(f"{'picture':>14}  {picture_file}")
 
 
 @cli.command("measure-rate")

@@ -1,32 +1,27 @@
-"""All metrics of a trained model: how it reconstructs, how it uses its codes, and how well a prior predicts them."""
+"""All metrics of a trained model: how it reconstructs, how it uses its codes, and how well a prior predicts them.
+
+Legend: N images, H W grid of codes.
+"""
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 from torch import Tensor
-
-from prior.objective import bits_per_dim
 
 from ..codes.manifest import code_dtype
 from ..errors import InputError
-from ..images.image_set import split_of
+from ..images.image_set import ImageSplit, split_of
 from ..models.labels import match_labels
-from ..models.loading import TrainedPrior, TrainedTokenizer, images_of, load_pair, load_trained_autoencoder
+from ..models.loading import TrainedAutoencoder, TrainedTokenizer, images_of, load_pair, load_trained_autoencoder
 from .codebook_health import CodebookHealth
-from .likelihood import code_batches, measure_prior
+from .evaluation_picture import PriorInput, evaluation_picture
+from .prior_numbers import Likelihood, measure_likelihood, measure_simple_predictors
 from .reconstruction import ReconstructionNumbers, measure_reconstruction
-
-
-@dataclass(frozen=True, kw_only=True)
-class Likelihood:
-    """How well a prior predicts the codes of a split."""
-
-    bits_per_code: float  # mean of -log2 of each code's probability
-    bits_per_dim: float  # the same per value of the image: bits_per_code x H W / (C H' W')
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +34,7 @@ class Evaluation:
     reconstruction: ReconstructionNumbers
     codebook: CodebookHealth | None  # None for a model without codes
     likelihood: Likelihood | None  # None if no prior was measured
+    picture: Image.Image | None = field(default=None, repr=False, compare=False)  # None if none was asked for
 
     def to_json(self) -> dict[str, Any]:
         """Return the numbers as one flat object, without those that were not measured."""
@@ -48,8 +44,19 @@ class Evaluation:
             health = self.codebook
             numbers |= {"codes_used": health.codes_used, "perplexity": health.perplexity, "codebook": health.verdict}
         if self.likelihood is not None:
-            numbers |= asdict(self.likelihood)
+            numbers |= self.likelihood.to_json()
         return numbers
+
+    def lines(self) -> list[str]:
+        """Return the numbers in lines to print: by name, and those of the prior also in words."""
+        likelihood = self.likelihood
+        in_words = {} if likelihood is None else likelihood.to_json().keys() - {"bits_per_code", "bits_per_dim"}
+        named = {name: value for name, value in self.to_json().items() if name not in in_words}
+        lines = [
+            f"{name:>14}  {value:.6g}" if isinstance(value, float) else f"{name:>14}  {value}"
+            for name, value in named.items()
+        ]
+        return lines if likelihood is None else [*lines, *likelihood.lines()]
 
 
 def evaluate(
@@ -60,8 +67,13 @@ def evaluate(
     data_root: str | None = None,
     split: str = "test",
     device: str = "auto",
+    with_picture: bool = False,
 ) -> Evaluation:
     """Measure a tokenizer, and a prior if one is named, on a split of `data` (by default the tokenizer's).
+
+    The simple predictors that the prior is compared with count the codes of the training part of the same images, of
+    MOST_TRAINING_CODES codes at most. With `split="train"` they are measured on codes that they have counted, so they
+    look better than they are, as the prior does if it was trained on them.
 
     Args:
         tokenizer_folder: what train-tokenizer wrote.
@@ -70,6 +82,7 @@ def evaluate(
         data_root: folder of a torchvision set.
         split: "train" or "test".
         device: auto, cpu, cuda, cuda:1 or mps.
+        with_picture: whether to make `Evaluation.picture`, as `surprise_picture` says.
 
     Raises:
         InputError: a checkpoint or the images cannot be used, the prior was trained on another tokenizer's codes, or a
@@ -80,12 +93,23 @@ def evaluate(
     images = images_of(trained.info, data=data, data_root=data_root)
     chosen = split_of(images, split)
     labels = chosen.labels if pair is None else match_labels(chosen.labels, images.class_names, pair[1])
-    codes = _Codes(trained.model.config.num_codes)
+    found = _Collected(trained.model.config.num_codes)
     numbers, health = measure_reconstruction(
-        trained.model, chosen, progress=True, on_codes=None if pair is None else codes.append
+        trained.model,
+        chosen,
+        progress=True,
+        on_codes=None if pair is None else found.append_codes,
+        on_errors=found.append_errors,
     )
     check_finite(asdict(numbers), tokenizer_folder)
-    likelihood = None if pair is None else _measure_likelihood(*pair, codes.all(), labels)
+    likelihood = measured = None
+    if pair is not None:
+        tokenizer, prior = pair
+        measured = PriorInput(prior=prior, codes=found.codes(), labels=labels)
+        simple = measure_simple_predictors(tokenizer, images, split, measured.codes)
+        likelihood = measure_likelihood(tokenizer, prior, measured.codes, labels, simple)
+        check_finite(likelihood.to_json(), prior.folder)
+    title = f"{images.source}: {split} split, {len(chosen):,} image{'' if len(chosen) == 1 else 's'}"
     return Evaluation(
         data=images.source,
         split=split,
@@ -93,6 +117,7 @@ def evaluate(
         reconstruction=numbers,
         codebook=health,
         likelihood=likelihood,
+        picture=_picture(title, trained, chosen, found.errors(), measured) if with_picture else None,
     )
 
 
@@ -112,30 +137,39 @@ def check_finite(numbers: Mapping[str, float], folder: Path) -> None:
             )
 
 
-class _Codes:
-    """Collects the codes of a split, in the smallest type that holds them, so that each image is encoded once."""
+class _Collected:
+    """Collects the codes and the errors of a split, so that each image is encoded and decoded once.
+
+    Codes are kept in the smallest type that holds them.
+    """
 
     def __init__(self, num_codes: int) -> None:
-        self._dtype, self._batches = code_dtype(num_codes), list[np.ndarray]()
+        self._dtype, self._codes, self._errors = code_dtype(num_codes), list[np.ndarray](), list[np.ndarray]()
 
-    def append(self, codes: Tensor) -> None:
+    def append_codes(self, codes: Tensor) -> None:
         """Add the codes int64 [n,H,W] of a batch."""
-        self._batches.append(codes.numpy().astype(self._dtype))
+        self._codes.append(codes.numpy().astype(self._dtype))
 
-    def all(self) -> np.ndarray:
+    def append_errors(self, errors: Tensor) -> None:
+        """Add the squared errors float32 [n] of a batch."""
+        self._errors.append(errors.numpy())
+
+    def codes(self) -> np.ndarray:
         """Return the codes [N,H,W] of all batches in order."""
-        return np.concatenate(self._batches)
+        return np.concatenate(self._codes)
+
+    def errors(self) -> np.ndarray:
+        """Return the squared errors [N] of all batches in order."""
+        return np.concatenate(self._errors)
 
 
-def _measure_likelihood(
-    tokenizer: TrainedTokenizer, prior: TrainedPrior, codes: np.ndarray, labels: np.ndarray
-) -> Likelihood:
-    """Measure the prior on codes [N,H,W] and labels [N], in its numbering, of images of the tokenizer's size.
-
-    Raise InputError if it gives NaN or infinity.
-    """
-    size = tokenizer.info.preprocessing
-    bits = measure_prior(prior.model, code_batches(codes, labels))
-    check_finite({"bits_per_code": bits}, prior.folder)
-    shape = (size["channels"], size["height"], size["width"])
-    return Likelihood(bits_per_code=bits, bits_per_dim=bits_per_dim(bits, tokenizer.grid, shape))
+def _picture(
+    title: str,
+    trained: TrainedAutoencoder | TrainedTokenizer,
+    split: ImageSplit,
+    errors: np.ndarray,
+    measured: PriorInput | None,
+) -> Image.Image:
+    """Return the picture of a split whose images have these sums of squared errors [N]."""
+    nmse = errors / (split.images[0].size * trained.model.config.data_variance)
+    return evaluation_picture(title, trained.model, trained.folder, split, nmse, measured)

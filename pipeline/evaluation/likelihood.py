@@ -1,13 +1,15 @@
-"""How well a prior predicts codes.
+"""How well a prior predicts codes: on average, and each of them.
 
 Legend: n grids in a batch, N in all, H W grid of codes.
 """
 
+import math
 from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from prior import GatedPixelCNN
 from prior.objective import grid_bits
@@ -31,6 +33,28 @@ def measure_prior(prior: GatedPixelCNN, batches: Iterable[tuple[Tensor, Tensor]]
             logits = prior(codes, labels.to(device) if prior.config.num_classes else None)
             bits, count = bits + float(grid_bits(logits, codes).sum()), count + codes.numel()
     return bits / count
+
+
+@torch.no_grad()
+def code_bits(prior: GatedPixelCNN, codes: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Return what each code costs: -log2 of its probability given those before it, float32 [N,H,W], in bits.
+
+    Their mean is what `measure_prior` returns.
+
+    Args:
+        prior: put into `eval()` mode for the duration.
+        codes: [N,H,W] of any integer type.
+        labels: int64 [N] in the prior's numbering; ignored by a prior without classes.
+    """
+    device, bits = next(prior.parameters()).device, np.empty(codes.shape, dtype=np.float32)
+    with evaluating(prior):
+        for start in range(0, len(codes), BATCH):
+            rows = slice(start, start + BATCH)
+            grids = torch.from_numpy(codes[rows].astype(np.int64)).to(device)
+            named = torch.from_numpy(labels[rows]).to(device) if prior.config.num_classes else None
+            nats = F.cross_entropy(prior(grids, named).float(), grids, reduction="none")
+            bits[rows] = (nats / math.log(2)).cpu().numpy()
+    return bits
 
 
 def code_batches(codes: np.ndarray, labels: np.ndarray) -> Iterator[tuple[Tensor, Tensor]]:

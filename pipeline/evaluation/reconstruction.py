@@ -35,6 +35,7 @@ def measure_reconstruction(
     *,
     progress: bool = False,
     on_codes: Callable[[Tensor], None] | None = None,
+    on_errors: Callable[[Tensor], None] | None = None,
 ) -> tuple[ReconstructionNumbers, CodebookHealth | None]:
     """Reconstruct the images of a split, in float32; each is encoded once.
 
@@ -45,6 +46,7 @@ def measure_reconstruction(
         progress: whether to show a progress bar.
         on_codes: called with the codes int64 [n,H,W] of each batch in order, the same codes that export-codes writes;
             never called for a model without codes.
+        on_errors: called with the sum of the squared errors of each image, float32 [n], of each batch in order.
 
     Returns:
         The error, and the health of the codebook, None for a model without codes.
@@ -55,6 +57,8 @@ def measure_reconstruction(
     shown = with_progress(results, len(rows), "evaluating", size=lambda result: len(result[0]), shown=progress)
     for errors, *codes in shown:
         squared_error += float(errors.double().sum())
+        if on_errors is not None:
+            on_errors(errors)
         for batch in codes:
             histogram += torch.bincount(batch.flatten(), minlength=len(histogram))
             if on_codes is not None:

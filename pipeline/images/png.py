@@ -26,9 +26,14 @@ def to_pillow(image: np.ndarray) -> Image.Image:
 
 def save_png(image: Tensor, path: Path) -> None:
     """Write one uint8 image [C,H,W] with 1 or 3 channels as a PNG."""
+    write_atomic(path, png_bytes(to_pillow(image.cpu().numpy())))
+
+
+def png_bytes(picture: Image.Image) -> bytes:
+    """Return a picture as the content of a PNG."""
     buffer = io.BytesIO()
-    to_pillow(image.cpu().numpy()).save(buffer, format="PNG")
-    write_atomic(path, buffer.getvalue())
+    picture.save(buffer, format="PNG")
+    return buffer.getvalue()
 
 
 def save_grid(images: Tensor, path: Path, *, columns: int | None = None) -> None:

@@ -1,6 +1,5 @@
 """Stage two: train a gated PixelCNN on code grids."""
 
-import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -16,6 +15,7 @@ from ..codes.export import export_codes
 from ..codes.made_by import check_made_by
 from ..codes.manifest import MANIFEST, CodeManifest, read_manifest
 from ..errors import InputError
+from ..evaluation.simple_predictors import in_words
 from ..images.holdout import held_out
 from ..models.checkpoint import CONFIG, CheckpointInfo, SavedRun, check_same_tokenizer
 from ..models.labels import all_labelled
@@ -148,10 +148,12 @@ def explanation(stage: PriorStage, codes: CodeDataset, out: Path) -> list[str]:
         held_out=len(codes) - len(stage.train_rows),
         measured=len(stage.held_out_rows),
     )
+    measured = "held-out" if len(stage.train_rows) < len(codes) else "training"
     return [
         f"stage two: a prior over the codes in {codes.location}, into {out}",
         f"{split}; {height}x{width} codes each, {config.num_classes or 'no'} classes",
-        f"bits_per_code is what a code costs given those before it (guessing costs {math.log2(config.num_codes):.2f})",
+        "bits_per_code is what a code costs given those before it",
+        f"simple predictors on the {measured} codes: {in_words(stage.simple_bits)}",
     ]
 
 

@@ -1,0 +1,135 @@
+"""A picture that shows where a prior is surprised, and which images the tokenizer reconstructs best and worst.
+
+    cifar10: test split, 10,000 images
+    bits per code |=========|   legend
+
+    16 images, evenly spaced
+    image            [] [] []
+    reconstruction   [] [] []
+    bits per code    [] [] []   what each code costs given those before it, over the image; only with a prior
+    best                        the same without the bits, by reconstruction error; then median and worst
+
+Legend: n images, N in the split, C channels, H' W' image, H W grid of codes.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from ..errors import InputError
+from ..images.captions import GAP, TITLE, below, beside, text_line, text_width, with_margin
+from ..images.png import to_pillow
+from ..runtime.output_paths import check_output_file
+from .heat_map import heat_map, legend
+
+EVENLY_SPACED = 16  # images of the split
+TILE, LARGEST_TILE = 96, 320  # pixels; smaller images are enlarged to about this, larger ones reduced to at most that
+MOST_COLUMNS, ROW_WIDTH = 8, 1300  # images, pixels
+LEGEND_WIDTH = 480  # pixels
+MARGIN, SPACE = 16, 18  # pixels around the picture, and between its sections
+HEAT = "bits per code"
+ROW_TITLES = ("image", "reconstruction", HEAT)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Section:
+    """Images of one kind, to show under a title."""
+
+    title: str
+    images: np.ndarray  # uint8 [n,C,H',W'] of 1 or 3 channels
+    reconstructions: np.ndarray  # the same
+    errors: np.ndarray  # [n] mean squared error of each image / variance of the training pixels
+    bits: np.ndarray | None = None  # [n,H,W] what each code costs; None to show none
+
+
+def check_picture_file(path: Path, *, force: bool) -> None:
+    """Check that the picture may be written to `path`. Raise InputError if not, or if its name is not that of a PNG."""
+    check_output_file(path, force=force, option="--picture", suffix=".png")
+    if path.suffix.lower() != ".png":
+        raise InputError(expected="a name that ends in .png as --picture", got=str(path), do=f"name {path}.png")
+
+
+def rows_to_show(errors: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield each title and the rows [n] under it: some evenly spaced, then the best, median and worst.
+
+    Args:
+        errors: the reconstruction error [N] of each image of the split; equal ones stay in the order of the rows.
+
+    Of three images or more, none is among two of best, median and worst.
+    """
+    spaced = np.linspace(0, len(errors) - 1, min(EVENLY_SPACED, len(errors))).round().astype(np.int64)
+    yield "1 image" if len(spaced) == 1 else f"{len(spaced)} images, evenly spaced over the split", spaced
+    order = np.argsort(errors, kind="stable")
+    size = max(1, min(MOST_COLUMNS, len(errors) // 3))
+    middle = (len(errors) - size) // 2
+    yield "best by reconstruction error", order[:size]
+    yield "median by reconstruction error", order[middle : middle + size]
+    yield "worst by reconstruction error", order[-size:][::-1]
+
+
+def surprise_picture(title: str, sections: Sequence[Section], guessing: float | None = None) -> Image.Image:
+    """Return the picture, RGB.
+
+    Args:
+        title: the line above all.
+        sections: one below the other; all images are of one size.
+        guessing: the bits of a code if all are equally likely, log2 K; needed where a section has bits.
+
+    Raises:
+        ValueError: an error or a number of bits is NaN or infinite, or the cells of bits do not make up the images.
+    """
+    if not all(np.isfinite(section.errors).all() for section in sections):
+        raise ValueError("expected finite errors, got NaN or infinity")
+    parts, top = [text_line(title, size=TITLE)], guessing or 0.0
+    surprising = [section.bits for section in sections if section.bits is not None]
+    if surprising and guessing is not None:
+        top = max(guessing, 1.0, *(float(bits.max()) for bits in surprising))
+        name = f"guessing {guessing:.2f}"
+        words = f"{HEAT}, over each image: what a code costs given those before it (above, and to its left)"
+        parts.append(legend(words, top, LEGEND_WIDTH, mark=guessing, mark_name=name))
+    return with_margin(below([*parts, *(_drawn(section, top) for section in sections)], SPACE), MARGIN)
+
+
+def _drawn(section: Section, top: float) -> Image.Image:
+    """Return the images of a section with its title, in as many bands as they need."""
+    tiles = [_tiles(section, index, top) for index in range(len(section.images))]
+    columns = max(2, min(MOST_COLUMNS, ROW_WIDTH // (tiles[0].width + GAP)))
+    bands = [tiles[start : start + columns] for start in range(0, len(tiles), columns)]
+    titles = _row_titles(section)
+    return below([text_line(section.title, size=TITLE), *(beside([titles, *band]) for band in bands)], 2 * GAP)
+
+
+def _row_titles(section: Section) -> Image.Image:
+    """Return the words at the left of the rows of tiles."""
+    height, width = _tile(section.images[0]).height, max(text_width(words) for words in ROW_TITLES) + GAP
+    titles = [text_line(words, width) for words in ROW_TITLES[: 2 if section.bits is None else 3]]
+    cells = [Image.new("RGB", (width, height), (255, 255, 255)) for _ in titles]
+    for cell, words in zip(cells, titles, strict=True):
+        cell.paste(words, (0, max(0, (height - words.height) // 2)))
+    return below(cells)
+
+
+def _tiles(section: Section, index: int, top: float) -> Image.Image:
+    """Return an image, its reconstruction and its bits below each other, with the numbers of it."""
+    image = section.images[index]
+    tiles, numbers = [image, section.reconstructions[index]], []
+    if section.bits is not None:
+        tiles.append(heat_map(image, section.bits[index], top))
+        numbers.append(f"{section.bits[index].mean():.2f} bits")
+    numbers.append(f"nmse {section.errors[index]:.3g}")
+    shown = [_tile(tile) for tile in tiles]
+    width = max(TILE, shown[0].width)
+    return below([*shown, below([text_line(words, width) for words in numbers], 0)])
+
+
+def _tile(image: np.ndarray) -> Image.Image:
+    """Return an image uint8 [C,H',W'] in RGB, enlarged or reduced by a whole factor."""
+    picture = to_pillow(image).convert("RGB")
+    side = max(picture.size)
+    if side > LARGEST_TILE:
+        return picture.reduce(-(-side // LARGEST_TILE))
+    times = max(1, round(TILE / side))
+    return picture.resize((picture.width * times, picture.height * times), Image.Resampling.NEAREST)

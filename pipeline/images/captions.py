@@ -1,0 +1,71 @@
+"""Pictures with words: lines of text, and pictures beside and below each other, on white.
+
+The font comes with Pillow, so that a picture is the same on every system; what it has no glyph for is drawn as a box.
+"""
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+from PIL import Image, ImageDraw, ImageFont
+
+from ..errors import printable
+
+WHITE, INK = (255, 255, 255), (40, 40, 40)
+TEXT, TITLE = 14, 19  # font sizes in pixels
+GAP = 4  # white pixels between two pictures
+DOTS = "..."
+
+
+def text_line(words: str, width: int | None = None, *, size: int = TEXT) -> Image.Image:
+    """Return one line of text as an RGB picture as high as any other of this size.
+
+    Args:
+        words: what to write; characters that break a line are escaped.
+        width: of the picture in pixels, the end of longer text left out; by default as wide as the text.
+        size: of the font in pixels.
+    """
+    font, words = _font(size), printable(words)
+    if width is not None and font.getlength(words) > width:
+        while words and font.getlength(words + DOTS) > width:
+            words = words[:-1]
+        words += DOTS
+    line = Image.new("RGB", (width or max(1, round(font.getlength(words)) + 1), round(1.5 * size)), WHITE)
+    ImageDraw.Draw(line).text((0, round(0.1 * size)), words, INK, font)
+    return line
+
+
+def text_width(words: str, *, size: int = TEXT) -> int:
+    """Return how many pixels wide a text is."""
+    return round(_font(size).getlength(printable(words)))
+
+
+def below(pictures: Sequence[Image.Image], gap: int = GAP) -> Image.Image:
+    """Return RGB pictures below each other, at the left."""
+    width, height = max(one.width for one in pictures), sum(one.height + gap for one in pictures) - gap
+    sheet, top = Image.new("RGB", (width, height), WHITE), 0
+    for one in pictures:
+        sheet.paste(one, (0, top))
+        top += one.height + gap
+    return sheet
+
+
+def beside(pictures: Sequence[Image.Image], gap: int = GAP) -> Image.Image:
+    """Return RGB pictures beside each other, at the top."""
+    width, height = sum(one.width + gap for one in pictures) - gap, max(one.height for one in pictures)
+    sheet, left = Image.new("RGB", (width, height), WHITE), 0
+    for one in pictures:
+        sheet.paste(one, (left, 0))
+        left += one.width + gap
+    return sheet
+
+
+def with_margin(picture: Image.Image, margin: int) -> Image.Image:
+    """Return a picture with `margin` white pixels around it."""
+    sheet = Image.new("RGB", (picture.width + 2 * margin, picture.height + 2 * margin), WHITE)
+    sheet.paste(picture, (margin, margin))
+    return sheet
+
+
+@lru_cache
+def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    return ImageFont.load_default(size)
