@@ -1,36 +1,37 @@
-"""Is the model copying? Samples beside the training images nearest to them, and test images beside theirs.
+"""Is the model copying? Samples above the training images nearest to them, and test images above theirs.
 
-A sample that copies is as good as its training image in the picture, and far nearer to it than any test image is to
-one.
+A sample that is a copy looks like the training image below it, and is far nearer to it than test images are to theirs.
 
 Legend: n pictures, N training images, D dimensions of a feature, C channels, H W pixels.
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
+from ..images.captions import TITLE, below, text_line, with_margin
 from ..images.image_set import ImageSplit
-from ..images.png import above_and_below, enlarge, save_png, tile
+from ..images.png import above_and_below, enlarge, tile, to_pillow
 from .neighbours import nearest
 
-SHOWN = 16  # pictures of each kind: those that are nearest to a training image
+SHOWN, COLUMNS = 16, 8  # pictures of each kind: those that are nearest to a training image
+MARGIN, SPACE = 16, 18  # pixels around the picture, and between its two parts
 
 
 @dataclass(frozen=True, kw_only=True)
 class NearestTraining:
-    """Pictures, and the training image nearest to each."""
+    """Pictures, and the training image nearest to each in the judge's features."""
 
     images: Tensor  # uint8 [n,C,H,W], the pictures
     rows: np.ndarray  # int64 [n], of the training images
-    distances: np.ndarray  # [n], in the judge's features
+    distances: np.ndarray  # [n]
 
     @classmethod
     def of(cls, images: Tensor, features: np.ndarray, training_features: np.ndarray) -> "NearestTraining":
-        """Find the training images [N,D] that are nearest to pictures [n,D]."""
+        """Find the training image, of [N,D] features, that is nearest to each picture, of [n,D]."""
         found = nearest(features, training_features)
         return cls(images=images, rows=found.rows, distances=found.distances)
 
@@ -40,16 +41,20 @@ class NearestTraining:
         return float(np.median(self.distances))
 
 
-def save_nearest(samples: NearestTraining, test: NearestTraining, train: ImageSplit, path: Path) -> None:
-    """Write the SHOWN samples that are nearest to a training image, above those images, and test images likewise."""
-    save_png(torch.cat([_rows(samples, train), _rows(test, train)], dim=1), path)
+def nearest_picture(samples: NearestTraining, test: NearestTraining, train: ImageSplit) -> Image.Image:
+    """Return a picture, RGB, of the SHOWN samples and the SHOWN test images that are nearest to a training image."""
+    parts = [_part("samples", samples, train), _part("test images", test, train)]
+    return with_margin(below(parts, SPACE), MARGIN)
 
 
-def _rows(found: NearestTraining, train: ImageSplit) -> Tensor:
-    """Return the pictures nearest to a training image above those: uint8 [C,H',W']."""
+def _part(name: str, found: NearestTraining, train: ImageSplit) -> Image.Image:
+    """Return the pictures nearest to a training image above those, with a title."""
     chosen = np.argsort(found.distances, kind="stable")[:SHOWN]
-    nearest_images = torch.from_numpy(np.asarray(train.images[found.rows[chosen]]))
-    columns = min(8, len(chosen))
-    return enlarge(
-        tile(above_and_below(found.images[chosen], nearest_images, columns), columns), train.images.shape[-1]
-    )
+    below_them = torch.from_numpy(np.array(train.images[found.rows[chosen]]))
+    columns = min(COLUMNS, len(chosen))
+    sheet = tile(above_and_below(found.images[torch.from_numpy(chosen)], below_them, columns), columns)
+    picture = to_pillow(enlarge(sheet, train.images.shape[-1]).numpy()).convert("RGB")
+    title = f"the {len(chosen)} of {len(found.rows):,} {name} nearest to a training image, each above that image"
+    closest, farthest = found.distances[chosen[[0, -1]]]
+    words = f"distances {closest:.2f} to {farthest:.2f}, the median of all {name} {found.median:.2f}"
+    return below([text_line(title, size=TITLE), text_line(words), picture])

@@ -1,9 +1,8 @@
 """The three columns as lines of text, with one that says what each stage costs."""
 
-from .sample_quality import COLUMNS, PictureMetrics
+from .sample_quality import COLUMNS, WORDS, PictureMetrics
 
-HEADS = ("test images", "reconstructions", "samples")
-WORDS = {
+MEANINGS = {
     "fd": "Frechet distance",
     "kid": "kernel distance",
     "mind": "sliced Wasserstein, 3 D SW^2",
@@ -22,7 +21,7 @@ def quality_table(metrics: PictureMetrics) -> list[str]:
     names = list(dict.fromkeys(name for column in columns for name in column))
     rows = [[name, *(_shown(column.get(name)) for column in columns), _words(name)] for name in names]
     counted = f"{metrics.n:,} of each against {metrics.n:,} training images, seed {metrics.seed}"
-    lines = [f"{counted}; features of {metrics.judge}", *_aligned([["", *HEADS, ""], *rows]), blame(metrics)]
+    lines = [f"{counted}; features of {metrics.judge}", *_aligned([["", *WORDS.values(), ""], *rows]), blame(metrics)]
     if metrics.cas is not None and metrics.cas_real is not None:
         taught = f"{metrics.cas:.1%} of real test images are recognised after training on the samples"
         lines.append(f"classification accuracy score: {taught}, {metrics.cas_real:.1%} after as many real images")
@@ -45,7 +44,7 @@ def blame(metrics: PictureMetrics) -> str:
 def _words(name: str) -> str:
     """Return what a number is."""
     base = name.removesuffix("_inception")
-    words = WORDS[base.removesuffix("_own")]
+    words = MEANINGS[base.removesuffix("_own")]
     return words if base == name else f"{words} (Inception-v3)"
 
 

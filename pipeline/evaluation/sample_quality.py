@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from prior import SamplingParameters
@@ -23,16 +24,16 @@ from ..generation.image_pipeline import ImagePipeline
 from ..generation.sample_folder import SampleOptions, sample_in_batches
 from ..images.image_set import ImageSet
 from ..models.labels import match_labels
-from ..runtime.output_paths import check_output_file
 from ..runtime.progress import Progress
 from .classification_score import accuracy_of_training_on
 from .comparison import Comparison, JudgeKind, Pictures
-from .inception import InceptionWeights
+from .inception import inception_features, load_inception
 from .judge import Seen, TrainedJudge, look_at, open_judge
-from .nearest_picture import NearestTraining, save_nearest
+from .nearest_picture import NearestTraining, nearest_picture
 from .picture_numbers import PictureNumbers, distances, picture_numbers
 
-COLUMNS = ("test", "reconstructions", "samples")
+WORDS = {"test": "test images", "reconstructions": "reconstructions", "samples": "samples"}
+COLUMNS = tuple(WORDS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,9 +46,8 @@ class QualityOptions:
     parameters: SamplingParameters = field(default=AS_TRAINED)
     judge: JudgeKind = "auto"
     cas: bool = False  # whether to measure the classification accuracy score
-    nearest: Path | None = None  # PNG to write, of samples beside the nearest training images
+    nearest: bool = False  # whether to find the nearest training images, and make a picture of them
     inception: Path | None = None  # file of Inception-v3's weights, to measure in its features as well
-    force: bool = False  # whether `nearest` may replace a file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +63,7 @@ class PictureMetrics:
     samples: PictureNumbers
     cas: float | None = None  # accuracy on real test images of a classifier trained on the samples
     cas_real: float | None = None  # of one trained on as many real images
+    nearest: Image.Image | None = field(default=None, repr=False, compare=False)  # None if none was asked for
 
     def to_json(self) -> dict[str, Any]:
         """Return the numbers as one object, without those that were not measured."""
@@ -86,9 +87,7 @@ class SampleQuality:
 
     def __init__(self, pipeline: ImagePipeline, images: ImageSet, options: QualityOptions, device: str) -> None:
         self.pipeline, self.options, self.device = pipeline, options, device
-        if options.nearest is not None:
-            check_output_file(options.nearest, force=options.force, option="--nearest", suffix=".png")
-        self.inception = None if options.inception is None else InceptionWeights(options.inception)
+        self.inception = None if options.inception is None else load_inception(options.inception)
         self.comparison = Comparison.of(images, options.samples, options.seed, options.judge)
         self.labels = self._labels()
         self.intended = self._intended()
@@ -100,13 +99,16 @@ class SampleQuality:
         judge = open_judge(self.comparison.images, self.comparison.class_names, self.device)
         columns = self._columns()
         reference = self.comparison.training_images()
-        seen = {name: judge.look(pictures.images, name) for name, pictures in columns.items()}
+        seen = {name: judge.look(pictures.images, WORDS[name]) for name, pictures in columns.items()}
         seen_reference = judge.look(reference.images, "training images")
         numbers = {name: picture_numbers(seen_reference, seen[name], columns[name].labels) for name in COLUMNS}
         if self.inception is not None:
             numbers = self._with_inception(numbers, reference, columns)
-        if self.options.nearest is not None:
-            numbers = self._with_nearest(numbers, judge, columns, seen, self.options.nearest)
+        picture = None
+        if self.options.nearest:
+            nearest = self._nearest(judge, columns, seen)
+            numbers = {name: replace(numbers[name], nearest_train=nearest[name].median) for name in COLUMNS}
+            picture = nearest_picture(nearest["samples"], nearest["test"], self.comparison.images.train)
         cas, cas_real = self._cas(columns["samples"], reference) if self.options.cas else (None, None)
         return PictureMetrics(
             n=self.options.samples,
@@ -118,6 +120,7 @@ class SampleQuality:
             samples=numbers["samples"],
             cas=cas,
             cas_real=cas_real,
+            nearest=picture,
         )
 
     def _columns(self) -> dict[str, Pictures]:
@@ -185,26 +188,22 @@ class SampleQuality:
         self, numbers: dict[str, PictureNumbers], reference: Pictures, columns: dict[str, Pictures]
     ) -> dict[str, PictureNumbers]:
         """Return the numbers with the distances in Inception-v3's features."""
-        assert self.inception is not None
-        real = self.inception.features(reference.images, self.device)
+        real = self._inception_features(reference, "training images")
         return {
             name: replace(
-                numbers[name], inception=distances(real, self.inception.features(columns[name].images, self.device))
+                numbers[name], inception=distances(real, self._inception_features(columns[name], WORDS[name]))
             )
             for name in COLUMNS
         }
 
-    def _with_nearest(
-        self,
-        numbers: dict[str, PictureNumbers],
-        judge: TrainedJudge,
-        columns: dict[str, Pictures],
-        seen: dict[str, Seen],
-        path: Path,
-    ) -> dict[str, PictureNumbers]:
-        """Write the picture of the nearest training images; return the numbers with the distances to them."""
-        train = self.comparison.images.train
-        training = look_at(judge.network, train, "all training images").features
-        found = {name: NearestTraining.of(columns[name].images, seen[name].features, training) for name in COLUMNS}
-        save_nearest(found["samples"], found["test"], train, path)
-        return {name: replace(numbers[name], nearest_train=found[name].median) for name in COLUMNS}
+    def _inception_features(self, pictures: Pictures, what: str) -> np.ndarray:
+        assert self.inception is not None
+        images = pictures.images
+        return inception_features(self.inception, lambda start, stop: images[start:stop], len(images), what)
+
+    def _nearest(
+        self, judge: TrainedJudge, columns: dict[str, Pictures], seen: dict[str, Seen]
+    ) -> dict[str, NearestTraining]:
+        """Return the pictures of each column with the training images nearest to them, of all there are."""
+        training = look_at(judge.network, self.comparison.images.train, "all training images").features
+        return {name: NearestTraining.of(columns[name].images, seen[name].features, training) for name in COLUMNS}
