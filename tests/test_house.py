@@ -27,7 +27,10 @@ ROOMS = (  # of pipeline/, each of which may import those before it
 )
 WITHOUT_MODELS = {"errors", "runtime", "images"}  # which import neither stage
 LIBRARIES = {"torch", "torchvision", "einops", "numpy", "PIL", "safetensors", "tqdm", "platformdirs"}
-EXTRAS = {"pipeline.codes.tables": {"pyarrow"}}  # codegrid[parquet]
+EXTRAS = {  # codegrid[parquet], codegrid[fidelity]
+    "pipeline.codes.tables": {"pyarrow"},
+    "pipeline.evaluation.inception": {"torch_fidelity"},
+}
 TOP_LEVEL = {
     *("tokenizer", "prior", "pipeline", "cli.py", "codegrid.py", "checkpoints", "docs", "tests", "setup.cfg"),
     *("README.md", "LICENSE", "CHANGELOG.md", "pyproject.toml", "Makefile", "benchmarks", ".ci", ".gitignore"),
@@ -152,11 +155,13 @@ def test_nothing_reads_or_writes_a_pickle(path: Path) -> None:
 
 
 def test_what_is_imported_is_declared() -> None:
-    """PIL is the module of pillow; all others are named as their distribution."""
+    """PIL is the module of pillow; all others are named as their distribution, with _ in place of -."""
     setup = configparser.ConfigParser()
     setup.read(ROOT / "setup.cfg")
-    lines = [*setup["options"]["install_requires"].split(), *setup["options.extras_require"]["parquet"].split()]
-    declared = {line.partition(">")[0].replace("pillow", "PIL") for line in lines}
+    lines = setup["options"]["install_requires"].split()
+    for extra in ("parquet", "fidelity"):
+        lines += setup["options.extras_require"][extra].split()
+    declared = {line.partition(">")[0].replace("pillow", "PIL").replace("-", "_") for line in lines}
     found = set().union(*(top(imports_of_file(path)) for path in SOURCES))
     assert found - sys.stdlib_module_names - {*PACKAGES, *MODULES} == declared
 
