@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
+from click.core import ParameterSource
 from click.shell_completion import shell_complete
 
 from pipeline import __version__
@@ -21,6 +22,7 @@ from pipeline.training.recipes import MOST_CODES, PriorSettings, TokenizerSettin
 from pipeline.training.settings import LARGEST_BATCH
 
 if TYPE_CHECKING:
+    from pipeline.evaluation.sample_quality import QualityOptions
     from pipeline.models.checkpoint import CheckpointInfo
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -107,12 +109,12 @@ tokenizer_option = click.option(
 )
 json_option = click.option("--json", "json_file", type=PathType(), help="Also write the numbers to this file.")
 replace_evaluation_option = click.option(
-    "--force", is_flag=True, help="Replace the files that --json and --picture name."
+    "--force", is_flag=True, help="Replace the files that --json, --picture and --nearest name."
 )
 picture_option = click.option(
     "--picture",
-    "picture_file",
     type=PathType(),
+    metavar="FILE.png",
     help="Also write this PNG: images, reconstructions and, with --prior, the bits of each code.",
 )
 replace_json_option = click.option("--force", is_flag=True, help="Replace the file that --json names.")
@@ -135,19 +137,53 @@ training_options = options(
     click.option("--resume", is_flag=True, help="Continue the run in --out, if there is one."),
     force_option,
 )
-sampling_options = options(
+choice_options = options(
     click.option(
         "--label", "labels", multiple=True, metavar="NAME|INDEX", help="Class to sample; repeatable, in turn."
     ),
     click.option("--temperature", type=FiniteRange(min=0), default=1.0, show_default=True, help="0 is greedy."),
     click.option("--top-k", type=click.IntRange(min=1), help="Keep the k most likely codes."),
     click.option("--top-p", type=FiniteRange(0, 1, min_open=True), help="Keep codes up to this probability."),
-    click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True),
+    click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the samples."),
+)
+sampling_options = options(
+    choice_options,
     tokenizer_option,
     click.option("--prior", type=PathType(), default=PRIOR, show_default=True, help="Folder that train-prior wrote."),
     device_option,
     force_option,
 )
+quality_options = options(
+    click.option(
+        "--samples",
+        type=click.IntRange(1, MOST_IMAGES),
+        metavar="N",
+        help="Also measure N samples of the prior, beside N test images and their reconstructions.",
+    ),
+    click.option(
+        "--cas", is_flag=True, help="With --samples: also train a classifier on them, and on as many real images."
+    ),
+    click.option(
+        "--nearest",
+        type=PathType(),
+        metavar="FILE.png",
+        help="With --samples: also write the samples nearest to a training image, above it.",
+    ),
+    click.option(
+        "--judge",
+        type=click.Choice(["auto", "classifier", "autoencoder"]),
+        default="auto",
+        show_default=True,
+        help="With --samples: whose features; auto is a classifier where there are classes.",
+    ),
+    click.option(
+        "--inception",
+        type=PathType(),
+        metavar="FILE.pth",
+        help="With --samples: also measure in features of Inception-v3, with these weights.",
+    ),
+)
+OF_SAMPLES = ("labels", "temperature", "top_k", "top_p", "seed", "cas", "nearest", "judge", "inception")
 
 
 @click.group(
@@ -367,34 +403,52 @@ def reconstruct(tokenizer: Path, out: Path, **chosen: Any) -> None:
 @measured_prior_option
 @data_options
 @split_option
+@quality_options
+@choice_options
 @json_option
 @picture_option
 @device_option
 @replace_evaluation_option
+@click.pass_context
 def evaluate(
-    tokenizer: Path, prior: Path | None, json_file: Path | None, picture_file: Path | None, force: bool, **chosen: Any
+    ctx: click.Context,
+    tokenizer: Path,
+    prior: Path | None,
+    samples: int | None,
+    json_file: Path | None,
+    picture: Path | None,
+    force: bool,
+    **chosen: Any,
 ) -> None:
-    """Measure reconstruction, codes in use and bits.
+    """Measure reconstruction, codes in use, bits and, with --samples, the pictures that a prior makes.
 
-    The bits of a prior are shown beside what simple predictors reach on the same codes.
+    The bits of a prior are shown beside what simple predictors reach on the same codes. Samples are shown beside test
+    images and their reconstructions, each compared with as many training images, by a judge that is trained once on the
+    training part: so one sees which stage to blame. docs/metrics.md says what the numbers mean.
     """
+    check_given_with_samples(ctx, samples, prior)
     from pipeline.evaluation.evaluate import evaluate as run
-    from pipeline.evaluation.surprise_picture import check_picture_file
-    from pipeline.images.png import png_bytes
+    from pipeline.images.png import check_png, png_bytes
     from pipeline.runtime.atomic_files import to_json, write_atomic
     from pipeline.runtime.output_paths import check_output_file
 
     if json_file is not None:
         check_output_file(json_file, force=force, option="--json", suffix=".json")
-    if picture_file is not None:
-        check_picture_file(picture_file, force=force)
-    evaluation = run(tokenizer, prior, with_picture=picture_file is not None, **chosen)
+    pictures = {"picture": picture, "nearest": chosen["nearest"]}
+    for name, path in pictures.items():
+        if path is not None:
+            check_png(path, force=force, option=f"--{name}")
+    of_samples = {name: chosen.pop(name) for name in OF_SAMPLES}
+    quality = None if samples is None else quality_of(samples, **of_samples)
+    evaluation = run(tokenizer, prior, with_picture=picture is not None, quality=quality, **chosen)
     say(*evaluation.lines())
     if json_file is not None:
         write_atomic(json_file, to_json(evaluation.to_json()))
-    if picture_file is not None and evaluation.picture is not None:
-        write_atomic(picture_file, png_bytes(evaluation.picture))
-        say(f"{'picture':>14}  {picture_file}")
+    for name, path in pictures.items():
+        made = evaluation.pictures.get(name)
+        if path is not None and made is not None:
+            write_atomic(path, png_bytes(made))
+            say(f"{name:>14}  {path}")
 
 
 @cli.command("measure-rate")
@@ -428,6 +482,27 @@ def measure_rate(tokenizer: Path, prior: Path | None, json_file: Path | None, fo
     say(*(f"note: {warning}" for warning in rate.warnings))
     if json_file is not None:
         write_atomic(json_file, to_json(rate.to_json()))
+
+
+def check_given_with_samples(ctx: click.Context, samples: int | None, prior: Path | None) -> None:
+    """Raise UsageError for an option that would do nothing without --samples, and for --samples without --prior."""
+    given = [name for name in OF_SAMPLES if ctx.get_parameter_source(name) == ParameterSource.COMMANDLINE]
+    if samples is None and given:
+        option = "--" + given[0].removesuffix("s" if given[0] == "labels" else "").replace("_", "-")
+        raise click.UsageError(f"expected --samples N with {option}, got none; add it", ctx)
+    if samples is not None and prior is None:
+        raise click.UsageError("expected --prior DIR with --samples, got none; name the prior to sample from", ctx)
+
+
+def quality_of(samples: int, **chosen: Any) -> "QualityOptions":
+    """Return what to measure about samples, as the command line of `evaluate` says."""
+    from pipeline.evaluation.sample_quality import QualityOptions
+    from prior import SamplingParameters
+
+    parameters = SamplingParameters(**{name: chosen.pop(name) for name in ("temperature", "top_k", "top_p")})
+    return QualityOptions(
+        samples=samples, parameters=parameters, **{**chosen, "nearest": chosen["nearest"] is not None}
+    )
 
 
 def done_line(info: "CheckpointInfo") -> str:

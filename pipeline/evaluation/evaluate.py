@@ -15,13 +15,16 @@ from torch import Tensor
 
 from ..codes.manifest import code_dtype
 from ..errors import InputError
+from ..generation.image_pipeline import ImagePipeline
 from ..images.image_set import ImageSplit, split_of
 from ..models.labels import match_labels
 from ..models.loading import TrainedAutoencoder, TrainedTokenizer, images_of, load_pair, load_trained_autoencoder
 from .codebook_health import CodebookHealth
 from .evaluation_picture import PriorInput, evaluation_picture
 from .prior_numbers import Likelihood, measure_likelihood, measure_simple_predictors
+from .quality_table import quality_table
 from .reconstruction import ReconstructionNumbers, measure_reconstruction
+from .sample_quality import PictureMetrics, QualityOptions, SampleQuality
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +38,7 @@ class Evaluation:
     codebook: CodebookHealth | None  # None for a model without codes
     likelihood: Likelihood | None  # None if no prior was measured
     picture: Image.Image | None = field(default=None, repr=False, compare=False)  # None if none was asked for
+    quality: PictureMetrics | None = None  # None if no samples were measured
 
     def to_json(self) -> dict[str, Any]:
         """Return the numbers as one flat object, without those that were not measured."""
@@ -45,18 +49,27 @@ class Evaluation:
             numbers |= {"codes_used": health.codes_used, "perplexity": health.perplexity, "codebook": health.verdict}
         if self.likelihood is not None:
             numbers |= self.likelihood.to_json()
+        if self.quality is not None:
+            numbers["picture_metrics"] = self.quality.to_json()
         return numbers
 
+    @property
+    def pictures(self) -> dict[str, Image.Image | None]:
+        """The pictures, by the name of the option that asks for them."""
+        return {"picture": self.picture, "nearest": None if self.quality is None else self.quality.nearest}
+
     def lines(self) -> list[str]:
-        """Return the numbers in lines to print: by name, and those of the prior also in words."""
+        """Return the numbers in lines to print: by name, of the prior also in words, of samples in a table."""
         likelihood = self.likelihood
-        in_words = {} if likelihood is None else likelihood.to_json().keys() - {"bits_per_code", "bits_per_dim"}
+        in_words = set() if likelihood is None else likelihood.to_json().keys() - {"bits_per_code", "bits_per_dim"}
+        in_words.add("picture_metrics")
         named = {name: value for name, value in self.to_json().items() if name not in in_words}
         lines = [
             f"{name:>14}  {value:.6g}" if isinstance(value, float) else f"{name:>14}  {value}"
             for name, value in named.items()
         ]
-        return lines if likelihood is None else [*lines, *likelihood.lines()]
+        lines += [] if likelihood is None else likelihood.lines()
+        return lines if self.quality is None else [*lines, "", *quality_table(self.quality)]
 
 
 def evaluate(
@@ -68,6 +81,7 @@ def evaluate(
     split: str = "test",
     device: str = "auto",
     with_picture: bool = False,
+    quality: QualityOptions | None = None,
 ) -> Evaluation:
     """Measure a tokenizer, and a prior if one is named, on a split of `data` (by default the tokenizer's).
 
@@ -83,16 +97,26 @@ def evaluate(
         split: "train" or "test".
         device: auto, cpu, cuda, cuda:1 or mps.
         with_picture: whether to make `Evaluation.picture`, as `surprise_picture` says.
+        quality: what to measure about samples of the prior, on the test split; None for nothing.
 
     Raises:
-        InputError: a checkpoint or the images cannot be used, the prior was trained on another tokenizer's codes, or a
-            number is NaN or infinite.
+        InputError: a checkpoint or the images cannot be used, the prior was trained on another tokenizer's codes, a
+            number is NaN or infinite, or what `quality` asks for cannot be measured.
     """
     pair = None if prior_folder is None else load_pair(tokenizer_folder, prior_folder, device)
     trained = load_trained_autoencoder(tokenizer_folder, device) if pair is None else pair[0]
     images = images_of(trained.info, data=data, data_root=data_root)
     chosen = split_of(images, split)
     labels = chosen.labels if pair is None else match_labels(chosen.labels, images.class_names, pair[1])
+    samples = None
+    if quality is not None:
+        if pair is None or split != "test":
+            raise InputError(
+                expected="a prior and the test split, to compare its samples with the test images",
+                got="no prior" if pair is None else f"the {split} split",
+                do="name the prior with --prior" if pair is None else "omit --split",
+            )
+        samples = SampleQuality(ImagePipeline(*pair), images, quality, device)  # refuses before anything is measured
     found = _Collected(trained.model.config.num_codes)
     numbers, health = measure_reconstruction(
         trained.model,
@@ -118,6 +142,7 @@ def evaluate(
         codebook=health,
         likelihood=likelihood,
         picture=_picture(title, trained, chosen, found.errors(), measured) if with_picture else None,
+        quality=None if samples is None else samples.measure(),
     )
 
 

@@ -18,7 +18,6 @@ from einops import repeat
 from torch import Tensor, nn
 
 from ..errors import InputError
-from ..runtime.device import choose_device
 from ..runtime.progress import with_progress
 from ..runtime.untrusted_files import read_regular, unreadable
 
@@ -31,7 +30,7 @@ BATCH = 32  # images of 299 x 299 at a time; their activations take about 0.5 GB
 
 
 def inception_features(
-    images: Callable[[int, int], Tensor], count: int, weights: Path, *, device: str = "auto"
+    network: nn.Module, images: Callable[[int, int], Tensor], count: int, what: str = "images"
 ) -> np.ndarray:
     """Return the Inception features of images 0 .. count - 1, float32 [N,2048], with a progress bar.
 
@@ -39,21 +38,18 @@ def inception_features(
     depends on the batch and the device by rounding alone.
 
     Args:
+        network: of `load_inception`, on any device.
         images: (start, stop) -> uint8 images [stop - start,C,H,W], C = 1 or 3.
         count: N.
-        weights: as for `load_inception`.
-        device: auto, cpu, cuda, cuda:1 or mps.
+        what: they are, for the line of progress.
 
     Raises:
-        InputError: as `load_inception`, or there is no such device.
         ValueError: the images are not such images.
     """
-    target = choose_device(device)
-    network = load_inception(weights).to(target)
-    batches = _batches(network, images, count, target)
+    batches = _batches(network, images, count, next(network.parameters()).device)
     features = np.empty((count, FEATURES), np.float32)
     done = 0
-    for batch in with_progress(batches, count, "computing Inception features", size=len):
+    for batch in with_progress(batches, count, f"computing Inception features of {what}", size=len):
         features[done : done + len(batch)] = batch.cpu().numpy()
         done += len(batch)
     return features

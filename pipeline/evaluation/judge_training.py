@@ -140,8 +140,8 @@ def _standardize(judge: Judge, data: TrainingImages, device: torch.device) -> No
         images = to_float(torch.from_numpy(np.array(data.images[rows[start : start + BATCH]]))).to(device)
         values.append(linear(judge.pooled(images)).double().cpu())
     features = torch.cat(values)
-    norm.running_mean.copy_(features.mean(dim=0))
-    norm.running_var.copy_(features.var(dim=0, correction=0))
+    norm.get_buffer("running_mean").copy_(features.mean(dim=0))
+    norm.get_buffer("running_var").copy_(features.var(dim=0, correction=0))
 
 
 def _batch(data: TrainingImages, random: np.random.Generator) -> tuple[Tensor, Tensor]:

@@ -33,7 +33,7 @@ class NearestTraining:
     def of(cls, images: Tensor, features: np.ndarray, training_features: np.ndarray) -> "NearestTraining":
         """Find the training image, of [N,D] features, that is nearest to each picture, of [n,D]."""
         found = nearest(features, training_features)
-        return cls(images=images, rows=found.rows, distances=found.distances)
+        return cls(images=images, rows=found.rows.numpy(), distances=found.distances.numpy())
 
     @property
     def median(self) -> float:

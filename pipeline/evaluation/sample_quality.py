@@ -24,6 +24,7 @@ from ..generation.image_pipeline import ImagePipeline
 from ..generation.sample_folder import SampleOptions, sample_in_batches
 from ..images.image_set import ImageSet
 from ..models.labels import match_labels
+from ..runtime.device import choose_device
 from ..runtime.progress import Progress
 from .classification_score import accuracy_of_training_on
 from .comparison import Comparison, JudgeKind, Pictures
@@ -87,7 +88,9 @@ class SampleQuality:
 
     def __init__(self, pipeline: ImagePipeline, images: ImageSet, options: QualityOptions, device: str) -> None:
         self.pipeline, self.options, self.device = pipeline, options, device
-        self.inception = None if options.inception is None else load_inception(options.inception)
+        self.inception = (
+            None if options.inception is None else load_inception(options.inception).to(choose_device(device))
+        )
         self.comparison = Comparison.of(images, options.samples, options.seed, options.judge)
         self.labels = self._labels()
         self.intended = self._intended()

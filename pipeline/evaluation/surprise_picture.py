@@ -14,15 +14,12 @@ Legend: n images, N in the split, C channels, H' W' image, H W grid of codes.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from ..errors import InputError
 from ..images.captions import GAP, TITLE, below, beside, text_line, text_width, with_margin
 from ..images.png import to_pillow
-from ..runtime.output_paths import check_output_file
 from .heat_map import heat_map, legend
 
 EVENLY_SPACED = 16  # images of the split
@@ -43,13 +40,6 @@ class Section:
     reconstructions: np.ndarray  # the same
     errors: np.ndarray  # [n] mean squared error of each image / variance of the training pixels
     bits: np.ndarray | None = None  # [n,H,W] what each code costs; None to show none
-
-
-def check_picture_file(path: Path, *, force: bool) -> None:
-    """Check that the picture may be written to `path`. Raise InputError if not, or if its name is not that of a PNG."""
-    check_output_file(path, force=force, option="--picture", suffix=".png")
-    if path.suffix.lower() != ".png":
-        raise InputError(expected="a name that ends in .png as --picture", got=str(path), do=f"name {path}.png")
 
 
 def rows_to_show(errors: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:

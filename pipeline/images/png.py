@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
+from ..errors import InputError
 from ..runtime.atomic_files import write_atomic
+from ..runtime.output_paths import check_output_file
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,6 +29,13 @@ def to_pillow(image: np.ndarray) -> Image.Image:
 def save_png(image: Tensor, path: Path) -> None:
     """Write one uint8 image [C,H,W] with 1 or 3 channels as a PNG."""
     write_atomic(path, png_bytes(to_pillow(image.cpu().numpy())))
+
+
+def check_png(path: Path, *, force: bool, option: str) -> None:
+    """Check that a picture may be written to `path`. Raise InputError if not, or if its name is not that of a PNG."""
+    check_output_file(path, force=force, option=option, suffix=".png")
+    if path.suffix.lower() != ".png":
+        raise InputError(expected=f"a name that ends in .png as {option}", got=str(path), do=f"name {path}.png")
 
 
 def png_bytes(picture: Image.Image) -> bytes:
