@@ -22,7 +22,6 @@ from pipeline.training.recipes import MOST_CODES, PriorSettings, TokenizerSettin
 from pipeline.training.settings import LARGEST_BATCH
 
 if TYPE_CHECKING:
-    from pipeline.evaluation.sample_quality import QualityOptions
     from pipeline.models.checkpoint import CheckpointInfo
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -428,6 +427,7 @@ def evaluate(
     """
     check_given_with_samples(ctx, samples, prior)
     from pipeline.evaluation.evaluate import evaluate as run
+    from pipeline.evaluation.sample_quality import QualityOptions
     from pipeline.images.png import check_png, png_bytes
     from pipeline.runtime.atomic_files import to_json, write_atomic
     from pipeline.runtime.output_paths import check_output_file
@@ -438,8 +438,8 @@ def evaluate(
     for name, path in pictures.items():
         if path is not None:
             check_png(path, force=force, option=f"--{name}")
-    of_samples = {name: chosen.pop(name) for name in OF_SAMPLES}
-    quality = None if samples is None else quality_of(samples, **of_samples)
+    of_samples = {name: chosen.pop(name) for name in OF_SAMPLES} | {"nearest": pictures["nearest"] is not None}
+    quality = None if samples is None else QualityOptions.of(samples, **of_samples)
     evaluation = run(tokenizer, prior, with_picture=picture is not None, quality=quality, **chosen)
     say(*evaluation.lines())
     if json_file is not None:
@@ -492,17 +492,6 @@ def check_given_with_samples(ctx: click.Context, samples: int | None, prior: Pat
         raise click.UsageError(f"expected --samples N with {option}, got none; add it", ctx)
     if samples is not None and prior is None:
         raise click.UsageError("expected --prior DIR with --samples, got none; name the prior to sample from", ctx)
-
-
-def quality_of(samples: int, **chosen: Any) -> "QualityOptions":
-    """Return what to measure about samples, as the command line of `evaluate` says."""
-    from pipeline.evaluation.sample_quality import QualityOptions
-    from prior import SamplingParameters
-
-    parameters = SamplingParameters(**{name: chosen.pop(name) for name in ("temperature", "top_k", "top_p")})
-    return QualityOptions(
-        samples=samples, parameters=parameters, **{**chosen, "nearest": chosen["nearest"] is not None}
-    )
 
 
 def done_line(info: "CheckpointInfo") -> str:

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from pipeline.images.image_set import ImageSet, open_images
 from pipeline.models.checkpoint import CheckpointInfo
 from pipeline.runtime.device import autocast, choose_device, compile_networks, manual_seed
+from pipeline.runtime.optimizer import Optimizers
 from pipeline.training.loop import LoopSettings, run_training
-from pipeline.training.optimizer import Optimizers
 from pipeline.training.recipes import LARGE_TOKENIZER, TokenizerSettings
 from pipeline.training.stage import Evaluation
 from pipeline.training.tokenizer_stage import TokenizerStage, evaluate_autoencoder

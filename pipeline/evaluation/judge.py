@@ -41,7 +41,7 @@ from ..runtime.device import choose_device
 from ..runtime.folder_lock import LOCK, only_writer
 from ..runtime.progress import with_progress
 from .judge_network import Judge
-from .judge_training import TrainingImages, steps_for, train_judge
+from .judge_training import WEIGHTS, TrainingImages, steps_for, train_judge
 
 RECIPE = 1  # of the network and its training; another number leaves judges of older recipes unused
 SEED = 0  # there is one judge for a set of images
@@ -224,7 +224,8 @@ def _trained(
     )
 
     def save(state: TrainingState) -> None:
-        weights = {name.removeprefix("weights/"): t for name, t in state.tensors.items() if name.startswith("weights/")}
+        own = (name for name in state.tensors if name.startswith(WEIGHTS))
+        weights = {name.removeprefix(WEIGHTS): state.tensors[name] for name in own}
         save_checkpoint(folder, _after(info, state.values["step"]), weights, state)
 
     resume = _stopped(folder, info)

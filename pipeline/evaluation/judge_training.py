@@ -12,24 +12,25 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..images.preprocessing import to_float
 from ..models.checkpoint import TrainingState
 from ..models.tensor_file import check_outlines, outlines_of
 from ..runtime.device import autocast, torch_seed
 from ..runtime.interrupts import StopSignal
+from ..runtime.optimizer import Optimizers
 from ..runtime.progress import Progress
 from .judge_network import Judge, JudgeConfig
 
 BATCH = 128
 EPOCHS = 6
 FEWEST_IMAGES, MOST_IMAGES = 60_000, 320_000  # that a judge sees in training
-PEAK_RATE, RISE = 0.2, 0.2  # the learning rate rises for this share of the steps, and then falls to 0
-MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4
+PEAK_RATE, RISE = 0.01, 0.2  # the learning rate rises for this share of the steps, and then falls to 0
 LARGEST_SHIFT = 1 / 8  # of a side, by which an image is moved at random
 MOST_MEASURED = 10_000  # training images, for the mean and the variance of a feature
 SAVE_EVERY_SECONDS = 30.0
+WEIGHTS = "weights/"  # what the names of the judge's own tensors begin with, in the state
 
 Save = Callable[[TrainingState], None]
 
@@ -65,8 +66,8 @@ def train_judge(
 ) -> Judge:
     """Train a judge on at least one image, with progress on standard error.
 
-    SGD with momentum in mixed precision; every image is moved by up to an eighth of its sides, and never mirrored,
-    which would make another digit or letter of one.
+    Muon in mixed precision; every image is moved by up to an eighth of its sides, and never mirrored, which would make
+    another digit or letter of one.
 
     Args:
         data: the images.
@@ -87,22 +88,20 @@ def train_judge(
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(torch_seed(seed))
         judge = Judge(data.config)
-    judge.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    optimizer = _optimizer(judge)
-    step = 0 if resume is None else _load(resume, judge, optimizer)
+    judge.to(device)
+    optimizers = Optimizers(judge, "muon", PEAK_RATE)
+    step = 0 if resume is None else _load(resume, judge, optimizers)
     saved_at = time.monotonic()
     with Progress(steps, description, "step", batch_size=BATCH) as bar, StopSignal() as stop:
         bar.start_at(step)
         while step < steps:
             images, labels = _batch(data, np.random.default_rng([torch_seed(seed), step]))
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate_at(step, steps)
-            _take_step(judge, optimizer, images.to(device), labels.to(device))
+            _take_step(judge, optimizers, learning_rate_at(step, steps), images.to(device), labels.to(device))
             step += 1
             bar.update()
             due = stop.requested or time.monotonic() - saved_at > SAVE_EVERY_SECONDS
             if save is not None and due and step < steps:
-                save(_state(judge, optimizer, step))
+                save(_state(judge, optimizers, step))
                 saved_at = time.monotonic()
             if stop.requested:
                 stop.exit("stopped" if save is None else f"stopped at step {step:,}; the same command continues there")
@@ -117,14 +116,14 @@ def learning_rate_at(step: int, steps: int) -> float:
     return PEAK_RATE * min(done / RISE, (1 - done) / (1 - RISE))
 
 
-def _take_step(judge: Judge, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor) -> None:
-    """Change the judge by the gradient of the loss on a batch."""
+def _take_step(judge: Judge, optimizers: Optimizers, rate: float, images: Tensor, labels: Tensor) -> None:
+    """Change the judge by the gradient of the loss on a batch, at this learning rate."""
     judge.train()
     with autocast(images.device, "auto"):
-        loss = judge.loss(images.contiguous(memory_format=torch.channels_last), labels)
-    optimizer.zero_grad(set_to_none=True)
+        loss = judge.loss(images, labels)
+    optimizers.zero_grad()
     loss.backward()
-    optimizer.step()
+    optimizers.step(rate)
 
 
 @torch.no_grad()
@@ -165,34 +164,21 @@ def _mirrored(shifts: np.ndarray, side: int) -> np.ndarray:
     return np.minimum(positions, 2 * (side - 1) - positions)
 
 
-def _optimizer(judge: nn.Module) -> torch.optim.Optimizer:
-    """Return the optimizer; what has one dimension (biases, batch norms) does not decay."""
-    matrices = [parameter for parameter in judge.parameters() if parameter.ndim > 1]
-    others = [parameter for parameter in judge.parameters() if parameter.ndim <= 1]
-    groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.SGD(groups, lr=PEAK_RATE, momentum=MOMENTUM, nesterov=True)
-
-
-def _state(judge: Judge, optimizer: torch.optim.Optimizer, step: int) -> TrainingState:
+def _state(judge: Judge, optimizers: Optimizers, step: int) -> TrainingState:
     """Return what a training continues from after `step` steps, at least one."""
-    momentum = {
-        f"momentum/{index}": state["momentum_buffer"] for index, state in optimizer.state_dict()["state"].items()
-    }
-    weights = {f"weights/{name}": tensor for name, tensor in judge.state_dict().items()}
-    return TrainingState(tensors={**weights, **momentum}, values={"step": step})
+    weights = {f"{WEIGHTS}{name}": tensor for name, tensor in judge.state_dict().items()}
+    return TrainingState(tensors={**weights, **optimizers.tensors()}, values={"step": step})
 
 
-def _load(state: TrainingState, judge: Judge, optimizer: torch.optim.Optimizer) -> int:
+def _load(state: TrainingState, judge: Judge, optimizers: Optimizers) -> int:
     """Restore what `_state` returned, and return its step. Raise ValueError if it is of another training."""
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    expected = {f"weights/{name}": tensor for name, tensor in judge.state_dict().items()}
-    expected |= {f"momentum/{index}": parameter for index, parameter in enumerate(parameters)}
-    check_outlines(outlines_of(expected), outlines_of(state.tensors))
+    weights = {name: tensor for name, tensor in state.tensors.items() if name.startswith(WEIGHTS)}
+    check_outlines(
+        outlines_of({f"{WEIGHTS}{name}": tensor for name, tensor in judge.state_dict().items()}), outlines_of(weights)
+    )
     step = state.values.get("step")
     if type(step) is not int or step < 1:
         raise ValueError(f"a training state without a step, but {step!r}")
-    judge.load_state_dict({name: state.tensors[f"weights/{name}"] for name in judge.state_dict()})
-    for index, parameter in enumerate(parameters):
-        momentum = state.tensors[f"momentum/{index}"].to(parameter.device)
-        optimizer.state[parameter]["momentum_buffer"] = torch.empty_like(parameter).copy_(momentum)
+    judge.load_state_dict({name.removeprefix(WEIGHTS): tensor for name, tensor in weights.items()})
+    optimizers.load_tensors({name: tensor for name, tensor in state.tensors.items() if name not in weights})
     return step

@@ -50,6 +50,14 @@ class QualityOptions:
     nearest: bool = False  # whether to find the nearest training images, and make a picture of them
     inception: Path | None = None  # file of Inception-v3's weights, to measure in its features as well
 
+    @classmethod
+    def of(
+        cls, samples: int, *, temperature: float, top_k: int | None, top_p: float | None, **others: Any
+    ) -> "QualityOptions":
+        """Return the options of a command line, which has the fields of `SamplingParameters` as separate options."""
+        parameters = SamplingParameters(temperature=temperature, top_k=top_k, top_p=top_p)
+        return cls(samples=samples, parameters=parameters, **others)
+
 
 @dataclass(frozen=True, kw_only=True)
 class PictureMetrics:

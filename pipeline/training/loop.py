@@ -22,11 +22,11 @@ from ..models.tensor_file import check_finite, check_outlines, outlines_of
 from ..runtime.console import OutputClosed, output_closed, say
 from ..runtime.device import autocast
 from ..runtime.interrupts import StopSignal
+from ..runtime.optimizer import Optimizers
 from ..runtime.progress import Progress
 from .cost import CostEstimate
 from .divergence import DivergedError, Divergence
 from .metrics_log import MetricsLog, RunningMeans
-from .optimizer import Optimizers
 from .recipes import PriorSettings, TokenizerSettings
 from .run_folder import PICTURES
 from .run_state import Interval, Position, collect_state, copy_of, load_state

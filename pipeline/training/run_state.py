@@ -9,9 +9,9 @@ from torch import Tensor
 
 from ..models.checkpoint import TrainingState
 from ..models.tensor_file import Outline, check_finite, check_outlines, outlines_of
+from ..runtime.optimizer import Optimizers
 from ..runtime.schema import from_json, short
 from .metrics_log import RunningMeans
-from .optimizer import Optimizers
 from .stage import Stage
 
 OPTIMIZER_TENSORS = {"muon": {"momentum"}, "adam": {"step", "exp_avg", "exp_avg_sq"}}  # of each parameter

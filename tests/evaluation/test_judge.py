@@ -20,6 +20,7 @@ from pipeline.evaluation.judge_training import TrainingImages, learning_rate_at,
 from pipeline.images.image_set import ImageSet, open_images
 from pipeline.models.checkpoint import CONFIG, MODEL, TRAINING, TrainingState
 from pipeline.runtime.folder_lock import only_writer
+from pipeline.runtime.optimizer import Optimizers
 
 CPU = torch.device("cpu")
 STEPS = 12
@@ -172,18 +173,12 @@ def test_the_seed_decides_and_torchs_own_random_numbers_stay_as_they_are(stripes
 
 def test_a_state_of_another_training_is_refused(stripes: ImageSet) -> None:
     network = Judge(data_of(stripes).config)
-    optimizer = judge_training._optimizer(network)
+    optimizers = Optimizers(network, "muon", 0.1)
     with pytest.raises(ValueError, match="no weights/"):
-        judge_training._load(TrainingState(tensors={}, values={"step": 3}), network, optimizer)
+        judge_training._load(TrainingState(tensors={}, values={"step": 3}), network, optimizers)
+    weights = {f"weights/{name}": tensor for name, tensor in network.state_dict().items()}
     with pytest.raises(ValueError, match="without a step, but '3'"):
-        judge_training._load(TrainingState(tensors=complete_tensors(network), values={"step": "3"}), network, optimizer)
-
-
-def complete_tensors(network: Judge) -> dict[str, torch.Tensor]:
-    parameters = [p for group in judge_training._optimizer(network).param_groups for p in group["params"]]
-    return {f"weights/{name}": tensor for name, tensor in network.state_dict().items()} | {
-        f"momentum/{i}": torch.zeros_like(p) for i, p in enumerate(parameters)
-    }
+        judge_training._load(TrainingState(tensors=weights, values={"step": "3"}), network, optimizers)
 
 
 # What it sees

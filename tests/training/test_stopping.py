@@ -21,9 +21,9 @@ from pipeline.errors import InputError
 from pipeline.images.image_set import open_images
 from pipeline.models.checkpoint import load_training, read_info, read_run
 from pipeline.models.loading import load_tokenizer
+from pipeline.runtime.optimizer import Optimizers
 from pipeline.training import loop
 from pipeline.training.loop import run_training
-from pipeline.training.optimizer import Optimizers
 from pipeline.training.tokenizer_stage import TokenizerStage
 
 from ..conftest import Codegrid, Trained

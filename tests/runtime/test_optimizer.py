@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pipeline.training.optimizer import MOMENTUM, Muon, Optimizers, hidden_matrices, orthogonalized
+from pipeline.runtime.optimizer import MOMENTUM, Muon, Optimizers, hidden_matrices, orthogonalized
 
 SHAPES = [(16, 40), (40, 16), (20, 20)]
 
