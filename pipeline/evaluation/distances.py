@@ -74,8 +74,8 @@ def kernel_distance(a: Features, b: Features) -> float:
 def sliced_wasserstein(a: Features, b: Features, *, num_projections: int = 1000, seed: int = 0) -> float:
     """Return the mean, over random directions, of the squared 2-Wasserstein distance of a and b along each [4].
 
-    It is in squared units, 0 or more, and exact for the directions drawn; N and M may differ. Sets from one distribution
-    give a mean of order 1 / N; the directions add noise of a relative sqrt(2 / P) at most.
+    It is in squared units, 0 or more, and exact for the directions drawn; N and M may differ. Its mean over samples is
+    too high by about c / N + c' / M. Other directions give another value: if b is a moved, by a relative sqrt(2 / P).
 
     Costs P (N D + N log N) in blocks of BLOCK_BYTES, and holds P x D directions.
 
@@ -108,7 +108,8 @@ def monge_distance(a: Features, b: Features, *, num_projections: int = 1000, see
     D times the mean over directions is of the size of a squared distance in all dimensions at once: 3 |t|^2 for a set
     and the same moved by t. Bias, cost, arguments and errors are those of `sliced_wasserstein`.
     """
-    return 3 * a.shape[1] * sliced_wasserstein(a, b, num_projections=num_projections, seed=seed)
+    sliced = sliced_wasserstein(a, b, num_projections=num_projections, seed=seed)
+    return 3 * a.shape[1] * sliced
 
 
 def _covariance(features: Tensor) -> Tensor:
@@ -140,8 +141,8 @@ def _kernel_sum(a: Tensor, b: Tensor, *, diagonal: bool = True) -> float:
 def _quantile_pairs(count_a: int, count_b: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return which sorted rows of a [L] and b [L] optimal transport in one dimension pairs, and the weights [L].
 
-    Row i of a covers quantiles i/N to (i+1)/N, row j of b j/M to (j+1)/M; each overlap is a pair, N + M - 1 at most. The
-    quantiles are counted in units of 1 / (N M), so that those of both sets that are equal are so exactly.
+    Row i of a covers quantiles i/N to (i+1)/N, row j of b j/M to (j+1)/M; each overlap is a pair, N + M - 1 at most.
+    Quantiles are counted in units of 1 / (N M), so that those of both sets that are equal are so exactly.
     """
     ends_a, ends_b = torch.arange(1, count_a + 1) * count_b, torch.arange(1, count_b + 1) * count_a
     ends = torch.cat([ends_a, ends_b]).unique()
