@@ -65,10 +65,7 @@ def kernel_distance(a: Features, b: Features) -> float:
         ValueError: they are not such features.
     """
     first, second = feature_pair(a, b, least=2)
-    count_a, count_b = len(first), len(second)
-    within_a = _kernel_sum(first, first, diagonal=False) / (count_a * (count_a - 1))
-    within_b = _kernel_sum(second, second, diagonal=False) / (count_b * (count_b - 1))
-    return within_a + within_b - 2 * _kernel_sum(first, second) / (count_a * count_b)
+    return _mean_kernel_within(first) + _mean_kernel_within(second) - 2 * _mean_kernel(first, second)
 
 
 def sliced_wasserstein(a: Features, b: Features, *, num_projections: int = 1000, seed: int = 0) -> float:
@@ -127,15 +124,22 @@ def _without_rounding(eigenvalues: Tensor) -> Tensor:
     return torch.where(eigenvalues > smallest, eigenvalues, 0.0)
 
 
-def _kernel_sum(a: Tensor, b: Tensor, *, diagonal: bool = True) -> float:
-    """Return the sum of the kernel over all pairs of rows of a [N,D] and b [M,D], or over those with i != j."""
-    total, rows = 0.0, rows_at_once(len(b))
-    for start in range(0, len(a), rows):
-        kernel = (a[start : start + rows] @ b.T).div_(a.shape[1]).add_(1).pow_(3)
-        if not diagonal:
-            kernel.diagonal(offset=start).zero_()
-        total += float(kernel.sum())
-    return total
+def _mean_kernel(a: Tensor, b: Tensor) -> float:
+    """Return the mean of the kernel over all pairs of rows of a [N,D] and b [M,D]."""
+    sums = [float(_kernel(rows, b).sum()) for rows in a.split(rows_at_once(len(b)))]
+    return sum(sums) / (len(a) * len(b))
+
+
+def _mean_kernel_within(a: Tensor) -> float:
+    """Return the mean of the kernel over all pairs of different rows of a [N,D]."""
+    rows = rows_at_once(len(a))
+    upper = [_kernel(a[start : start + rows], a[start:]).triu_(1).sum() for start in range(0, len(a), rows)]
+    return 2 * float(sum(upper)) / (len(a) * (len(a) - 1))
+
+
+def _kernel(a: Tensor, b: Tensor) -> Tensor:
+    """Return (x.y / D + 1)^3 for all pairs of rows of a [n,D] and b [m,D]: [n,m]."""
+    return torch.addmm(a.new_ones(1), a, b.T, alpha=1 / a.shape[1]).pow_(3)
 
 
 def _quantile_pairs(count_a: int, count_b: int) -> tuple[Tensor, Tensor, Tensor]:
