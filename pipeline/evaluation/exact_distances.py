@@ -55,7 +55,7 @@ class DistanceBlocks:
             yield Block(start=start, lower=lower, slack_x=slack_x[part], slack_y=slack_y)
 
     def nearest(self, block: Block, count: int) -> Tensor:
-        """Return the distances [n,M] of a block: exact ones for the `count` nearest rows y and their ties, else infinity."""
+        """Return distances [n,M] of a block: exact to the `count` nearest rows y and their ties, else infinity."""
         lowest, columns = block.lower.topk(count, dim=1, largest=False)
         limits = (lowest + 2 * (block.slack_x + block.slack_y[columns])).amax(dim=1, keepdim=True)
         rows, columns = (block.lower <= limits).nonzero(as_tuple=True)

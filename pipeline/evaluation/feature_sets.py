@@ -37,7 +37,8 @@ def rows_at_once(row_length: int) -> int:
 
 
 def _as_float64(features: Features, least: int) -> Tensor:
-    tensor = torch.as_tensor(features)
+    # An array is copied, because torch warns of those that cannot be written.
+    tensor = torch.from_numpy(np.array(features)) if isinstance(features, np.ndarray) else features
     if tensor.dim() != 2 or not tensor.is_floating_point() or tensor.device.type != "cpu" or tensor.shape[1] == 0:
         got = f"{tensor.dtype} {list(tensor.shape)} on {tensor.device.type}"
         raise ValueError(f"expected features [N,D] of a float type on the CPU, got {got}")

@@ -44,9 +44,9 @@ def precision_recall_density_coverage(real: Features, samples: Features, *, neig
     of real points that a sample is in, over k, and coverage the share of balls of real points that hold a sample.
     (The authors' code for [2] excludes the sphere itself, which differs for copies and repeated rows alone.)
 
-    Precision and recall grow with one outlier of large ball. With N = M rows of one distribution the expected density is
-    1 and the expected coverage about 1 - 2^-k (k = 5: 0.97), so both need no correction; precision and recall depend on
-    N, M and D and need a floor to compare with.
+    For one distribution the expected density is 1, and with N = M the expected coverage about 1 - 2^-k (k = 5: 0.97).
+    Precision and recall depend on N, M and D even then, and one outlier with a large ball raises them, so compare with
+    a floor, as of two parts of the real set.
 
     Costs N^2 + M^2 + N M products of D values, in blocks of BLOCK_BYTES; more where very many distances are equal.
 
