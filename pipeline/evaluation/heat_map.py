@@ -79,7 +79,7 @@ def tick_values(top: float) -> list[float]:
     """Return round numbers in equal steps of 1, 2 or 5 times a power of 10 from 0 to `top`, MOST_TICKS at most."""
     power = 10.0 ** math.floor(math.log10(top / MOST_TICKS))
     step = next(times * power for times in (1, 2, 5, 10, 20) if top / (times * power) < MOST_TICKS)
-    return [round(index * step, 10) for index in range(int(top / step) + 1)]
+    return [round(index * step, 10) for index in range(int(top / step + 1e-9) + 1)]
 
 
 def _scale(marks: list[tuple[float, str]], top: float, width: int, *, up: bool = False) -> Image.Image:
