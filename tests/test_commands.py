@@ -285,14 +285,46 @@ def test_evaluate_prints_and_writes_the_numbers(tmp_path: Path, trained: Trained
     assert keys <= set(numbers)
     assert numbers["data"] == str(trained.images)
     assert numbers["bits_per_dim"] == pytest.approx(numbers["bits_per_code"] * 6 / (3 * HEIGHT * WIDTH))
-    printed = dict(line.split(maxsplit=1) for line in outcome.out.splitlines())
-    assert set(printed) == set(numbers)
+    lines, _, table = outcome.out.partition("what a code costs, in bits:\n")
+    printed = dict(line.split(maxsplit=1) for line in lines.splitlines())
+    assert set(printed) | {name for name in numbers if name.startswith("bits_")} == set(numbers)
+    in_words = [float(line.split()[0]) for line in table.splitlines()]
+    names = ("uniform", "histogram", "histogram_given_label", "above_and_left", "per_code")
+    assert in_words == pytest.approx([numbers[f"bits_{name}"] for name in names], abs=5e-4)
     assert all(float(printed[key]) == pytest.approx(numbers[key], rel=1e-4) for key in keys)
     before = path.read_bytes()
     assert codegrid(*command, "--json", path).status == 1
     assert path.read_bytes() == before
     assert codegrid(*command, "--split", "train", "--json", path, "--force").status == 0
     assert json.loads(path.read_text("utf-8"))["split"] == "train"
+
+
+def test_evaluate_writes_a_picture(tmp_path: Path, trained: Trained, codegrid: Codegrid) -> None:
+    """With a prior and without; it is replaced with --force alone, and is checked before anything is loaded."""
+    path, command = tmp_path / "new" / "picture.png", ["evaluate", "--tokenizer", trained.tokenizer]
+    outcome = codegrid(*command, "--prior", trained.prior, "--picture", path, "--json", tmp_path / "a.json")
+    assert (outcome.status, outcome.error_lines) == (0, [])
+    assert outcome.out.endswith(f"\n       picture  {path}\n")
+    with Image.open(path) as picture:
+        with_bits = picture.size
+    before = path.read_bytes()
+    refused = codegrid("evaluate", "--tokenizer", tmp_path / "nosuch", "--picture", path)
+    assert refused.error_lines == [
+        f"Error: expected a new file as --picture {path}, got an existing one; name another, or use --force"
+    ]
+    assert path.read_bytes() == before
+    assert codegrid(*command, "--picture", path, "--force").status == 0
+    with Image.open(path) as picture:
+        assert picture.size[1] < with_bits[1]
+
+
+@pytest.mark.parametrize("name", ["picture.jpg", "picture", "picture.png.txt"])
+def test_the_picture_of_an_evaluation_is_a_png(tmp_path: Path, codegrid: Codegrid, name: str) -> None:
+    outcome = codegrid("evaluate", "--tokenizer", tmp_path / "nosuch", "--picture", tmp_path / name, "--force")
+    (line,) = outcome.error_lines
+    assert outcome.status == 1
+    assert line.startswith(f"Error: expected a name that ends in .png as --picture, got {tmp_path / name}; name ")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_reconstruct_and_export_without_options(

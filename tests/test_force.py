@@ -412,6 +412,7 @@ FILE_COMMANDS = {
     "decode-codes, picture": ("decode-codes {codes} --tokenizer {no} --out", "a.png"),
     "decode-codes, array": ("decode-codes {codes} --tokenizer {no} --out", "a.npy"),
     "evaluate": ("evaluate --tokenizer {no} --data {no} --json", "a.json"),
+    "evaluate, picture": ("evaluate --tokenizer {no} --data {no} --picture", "a.png"),
     "measure-rate": ("measure-rate --tokenizer {no} --data {no} --json", "a"),
 }
 

@@ -4,6 +4,7 @@ Legend: N images, H W grid of codes.
 """
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -133,7 +134,7 @@ def evaluate(
         simple = measure_simple_predictors(tokenizer, images, split, measured.codes)
         likelihood = measure_likelihood(tokenizer, prior, measured.codes, labels, simple)
         check_finite(likelihood.to_json(), prior.folder)
-    title = f"{images.source}: {split} split, {len(chosen):,} image{'' if len(chosen) == 1 else 's'}"
+    title = f"{os.path.basename(images.source)}: {split} split, {len(chosen):,} image{'' if len(chosen) == 1 else 's'}"
     return Evaluation(
         data=images.source,
         split=split,

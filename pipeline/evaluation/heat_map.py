@@ -11,7 +11,7 @@ import math
 import numpy as np
 from PIL import Image, ImageDraw
 
-from ..images.captions import INK, below, text_line
+from ..images.captions import INK, WHITE, below, text_line
 
 VIRIDIS = np.array(  # in equal steps from the least to the most
     [
@@ -19,7 +19,7 @@ VIRIDIS = np.array(  # in equal steps from the least to the most
         *((40, 174, 128), (94, 201, 98), (173, 220, 48), (253, 231, 37)),
     ]
 )
-COLOUR_SHARE = 0.65  # of the mixture; the rest is the grey image
+COLOUR_SHARE = 0.75  # of the mixture; the rest is the grey image
 GREY = np.array([0.299, 0.587, 0.114])  # of red, green and blue (ITU-R BT.601)
 BAR_HEIGHT, TICK, MOST_TICKS = 24, 5, 8  # pixels, pixels, number
 
@@ -79,14 +79,14 @@ def tick_values(top: float) -> list[float]:
     """Return round numbers in equal steps of 1, 2 or 5 times a power of 10 from 0 to `top`, MOST_TICKS at most."""
     power = 10.0 ** math.floor(math.log10(top / MOST_TICKS))
     step = next(times * power for times in (1, 2, 5, 10, 20) if top / (times * power) < MOST_TICKS)
-    return [round(index * step, 10) for index in range(int(top / step) + 1)]
+    return [round(index * step, 10) for index in range(int(top / step + 1e-9) + 1)]
 
 
 def _scale(marks: list[tuple[float, str]], top: float, width: int, *, up: bool = False) -> Image.Image:
     """Return a strip with a short line and a name at each of the values, the lines at its bottom if `up`."""
     names = [text_line(name) for _, name in marks]
     margin = max(name.width for name in names)  # so that the name at the end fits
-    strip = Image.new("RGB", (width + margin, names[0].height + TICK), (255, 255, 255))
+    strip = Image.new("RGB", (width + margin, names[0].height + TICK), WHITE)
     draw = ImageDraw.Draw(strip)
     for (value, _), name in zip(marks, names, strict=True):
         x = min(width - 1, round(value / top * (width - 1)))

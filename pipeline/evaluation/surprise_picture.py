@@ -18,16 +18,18 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from ..images.captions import GAP, TITLE, below, beside, text_line, text_width, with_margin
+from ..images.captions import GAP, TITLE, WHITE, below, beside, text_line, text_width, with_margin
 from ..images.png import to_pillow
 from .heat_map import heat_map, legend
 
 EVENLY_SPACED = 16  # images of the split
 TILE, LARGEST_TILE = 96, 320  # pixels; smaller images are enlarged to about this, larger ones reduced to at most that
 MOST_COLUMNS, ROW_WIDTH = 8, 1300  # images, pixels
-LEGEND_WIDTH = 480  # pixels
+LEGEND_WIDTH = TITLE_WIDTH = 640  # pixels
+LINE = text_line("").height
 MARGIN, SPACE = 16, 18  # pixels around the picture, and between its sections
 HEAT = "bits per code"
+NMSE = "nmse: squared error of an image, as a share of the variance of all pixels of the training images"
 ROW_TITLES = ("image", "reconstruction", HEAT)
 
 
@@ -55,9 +57,9 @@ def rows_to_show(errors: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
     order = np.argsort(errors, kind="stable")
     size = max(1, min(MOST_COLUMNS, len(errors) // 3))
     middle = (len(errors) - size) // 2
-    yield "best by reconstruction error", order[:size]
-    yield "median by reconstruction error", order[middle : middle + size]
-    yield "worst by reconstruction error", order[-size:][::-1]
+    yield "best: the lowest reconstruction error", order[:size]
+    yield "median", order[middle : middle + size]
+    yield "worst: the highest reconstruction error", order[-size:][::-1]
 
 
 def surprise_picture(title: str, sections: Sequence[Section], guessing: float | None = None) -> Image.Image:
@@ -73,12 +75,12 @@ def surprise_picture(title: str, sections: Sequence[Section], guessing: float | 
     """
     if not all(np.isfinite(section.errors).all() for section in sections):
         raise ValueError("expected finite errors, got NaN or infinity")
-    parts, top = [text_line(title, size=TITLE)], guessing or 0.0
+    parts, top = [below([text_line(title, TITLE_WIDTH, size=TITLE), text_line(NMSE)])], guessing or 0.0
     surprising = [section.bits for section in sections if section.bits is not None]
     if surprising and guessing is not None:
         top = max(guessing, 1.0, *(float(bits.max()) for bits in surprising))
         name = f"guessing {guessing:.2f}"
-        words = f"{HEAT}, over each image: what a code costs given those before it (above, and to its left)"
+        words = f"{HEAT}: what a code costs given those before it (the rows above, and to its left)"
         parts.append(legend(words, top, LEGEND_WIDTH, mark=guessing, mark_name=name))
     return with_margin(below([*parts, *(_drawn(section, top) for section in sections)], SPACE), MARGIN)
 
@@ -89,16 +91,18 @@ def _drawn(section: Section, top: float) -> Image.Image:
     columns = max(2, min(MOST_COLUMNS, ROW_WIDTH // (tiles[0].width + GAP)))
     bands = [tiles[start : start + columns] for start in range(0, len(tiles), columns)]
     titles = _row_titles(section)
-    return below([text_line(section.title, size=TITLE), *(beside([titles, *band]) for band in bands)], 2 * GAP)
+    return below(
+        [text_line(section.title, TITLE_WIDTH, size=TITLE), *(beside([titles, *band]) for band in bands)], 2 * GAP
+    )
 
 
 def _row_titles(section: Section) -> Image.Image:
     """Return the words at the left of the rows of tiles."""
     height, width = _tile(section.images[0]).height, max(text_width(words) for words in ROW_TITLES) + GAP
     titles = [text_line(words, width) for words in ROW_TITLES[: 2 if section.bits is None else 3]]
-    cells = [Image.new("RGB", (width, height), (255, 255, 255)) for _ in titles]
+    cells = [Image.new("RGB", (width, height), WHITE) for _ in titles]
     for cell, words in zip(cells, titles, strict=True):
-        cell.paste(words, (0, max(0, (height - words.height) // 2)))
+        cell.paste(words, (0, (height - LINE) // 2))
     return below(cells)
 
 
@@ -109,17 +113,21 @@ def _tiles(section: Section, index: int, top: float) -> Image.Image:
     if section.bits is not None:
         tiles.append(heat_map(image, section.bits[index], top))
         numbers.append(f"{section.bits[index].mean():.2f} bits")
-    numbers.append(f"nmse {section.errors[index]:.3g}")
+    numbers.append(f"nmse {section.errors[index]:#.3g}")
     shown = [_tile(tile) for tile in tiles]
-    width = max(TILE, shown[0].width)
+    width = shown[0].width
     return below([*shown, below([text_line(words, width) for words in numbers], 0)])
 
 
 def _tile(image: np.ndarray) -> Image.Image:
-    """Return an image uint8 [C,H',W'] in RGB, enlarged or reduced by a whole factor."""
+    """Return an image uint8 [C,H',W'] in RGB, enlarged or reduced by a whole factor; a thin one on white, for words."""
     picture = to_pillow(image).convert("RGB")
     side = max(picture.size)
     if side > LARGEST_TILE:
-        return picture.reduce(-(-side // LARGEST_TILE))
-    times = max(1, round(TILE / side))
-    return picture.resize((picture.width * times, picture.height * times), Image.Resampling.NEAREST)
+        picture = picture.reduce(-(-side // LARGEST_TILE))
+    else:
+        times = max(1, round(TILE / side))
+        picture = picture.resize((picture.width * times, picture.height * times), Image.Resampling.NEAREST)
+    cell = Image.new("RGB", (max(TILE, picture.width), max(LINE, picture.height)), WHITE)
+    cell.paste(picture)
+    return cell

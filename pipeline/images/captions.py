@@ -1,8 +1,10 @@
 """Pictures with words: lines of text, and pictures beside and below each other, on white.
 
-The font comes with Pillow, so that a picture is the same on every system; what it has no glyph for is drawn as a box.
+The font comes with Pillow, so no system lacks it. It has the characters of ASCII alone: accents are left out, and other
+characters are drawn as question marks.
 """
 
+import unicodedata
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -24,7 +26,7 @@ def text_line(words: str, width: int | None = None, *, size: int = TEXT) -> Imag
         width: of the picture in pixels, the end of longer text left out; by default as wide as the text.
         size: of the font in pixels.
     """
-    font, words = _font(size), printable(words)
+    font, words = _font(size), _in_ascii(words)
     if width is not None and font.getlength(words) > width:
         while words and font.getlength(words + DOTS) > width:
             words = words[:-1]
@@ -36,7 +38,7 @@ def text_line(words: str, width: int | None = None, *, size: int = TEXT) -> Imag
 
 def text_width(words: str, *, size: int = TEXT) -> int:
     """Return how many pixels wide a text is."""
-    return round(_font(size).getlength(printable(words)))
+    return round(_font(size).getlength(_in_ascii(words)))
 
 
 def below(pictures: Sequence[Image.Image], gap: int = GAP) -> Image.Image:
@@ -64,6 +66,12 @@ def with_margin(picture: Image.Image, margin: int) -> Image.Image:
     sheet = Image.new("RGB", (picture.width + 2 * margin, picture.height + 2 * margin), WHITE)
     sheet.paste(picture, (margin, margin))
     return sheet
+
+
+def _in_ascii(words: str) -> str:
+    """Return a text without accents, with question marks for characters that the font lacks."""
+    parts = unicodedata.normalize("NFKD", printable(words))
+    return "".join(part for part in parts if not unicodedata.combining(part)).encode("ascii", "replace").decode()
 
 
 @lru_cache

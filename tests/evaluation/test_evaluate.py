@@ -17,10 +17,12 @@ from pipeline.codes.statistics import perplexity
 from pipeline.compression import rate
 from pipeline.errors import InputError
 from pipeline.evaluation import evaluate as evaluation
-from pipeline.evaluation import likelihood
+from pipeline.evaluation import likelihood, prior_numbers
 from pipeline.evaluation.codebook_health import CodebookHealth
-from pipeline.evaluation.likelihood import measure_prior
+from pipeline.evaluation.likelihood import code_bits, measure_prior
+from pipeline.evaluation.prior_numbers import Likelihood
 from pipeline.evaluation.reconstruction import measure_reconstruction
+from pipeline.evaluation.simple_predictors import SimpleBits, SimplePredictors
 from pipeline.images.image_set import ImageSplit, open_images
 from pipeline.models import inference
 from pipeline.models.checkpoint import read_info, save_checkpoint
@@ -155,7 +157,7 @@ def test_the_batch_size_changes_nothing(trained: Trained, noise: Path, monkeypat
         both = evaluate(trained.tokenizer, trained.prior, split="train", device="cpu")
         floats = [value for value in both.values() if isinstance(value, float)]
         found.append([*vars(numbers).values(), health.codes_used, health.perplexity, *floats])
-    assert len(found[0]) == 5 + 6
+    assert len(found[0]) == 5 + 11
     for others in found[1:]:
         assert others == pytest.approx(found[0], rel=1e-6)
 
@@ -227,6 +229,29 @@ def test_bits_per_code_against_one_probability_at_a_time() -> None:
         assert measure_prior(model, batches) == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.parametrize("num_classes", [0, 3])
+def test_the_bits_of_each_code_against_one_probability_at_a_time(
+    num_classes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their mean is what `measure_prior` says; of any integer type, in any batches, the last one smaller."""
+    model = tiny_prior(num_classes=num_classes).train()
+    codes = np.random.default_rng(0).integers(0, LEVELS, (5, *GRID), dtype=np.uint8)
+    labels = np.array([0, 1, 2, 0, 1])
+    mean = measure_prior(model, likelihood.code_batches(codes, labels))
+    monkeypatch.setattr(likelihood, "BATCH", 2)
+    found = code_bits(model, codes, labels)
+    assert model.training
+    assert (found.dtype, found.shape) == (np.float32, (5, *GRID))
+    assert float(found.mean(dtype=np.float64)) == pytest.approx(mean, rel=1e-6)
+    grids, named = torch.from_numpy(codes).long(), torch.from_numpy(labels) if num_classes else None
+    for index in range(5):
+        with torch.no_grad():
+            shares = model.eval()(grids[index : index + 1], None if named is None else named[index : index + 1])[0]
+        for row, column in np.ndindex(GRID):
+            share = float(shares.double().softmax(dim=0)[grids[index, row, column], row, column])
+            assert found[index, row, column] == pytest.approx(-math.log2(share), rel=1e-4, abs=1e-5)
+
+
 def test_a_uniform_prior_needs_log2_of_the_number_of_codes() -> None:
     model = tiny_prior()
     with torch.no_grad():
@@ -255,6 +280,52 @@ def test_bits_of_a_checkpoint_by_hand(tmp_path: Path, grey_folder: Path) -> None
     assert numbers["bits_per_dim"] == pytest.approx(expected * (4 * 6) / (1 * 8 * 12), rel=1e-5)
 
 
+def test_simple_predictors_count_the_training_images_and_are_measured_on_the_split(
+    tmp_path: Path, grey_folder: Path, encoded: list[int]
+) -> None:
+    """With the labels of the images, in any numbering; the training images are encoded once more, or not again."""
+    tokenizer, prior = tmp_path / "tokenizer", tmp_path / "prior"
+    fingerprint = save_tokenizer(tokenizer, brightness_tokenizer(), grey_folder, CLASS_NAMES).fingerprint
+    save_prior(prior, tiny_prior(num_classes=3), fingerprint, CLASS_NAMES[::-1])
+    images = open_images(str(grey_folder))
+    codes = {
+        name: np.stack([cells_of(grey_folder / each) for each in split.names])
+        for name, split in (("train", images.train), ("test", images.test))
+    }
+    predictors = SimplePredictors.fit(codes["train"], images.train.labels, LEVELS, 3)
+    for name, split in (("train", images.train), ("test", images.test)):
+        encoded.clear()
+        numbers = evaluate(tokenizer, prior, split=name, device="cpu")
+        assert len(encoded) == (1 if name == "train" else 2)
+        expected = predictors.bits(codes[name], split.labels)
+        assert numbers["bits_uniform"] == expected.uniform == math.log2(LEVELS)
+        assert numbers["bits_histogram"] == expected.histogram
+        assert numbers["bits_histogram_given_label"] == expected.histogram_given_label
+        assert numbers["bits_above_and_left"] == expected.above_and_left
+        assert numbers["bits_share_explained"] == 1 - numbers["bits_per_code"] / expected.histogram
+
+
+def test_images_without_labels_have_no_histogram_given_the_label(tmp_path: Path, noise: Path) -> None:
+    fingerprint = save_tokenizer(tmp_path / "tokenizer", brightness_tokenizer(), noise).fingerprint
+    save_prior(tmp_path / "prior", tiny_prior(), fingerprint)
+    numbers = evaluate(tmp_path / "tokenizer", tmp_path / "prior", device="cpu")
+    assert "bits_histogram_given_label" not in numbers
+    assert numbers["bits_above_and_left"] > 0
+
+
+def test_the_words_about_a_prior() -> None:
+    simple = SimpleBits(uniform=9.0, histogram=8.0, histogram_given_label=None, above_and_left=6.0)
+    assert Likelihood(bits_per_code=4.0, bits_per_dim=0.1, simple=simple).lines() == [
+        "what a code costs, in bits:",
+        "         9.000  guessing: all codes equally likely",
+        "         8.000  the histogram: how often each code occurs in the training images",
+        "         6.000  given the code above and the one to the left",
+        "         4.000  this prior: 50 % of the way from the histogram to zero (code above and to the left: 25 %)",
+    ]
+    labelled = Likelihood(bits_per_code=4.0, bits_per_dim=0.1, simple=replace(simple, histogram_given_label=7.5))
+    assert labelled.lines()[3] == "         7.500  the histogram of the training images with the label"
+
+
 def test_bits_per_dim_of_a_colour_image_that_is_not_square() -> None:
     assert bits_per_dim(6.0, (4, 6), (3, 16, 24)) == pytest.approx(6 * 24 / 1152)
 
@@ -263,7 +334,8 @@ def test_the_keys_are_those_of_the_contract(trained: Trained) -> None:
     keys = {"mse", "psnr", "nmse", "codes_used", "perplexity"}
     alone, both = evaluate(trained.tokenizer, device="cpu"), evaluate(trained.tokenizer, trained.prior, device="cpu")
     assert set(alone) == keys | {"data", "split", "images", "codebook"}
-    assert set(both) == set(alone) | {"bits_per_code", "bits_per_dim"}
+    simple = {"bits_uniform", "bits_histogram", "bits_histogram_given_label", "bits_above_and_left"}
+    assert set(both) == set(alone) | simple | {"bits_per_code", "bits_per_dim", "bits_share_explained"}
     assert {name: both[name] for name in alone} == alone
     assert json.loads(json.dumps(both, allow_nan=False)) == both
 
@@ -296,7 +368,7 @@ def test_a_prior_is_measured_on_the_codes_that_were_reconstructed(
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels).save(path)
     seen: dict[str, list[torch.Tensor]] = {"evaluate": [], "rate": []}
-    for name, module in (("evaluate", evaluation), ("rate", rate)):
+    for name, module in (("evaluate", prior_numbers), ("rate", rate)):
 
         def measured(prior: GatedPixelCNN, batches: Any, name: str = name) -> float:
             kept = list(batches)
@@ -310,9 +382,19 @@ def test_a_prior_is_measured_on_the_codes_that_were_reconstructed(
     rate.measure_rate(trained.tokenizer, trained.prior, data=str(many), splits=["train"], device="cpu")
     manifest = export_codes(trained.tokenizer, tmp_path / "codes", data=str(many), device="cpu")
     exported = CodeDataset(tmp_path / "codes").batch(np.arange(manifest.count))[0]
-    assert len(exported) > BLOCK
+    assert len(exported) > BLOCK  # and with --split train the simple predictors take the codes that are there
     assert torch.equal(torch.cat(seen["evaluate"]), exported)
     assert torch.equal(torch.cat(seen["rate"]), exported)
+
+
+def test_on_errors_gets_the_error_of_each_image(noise: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inference, "BLOCK", 2)
+    split, found = open_images(str(noise)).train, list[torch.Tensor]()
+    measure_reconstruction(brightness_tokenizer(), split, on_errors=found.append)
+    pixels = pixels_of(noise, split)
+    decoded = np.rint(means_of_cells(pixels) * (LEVELS - 1)) / (LEVELS - 1)
+    expected = ((np.kron(decoded, np.ones((1, CELL, CELL))) - pixels) ** 2).sum(axis=(1, 2))
+    assert torch.cat(found).tolist() == pytest.approx(expected, rel=1e-5)
 
 
 def test_on_codes_gets_the_codes_in_the_order_of_the_rows(noise: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,6 +41,9 @@ def folders(tmp_path: Path, grey_folder: Path, where: str) -> tuple[Path, Path]:
 Command = Callable[[Path, Path, Path], list[object]]
 COMMANDS: dict[str, Command] = {
     "evaluate": lambda out, image, prior: ["evaluate", "--prior", prior, "--split", "train", "--json", out],
+    "evaluate, picture": lambda out, image, prior: [
+        *("evaluate", "--prior", prior, "--split", "train", "--picture", out / "x.png")
+    ],
     "measure-rate": lambda out, image, prior: ["measure-rate", "--prior", prior, "--n", 3, "--json", out],
     "sample": lambda out, image, prior: ["sample", "--prior", prior, "--n", 2, "--out", out],
     "sample, greedy": lambda out, image, prior: [

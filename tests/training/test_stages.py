@@ -10,8 +10,10 @@ import torch
 from PIL import Image
 
 from pipeline.codes.dataset import CodeDataset
+from pipeline.evaluation import simple_predictors
 from pipeline.evaluation.codebook_picture import codebook_picture
-from pipeline.images.holdout import MOST_HELD_OUT, split_rows
+from pipeline.evaluation.simple_predictors import SimplePredictors, in_words, share_in_words
+from pipeline.images.holdout import MOST_HELD_OUT, held_out, split_rows
 from pipeline.images.image_set import ImageSplit, open_images
 from pipeline.images.png import save_grid
 from pipeline.images.preprocessing import to_uint8
@@ -27,7 +29,7 @@ from pipeline.training.train_tokenizer import config_for as tokenizer_config_for
 from prior import sample_codes
 
 from ..conftest import CLASS_NAMES, Codegrid, Trained
-from ..support import LEVELS, brightness_tokenizer, cells_of, tiny_prior
+from ..support import LEVELS, brightness_tokenizer, cells_of, fill_with_cells, save_tokenizer, tiny_prior
 from .training_runs import Toy, lines_of, settings_of, toy_info
 
 
@@ -114,6 +116,76 @@ def test_the_loss_of_a_prior_is_that_of_the_labels_of_its_rows() -> None:
     torch.testing.assert_close(found, expected)
     other = torch.nn.functional.cross_entropy(model(codes[chosen], labels[chosen].flip(0)), codes[chosen])
     assert abs(float((found - other).detach())) > 1e-3
+
+
+@pytest.mark.parametrize("num_classes", [0, 3])
+def test_simple_predictors_learn_and_are_measured_on_the_rows_of_the_prior(num_classes: int) -> None:
+    """An evaluation logs the share of the way from the histogram to zero, and says it in words."""
+    random = np.random.default_rng(0)
+    codes, labels = random.integers(0, 5, (30, 3, 5)), random.integers(0, 3, 30)
+    held_out_mask = np.arange(30) % 5 == 0
+    read = list[np.ndarray]()
+
+    class Grids:
+        def batch(self, indices: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+            read.append(indices)
+            return torch.from_numpy(codes[indices]), torch.from_numpy(labels[indices])
+
+    stage = PriorStage(tiny_prior(num_codes=5, num_classes=num_classes), Grids(), held_out_mask)
+    assert read == []
+    state = torch.get_rng_state()
+    learned = SimplePredictors.fit(codes[~held_out_mask], labels[~held_out_mask], 5, num_classes)
+    expected = learned.bits(codes[held_out_mask], labels[held_out_mask])
+    assert stage.simple_bits == expected
+    assert (expected.histogram_given_label is None) == (num_classes == 0)
+    read.clear()
+    for _ in range(2):
+        found = stage.evaluate()
+        bits = found.numbers["bits_per_code"]
+        assert found.numbers == {"bits_per_code": bits, "bits_share_explained": 1 - bits / expected.histogram}
+        assert found.summary == share_in_words(bits, expected)
+        assert found.score_name == "bits_per_code"
+    assert len(read) == 2  # counted once, measured twice
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_of_many_grids_a_stage_reads_no_more_than_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Grids:
+        def batch(self, indices: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+            assert len(indices) <= 20
+            return torch.zeros(len(indices), 3, 5, dtype=torch.int64), torch.zeros(len(indices), dtype=torch.int64)
+
+    monkeypatch.setattr(simple_predictors.training_rows, "__defaults__", (20 * 15,))
+    stage = PriorStage(tiny_prior(), Grids(), np.arange(100) % 10 == 0)
+    assert stage.simple_bits.histogram < 0.1
+
+
+def test_a_run_says_at_its_start_what_simple_predictors_reach_and_says_it_again_when_it_resumes(
+    tmp_path: Path, trained: Trained, codegrid: Codegrid
+) -> None:
+    command = ["train-prior", "--codes", trained.codes, "--channels", 2, "--num-layers", 1, "--out", tmp_path / "run"]
+    first, again = (codegrid(*command, *extra) for extra in (["--steps", 1], ["--steps", 2, "--resume"]))
+    codes = CodeDataset(trained.codes)
+    held = held_out(codes.names())
+    grids, labels = (tensor.numpy() for tensor in codes.batch(np.arange(len(codes))))
+    expected = SimplePredictors.fit(grids[~held], labels[~held], 16, 3).bits(grids[held], labels[held])
+    line = f"simple predictors on the held-out codes: {in_words(expected)}"
+    assert [outcome.out.splitlines().count(line) for outcome in (first, again)] == [1, 1]
+    logged = lines_of(tmp_path / "run", "held_out")
+    assert [line["step"] for line in logged] == [1, 2]
+    for line in logged:
+        assert line["bits_share_explained"] == pytest.approx(1 - line["bits_per_code"] / expected.histogram)
+    assert f"  {share_in_words(logged[0]['bits_per_code'], expected)}\n" in first.out
+
+
+def test_one_grid_is_measured_on_itself(tmp_path: Path, trained: Trained, codegrid: Codegrid) -> None:
+    """Nothing is held out of a single image, and the line says so."""
+    images = fill_with_cells(tmp_path / "one", ["1.png"])
+    save_tokenizer(tmp_path / "tokenizer", brightness_tokenizer(), images)
+    command = ["train-prior", "--tokenizer", tmp_path / "tokenizer", "--channels", 2, "--num-layers", 1, "--steps", 1]
+    outcome = codegrid(*command, "--out", tmp_path / "run")
+    assert (outcome.status, outcome.error_lines) == (0, [])
+    assert "\nsimple predictors on the training codes: guessing 4.00 bits, histogram " in outcome.out
 
 
 def test_the_picture_of_a_prior_shows_its_samples_with_the_classes_in_turn(tmp_path: Path, trained: Trained) -> None:
