@@ -86,7 +86,7 @@ def test_every_image_has_its_features(channels: int, count: int, small: Path, mo
         loaded.append((start, stop))
         return images[start:stop]
 
-    found = inception_features(load, count, small, device="cpu")
+    found = inception_features(load_inception(small), load, count)
     means = images.double().mean(dim=(2, 3)).numpy()
     assert found.shape == (count, 2048)
     assert found.dtype == np.float32
@@ -108,7 +108,7 @@ def test_the_network_is_that_of_torch_fidelity(tmp_path: Path, monkeypatch: pyte
     torch.save(expected.state_dict(), content)
     weights = official(tmp_path / "weights.pth", content.getvalue(), monkeypatch)
     images = pictures(2, 3)
-    found = inception_features(lambda start, stop: images[start:stop], 2, weights, device="cpu")
+    found = inception_features(load_inception(weights), lambda start, stop: images[start:stop], 2)
     assert np.array_equal(found, expected(images)[0].numpy())
     assert found.std(axis=1).min() > 0
     assert not np.array_equal(found[0], found[1])
@@ -155,9 +155,4 @@ def test_without_the_library_the_extra_is_named(tmp_path: Path, monkeypatch: pyt
 @pytest.mark.parametrize("images", [pictures(2, 3).float(), pictures(2, 2), pictures(2, 3)[0]])
 def test_other_images_are_refused(images: Tensor, small: Path) -> None:
     with pytest.raises(ValueError, match=r"expected uint8 images \[n,1 or 3,H,W\], got torch"):
-        inception_features(lambda start, stop: images, 2, small, device="cpu")
-
-
-def test_an_unknown_device_is_refused(small: Path) -> None:
-    with pytest.raises(InputError, match="as device, got tpu"):
-        inception_features(lambda start, stop: pictures(2, 3), 2, small, device="tpu")
+        inception_features(load_inception(small), lambda start, stop: images, 2)
