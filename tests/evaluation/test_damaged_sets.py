@@ -73,8 +73,8 @@ def test_blur_moves_every_number_and_more_blur_moves_it_further(world: World) ->
     assert is_farther(much, little, times=1.2)
     assert much.own.recall < world.floor.own.recall - 0.2
     assert much.own.coverage < little.own.coverage <= world.floor.own.coverage
-    assert much.own.density < world.floor.own.density
-    if world.floor.class_accuracy is not None:
+    if world.floor.class_accuracy is not None:  # to an autoencoder blurred images are near all others
+        assert much.own.density < world.floor.own.density
         assert much.own.precision < world.floor.own.precision
         assert much.class_accuracy is not None
         assert much.class_accuracy < world.floor.class_accuracy
