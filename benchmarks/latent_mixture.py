@@ -110,7 +110,7 @@ def fit_mixture(latents: Latents, components: int, seed: int) -> LatentMixture:
     """Fit a Gaussian mixture of `components` with full covariances to the latents of each class.
 
     In MAIN_DIRECTIONS principal directions of the posterior means; in all others each class has an independent Gaussian
-    per direction. A mixture over all directions has more parameters than a class has rows and is worse on held-out ones.
+    per direction. Over all directions a component has more parameters than rows: it is worse on held-out ones.
 
     Raises:
         InputError: scikit-learn is not installed.
