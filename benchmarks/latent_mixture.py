@@ -115,7 +115,8 @@ def fit_mixture(latents: Latents, components: int, seed: int) -> LatentMixture:
     """Fit a Gaussian mixture of `components` with full covariances to the latents of each class.
 
     In the principal directions of the posterior means that the model uses, at most MOST_DIRECTIONS; in all others each
-    class has an independent Gaussian per direction. Over all directions a component has more parameters than rows: it is worse on held-out ones.
+    class has an independent Gaussian per direction. Over all directions a component has more parameters than rows: it
+    is worse on held-out ones.
 
     Raises:
         InputError: scikit-learn is not installed.
