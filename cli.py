@@ -221,7 +221,19 @@ def cli(ctx: click.Context, debug: bool) -> None:
 @setting(
     "bottleneck", click.Choice(["vq", "vae", "ae"]), "Codes; or, to compare with, a Gaussian or nothing.", STAGE_ONE
 )
-@setting("kl_weight", FiniteRange(min=0), "Of --bottleneck vae.", STAGE_ONE)
+@setting(
+    "likelihood",
+    click.Choice(["gaussian", "bernoulli"]),
+    "Of a pixel, with --bottleneck vae: squared error, or cross-entropy.",
+    STAGE_ONE,
+)
+@click.option(
+    "--kl-weight",
+    type=FiniteRange(min=0),
+    help="Of --bottleneck vae; 1 with bernoulli is the evidence lower bound.  [default: "
+    f"{default_of('kl_weight', STAGE_ONE)}, with --likelihood bernoulli "
+    f"{default_of('kl_weight', TokenizerSettings(likelihood='bernoulli'))}]",
+)
 @training_options
 def train_tokenizer(out: Path, device: str, resume: bool, force: bool, **overrides: Any) -> None:
     """Stage one: images to grids of codes, and back."""

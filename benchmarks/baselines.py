@@ -27,6 +27,8 @@ from pipeline.models.checkpoint import read_info
 from pipeline.models.loading import images_of, load_trained_autoencoder
 from tokenizer import Baseline
 
+from .latent_mixture import draw_standard_normal
+
 COLUMNS, ROWS = 8, 8
 SPACE = 16  # white pixels between the two halves
 
@@ -78,8 +80,7 @@ def vae_samples(folder: Path, grid: tuple[int, int], seed: int) -> Tensor:
     """Return images uint8 [n,C,H',W'] of latents drawn from N(0,1)."""
     model = load_trained_autoencoder(folder, "cpu").model
     assert isinstance(model, Baseline)
-    generator = torch.Generator().manual_seed(seed)
-    latents = torch.randn(COLUMNS * ROWS, model.config.code_dim, *grid, generator=generator)
+    latents, _ = draw_standard_normal(COLUMNS * ROWS, (model.config.code_dim, *grid), seed)
     return to_uint8(model.decode(latents))
 
 

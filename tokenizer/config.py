@@ -6,6 +6,7 @@ from typing import Literal
 
 CodebookUpdate = Literal["ema", "gradient"]
 Bottleneck = Literal["vq", "vae", "ae"]
+Likelihood = Literal["gaussian", "bernoulli"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,9 +30,14 @@ class TokenizerConfig:
     revival_threshold: float = 0.02  # a code used less than this share of the mean use is dead; 0 keeps the dead
     data_variance: float = 1.0  # variance of all pixels of the training images; divides the squared error
     bottleneck: Bottleneck = "vq"  # codes; or, to compare with: "vae" a Gaussian, "ae" nothing
-    kl_weight: float = 0.1  # of the "vae": its decoder is a Gaussian of kl_weight / 2 of the data's variance
+    likelihood: Likelihood = "gaussian"  # of a pixel given the latents of the "vae"; see objective.py
+    # Of the "vae"; by default (None, which becomes the number) 0.1 if gaussian, whose decoder then has a variance of
+    # kl_weight / 2 of the data's, and 1 if bernoulli, which makes the loss the negative evidence lower bound.
+    kl_weight: float = None  # type: ignore[assignment]  # a float to all who read it, and no null in a config.json
 
     def __post_init__(self) -> None:
+        if self.kl_weight is None:
+            object.__setattr__(self, "kl_weight", 1.0 if self.likelihood == "bernoulli" else 0.1)
         for name in ("in_channels", "hidden_channels", "residual_channels", "code_dim"):
             _require(getattr(self, name) >= 1, self, name, "at least 1")
         _require(self.hidden_channels % 2 == 0, self, "hidden_channels", "an even number")
@@ -44,6 +50,9 @@ class TokenizerConfig:
         _require(0 <= self.revival_threshold < 1, self, "revival_threshold", "from 0 to below 1")
         _require(self.data_variance > 0, self, "data_variance", "above 0")
         _require(self.bottleneck in ("vq", "vae", "ae"), self, "bottleneck", "'vq', 'vae' or 'ae'")
+        _require(self.likelihood in ("gaussian", "bernoulli"), self, "likelihood", "'gaussian' or 'bernoulli'")
+        bernoulli_of_vae = self.likelihood == "gaussian" or self.bottleneck == "vae"
+        _require(bernoulli_of_vae, self, "likelihood", f"'gaussian' with the bottleneck {self.bottleneck!r}")
         _require(0 <= self.kl_weight < math.inf, self, "kl_weight", "0 or more, and finite")
 
     @property

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .bottleneck import GaussianBottleneck, NoBottleneck
 from .config import TokenizerConfig
 from .networks import Decoder, Encoder
-from .objective import reconstruction_loss
+from .objective import bernoulli_loss, reconstruction_loss
 from .quantizer import VectorQuantizer
 
 
@@ -30,8 +30,8 @@ class VQVAEOutput:
 @dataclass(frozen=True)
 class BaselineOutput:
     reconstruction: Tensor  # [B,C,H',W'] in [0,1]
-    loss: Tensor  # scalar, what training minimises: reconstruction_loss + kl_weight * kl / (C H' W')
-    reconstruction_loss: Tensor  # scalar, squared error / data variance
+    loss: Tensor  # scalar, what training minimises; per value of an image, see `Baseline`
+    reconstruction_loss: Tensor  # scalar, squared error / data variance; of a Bernoulli -log p, nats per image
     kl: Tensor  # scalar, nats per image; 0 for a plain autoencoder
 
 
@@ -125,8 +125,13 @@ class VQVAE(Autoencoder):
 class Baseline(Autoencoder):
     """A model to compare a VQ-VAE with: the same encoder and decoder around a Gaussian ("vae") or nothing ("ae").
 
-    The loss of the VAE is, but for a constant factor, the negative evidence lower bound with a Gaussian decoder of
-    variance data_variance * kl_weight / 2.
+    The loss of the VAE is, but for a constant factor, the negative evidence lower bound:
+
+        gaussian   reconstruction_loss + kl_weight * kl / (C H' W')    decoder of variance data_variance * kl_weight / 2
+        bernoulli  (reconstruction_loss + kl_weight * kl) / (C H' W')  where kl_weight is 1; the decoder gives logits
+
+    A Bernoulli's bound is of images binarised at random, see `bernoulli_loss`. Division by the values of an image
+    changes no ratio of the terms: the learning rate suits images of any size.
 
     Raises:
         ValueError: the config asks for the bottleneck "vq".
@@ -142,13 +147,15 @@ class Baseline(Autoencoder):
         """Reconstruct a batch [B,C,H',W'] in [0,1], with the losses. Raises ValueError as `VQVAE` does."""
         self.check_images(images)
         latents, kl = self.bottleneck(self.encoder(images))
-        decoded = self.decoder(latents)
-        reconstruction = reconstruction_loss(decoded, images, self.config.data_variance)
+        decoded, penalty, values = self.decoder(latents), self.config.kl_weight * kl, images[0].numel()
+        if self.config.likelihood == "bernoulli":
+            reconstruction = bernoulli_loss(decoded, images)
+            loss = (reconstruction + penalty) / values
+        else:
+            reconstruction = reconstruction_loss(decoded, images, self.config.data_variance)
+            loss = reconstruction + penalty / values
         return BaselineOutput(
-            reconstruction=decoded.clamp(0, 1),
-            loss=reconstruction + self.config.kl_weight * kl / images[0].numel(),
-            reconstruction_loss=reconstruction,
-            kl=kl,
+            reconstruction=self._pixels(decoded), loss=loss, reconstruction_loss=reconstruction, kl=kl
         )
 
     @torch.no_grad()
@@ -159,8 +166,15 @@ class Baseline(Autoencoder):
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Decode latents [B,D,H,W] to images [B,C,H*downsample,W*downsample] in [0,1]; a VAE's of N(0,1) are new."""
-        return self.decoder(latents).clamp(0, 1)
+        """Decode latents [B,D,H,W] to images [B,C,H*downsample,W*downsample] in [0,1]; a VAE's of N(0,1) are new.
+
+        The images are means, without the noise of a Gaussian or the coin of a Bernoulli.
+        """
+        return self._pixels(self.decoder(latents))
+
+    def _pixels(self, decoded: Tensor) -> Tensor:
+        """Return what the decoder gives, [B,C,H',W'], as images in [0,1]."""
+        return decoded.sigmoid() if self.config.likelihood == "bernoulli" else decoded.clamp(0, 1)
 
 
 def build_model(config: TokenizerConfig) -> VQVAE | Baseline:

@@ -40,9 +40,12 @@ class TokenizerSettings:
     codebook_update: str = "ema"
     commitment_weight: float = 1.0  # above the paper's 0.25: the lower error and the higher perplexity
     bottleneck: str = "vq"
-    kl_weight: float = 0.1
+    likelihood: str = "gaussian"
+    kl_weight: float = None  # type: ignore[assignment]  # becomes 0.1, or 1 for bernoulli, as in `TokenizerConfig`
 
     def __post_init__(self) -> None:
+        if self.kl_weight is None:
+            object.__setattr__(self, "kl_weight", 1.0 if self.likelihood == "bernoulli" else 0.1)
         check_shared(self)
         if self.image_size and not all(1 <= side <= LARGEST_SIDE for side in self.image_size):
             raise ValueError(f"image_size: expected sides from 1 to {LARGEST_SIDE:,} pixels, got {self.image_size}")

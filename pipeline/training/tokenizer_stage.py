@@ -28,6 +28,9 @@ CHANGES_SEEN_IN = 256  # held-out images that tell how many codes changed
 class BaselineStage:
     """An autoencoder without codes in training.
 
+    It logs `loss`, what is minimised, per value of an image; `reconstruction`, squared error / data variance or, of a
+    Bernoulli, nats per image; and `kl`, nats per image.
+
     Args:
         model: on the device to train on.
         images: the training split of an image set, of which some are held out.

@@ -24,7 +24,14 @@ from .settings import recorded, resolve
 from .split_summary import split_summary
 from .tokenizer_stage import BaselineStage, TokenizerStage, stage_for
 
-OPTIONS_OF_ONE_BOTTLENECK = {"num_codes": "vq", "codebook_update": "vq", "commitment_weight": "vq", "kl_weight": "vae"}
+OPTIONS_OF_ONE_BOTTLENECK = {
+    "num_codes": "vq",
+    "codebook_update": "vq",
+    "commitment_weight": "vq",
+    "likelihood": "vae",
+    "kl_weight": "vae",
+}
+OF_OLD_RUNS = {"likelihood": "gaussian"}  # what runs had that were started before there was a choice
 
 
 def train_tokenizer(run: RunFolder, overrides: Mapping[str, Any]) -> CheckpointInfo:
@@ -46,7 +53,7 @@ def train_tokenizer(run: RunFolder, overrides: Mapping[str, Any]) -> CheckpointI
 def _train(run: RunFolder, overrides: Mapping[str, Any]) -> CheckpointInfo:
     """Train, while nobody else writes into the folder."""
     saved = saved_run(run, "tokenizer")
-    settings = resolve(TokenizerSettings, overrides, saved.info.training if saved else None)
+    settings = resolve(TokenizerSettings, overrides, OF_OLD_RUNS | saved.info.training if saved else None)
     _refuse_idle_options(settings.bottleneck, overrides)
     _config(settings, in_channels=1, data_variance=1.0)  # refuses impossible settings before images are prepared
     device = choose_device(run.device)
@@ -134,11 +141,12 @@ def explanation(stage: TokenizerStage | BaselineStage, images: ImageSet, out: Pa
         "vae": f"Gaussians of {config.code_dim} dimensions (a baseline: no codes, no prior)",
         "ae": f"vectors of {config.code_dim} dimensions (a baseline: no codes, no prior)",
     }[config.bottleneck]
+    units = "reconstruction and kl are nats per image (the loss: a value); " if config.likelihood == "bernoulli" else ""
     return [
         f"stage one: a tokenizer for {source}, into {out}",
         f"{split}{classes}",
         f"each image of {size.height}x{size.width}x{size.channels} becomes {height}x{width} {latents}; "
-        "nmse is the error of the way back (1 is a grey blur, 0 perfect)",
+        f"{units}nmse is the error of the way back (1 is a grey blur, 0 perfect)",
     ]
 
 
@@ -160,6 +168,7 @@ def _config(settings: TokenizerSettings, *, in_channels: int, data_variance: flo
         codebook_update=settings.codebook_update,  # type: ignore[arg-type]
         commitment_weight=settings.commitment_weight,
         bottleneck=settings.bottleneck,  # type: ignore[arg-type]
+        likelihood=settings.likelihood,  # type: ignore[arg-type]
         kl_weight=settings.kl_weight,
         data_variance=data_variance,
     )

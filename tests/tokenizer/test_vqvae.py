@@ -304,7 +304,8 @@ def test_an_image_that_is_not_finite_raises() -> None:
         ("revival_threshold", [-0.1, 1.0, float("nan")]),
         ("data_variance", [0.0, -1.0, float("nan")]),
         ("bottleneck", ["VAE", "", None]),
-        ("kl_weight", [-0.1, float("nan")]),
+        ("kl_weight", [-0.1, float("nan"), float("inf")]),
+        ("likelihood", ["Gaussian", "", None, "bernoulli"]),
     ],
 )
 def test_a_field_out_of_its_range_is_named(field: str, values: list[Any]) -> None:

@@ -138,6 +138,7 @@ def test_a_run_does_not_resume_with_another_kl_weight(baseline: Path, codegrid: 
         ("vq", "--kl-weight", 0.5, "vae"),
         ("vq", "--kl-weight", 0.1, "vae"),  # the default, which does nothing either
         ("ae", "--kl-weight", 0.5, "vae"),
+        *((other, "--likelihood", name, "vae") for other in ("vq", "ae") for name in ("gaussian", "bernoulli")),
         *((bottleneck, "--num-codes", 16, "vq") for bottleneck in BOTTLENECKS),
         *(
             (bottleneck, "--codebook-update", update, "vq")

@@ -214,11 +214,15 @@ def test_every_setting_of_a_prior_reaches_the_model(trained: Trained) -> None:
     assert all(chosen[name] != getattr(PriorSettings(), name) for name in chosen)
 
 
-@pytest.mark.parametrize(("bottleneck", "update"), [("vq", "gradient"), ("vae", "ema")])
-def test_every_setting_of_a_tokenizer_reaches_the_model(grey_folder: Path, bottleneck: str, update: str) -> None:
+@pytest.mark.parametrize(
+    ("bottleneck", "update", "likelihood"), [("vq", "gradient", "gaussian"), ("vae", "ema", "bernoulli")]
+)
+def test_every_setting_of_a_tokenizer_reaches_the_model(
+    grey_folder: Path, bottleneck: str, update: str, likelihood: str
+) -> None:
     numbers = {"num_codes": 33, "code_dim": 5, "downsample": 2, "hidden_channels": 6, "num_residual_layers": 1}
     others = {"residual_channels": 3, "commitment_weight": 0.5, "kl_weight": 0.25}
-    names = {"bottleneck": bottleneck, "codebook_update": update}
+    names = {"bottleneck": bottleneck, "codebook_update": update, "likelihood": likelihood}
     settings = TokenizerSettings(**numbers, **others, **names)  # type: ignore[arg-type]
     chosen, found = shared_fields(settings, tokenizer_config_for(settings, open_images(str(grey_folder))))
     assert found == chosen == {**numbers, **others, **names}

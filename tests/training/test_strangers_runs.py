@@ -78,6 +78,7 @@ OF_ONE: dict[str, dict[str, list[Any]]] = {
         "channels": ["3", 2.0, [3]],
         "num_codes": [None, "16", 1, 2.0],
         "kl_weight": [None, [0.1], -1.0],
+        "likelihood": [None, 3, "other"],
         "codebook_update": [None, 3, "other"],
         "bottleneck": [None, 3, "other"],
     },
