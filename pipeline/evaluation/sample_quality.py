@@ -108,7 +108,7 @@ class SampleQuality:
     def measure(self) -> PictureMetrics:
         """Train the judge, if it is not in the cache, sample, and measure all three columns."""
         judge = open_judge(self.comparison.images, self.comparison.class_names, self.device)
-        columns = self._columns()
+        columns = self.columns()
         reference = self.comparison.training_images()
         seen = {name: judge.look(pictures.images, WORDS[name]) for name, pictures in columns.items()}
         seen_reference = judge.look(reference.images, "training images")
@@ -134,7 +134,7 @@ class SampleQuality:
             nearest=picture,
         )
 
-    def _columns(self) -> dict[str, Pictures]:
+    def columns(self) -> dict[str, Pictures]:
         """Return the pictures of each column."""
         test = self.comparison.test_images()
         reconstructed = Pictures(images=self.pipeline.reconstruct(test.images), labels=test.labels)
