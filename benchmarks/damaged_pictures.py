@@ -62,7 +62,5 @@ def _wrong_codes(
     shuffled = codes.flatten(1)[:, order].view_as(codes)
     yield "codes in other places", Pictures(images=pipeline.decode(shuffled), labels=test.labels)
     chosen = torch.from_numpy(random.integers(codes.numel(), size=codes.numel()))
-    yield (
-        "codes drawn from their histogram",
-        Pictures(images=pipeline.decode(codes.flatten()[chosen].view_as(codes)), labels=test.labels),
-    )
+    drawn = pipeline.decode(codes.flatten()[chosen].view_as(codes))
+    yield "codes drawn from their histogram", Pictures(images=drawn, labels=test.labels)
