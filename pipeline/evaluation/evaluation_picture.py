@@ -50,7 +50,7 @@ def evaluation_picture(
     Raises:
         InputError: the decoder gives NaN or infinity.
     """
-    sections = []
+    sections = list[Section]()
     for name, rows in rows_to_show(errors):
         images = to_uint8(split.batch(rows))
         section = Section(
