@@ -14,7 +14,19 @@ from typing import TYPE_CHECKING, Any
 from pipeline import __version__ as __version__
 
 if TYPE_CHECKING:
-    from pipeline import CodeDataset, ImagePipeline, InputError, load_prior, load_tokenizer, open_images
+    from pipeline import (
+        CodeDataset,
+        ImagePipeline,
+        InputError,
+        frechet_distance,
+        kernel_distance,
+        load_prior,
+        load_tokenizer,
+        monge_distance,
+        open_images,
+        precision_recall_density_coverage,
+        sliced_wasserstein,
+    )
     from prior import GatedPixelCNN, PriorConfig, SamplingParameters, complete_codes, sample_codes
     from tokenizer import (
         VQVAE,
@@ -43,10 +55,15 @@ __all__ = [
     "VectorQuantizer",
     "build_model",
     "complete_codes",
+    "frechet_distance",
+    "kernel_distance",
     "load_prior",
     "load_tokenizer",
+    "monge_distance",
     "open_images",
+    "precision_recall_density_coverage",
     "sample_codes",
+    "sliced_wasserstein",
 ]
 
 

@@ -9,21 +9,40 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .codes.dataset import CodeDataset
     from .errors import InputError
+    from .evaluation.distances import frechet_distance, kernel_distance, monge_distance, sliced_wasserstein
+    from .evaluation.neighbours import precision_recall_density_coverage
     from .generation.image_pipeline import ImagePipeline
     from .images.image_set import open_images
     from .models.loading import load_prior, load_tokenizer
 
 __version__ = "0.1.0"
 
-__all__ = ["CodeDataset", "ImagePipeline", "InputError", "load_prior", "load_tokenizer", "open_images"]
+__all__ = [
+    "CodeDataset",
+    "ImagePipeline",
+    "InputError",
+    "frechet_distance",
+    "kernel_distance",
+    "load_prior",
+    "load_tokenizer",
+    "monge_distance",
+    "open_images",
+    "precision_recall_density_coverage",
+    "sliced_wasserstein",
+]
 
 _HOME = {
     "CodeDataset": "codes.dataset",
     "ImagePipeline": "generation.image_pipeline",
     "InputError": "errors",
+    "frechet_distance": "evaluation.distances",
+    "kernel_distance": "evaluation.distances",
     "load_prior": "models.loading",
     "load_tokenizer": "models.loading",
+    "monge_distance": "evaluation.distances",
     "open_images": "images.image_set",
+    "precision_recall_density_coverage": "evaluation.neighbours",
+    "sliced_wasserstein": "evaluation.distances",
 }
 
 
