@@ -48,7 +48,8 @@ def precision_recall_density_coverage(real: Features, samples: Features, *, neig
     Precision and recall depend on N, M and D even then, and one outlier with a large ball raises them, so compare with
     a floor, as of two parts of the real set.
 
-    Costs N^2 + M^2 + N M products of D values, in blocks of BLOCK_BYTES; more where very many distances are equal.
+    Costs N^2 + M^2 + N M products of D values, in blocks of BLOCK_BYTES, and more where very many distances of
+    different rows are equal; holds each set about five times in float64.
 
     Args:
         real: [N,D] of any float type, an array or a tensor on the CPU.
@@ -84,7 +85,7 @@ def precision_recall_density_coverage(real: Features, samples: Features, *, neig
 def nearest(queries: Features, references: Features) -> Nearest:
     """Return the nearest row of references for each query; of those equally near the first.
 
-    Costs n N products of D values, in blocks of BLOCK_BYTES.
+    Costs n N products of D values, in blocks of BLOCK_BYTES; holds each set about five times in float64.
 
     Args:
         queries: [n,D] of any float type, an array or a tensor on the CPU.

@@ -56,6 +56,12 @@ def test_frechet_distance_with_fewer_rows_than_dimensions(scales: Tensor) -> Non
     assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-10)  # 1e-8 with the noise of the null space
 
 
+def test_small_variances_beside_a_large_one_count() -> None:
+    scales = torch.tensor([1.0, 1e-3, 1.0], dtype=torch.float64)
+    a, b = whitened(30, 3, seed=0) * scales, whitened(20, 3, seed=1) * scales * torch.tensor([1.0, 3.0, 1.0])
+    assert frechet_distance(a, b) == pytest.approx(4e-6, rel=1e-3)
+
+
 def test_frechet_distance_with_constant_features() -> None:
     a, b = normal(30, 4, seed=0), normal(30, 4, seed=1)
     a[:, 1], b[:, 1] = 2, 5

@@ -71,16 +71,24 @@ def test_samples_that_are_all_one_real_point() -> None:
     found = precision_recall_density_coverage(real, samples, neighbours=3)
     assert found == slow_neighbourhoods(real, samples, 3)
     assert (found.precision, found.recall) == (1, 1 / 50)
-    moved = precision_recall_density_coverage(real, samples + 1e-9, neighbours=3)
-    assert (moved.precision, moved.recall) == (1, 0)
 
 
-def test_equal_rows_are_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_point_just_outside_a_ball_is_outside() -> None:
+    """By less than the product of float64 rounds to: balls of radius 0, a hair away from their real point."""
+    real = normal(50, 8, seed=0)
+    samples = torch.cat([real[[7] * 10] + 1e-9, real[[9] * 10], normal(1, 8, seed=1, shift=50).expand(10, 8)])
+    found = precision_recall_density_coverage(real, samples, neighbours=3)
+    assert found == slow_neighbourhoods(real, samples, 3)
+    assert found.recall == 1 / 50
+
+
+@pytest.mark.parametrize("shift", [0.0, 2.0**25])
+def test_equal_rows_are_measured_once_and_far_pairs_not_at_all(shift: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """A prior that draws one image gives M x M pairs of equal distance; to measure each would take hours."""
     measured = []
     distances = exact_distances._distances
     monkeypatch.setattr(exact_distances, "_distances", lambda x, y: measured.append(len(x)) or distances(x, y))
-    real, samples = normal(40, 3, seed=0), normal(1, 3, seed=1).expand(60, 3)
+    real, samples = normal(40, 3, seed=0) + shift, (normal(1, 3, seed=1) + shift).expand(60, 3)
     found = precision_recall_density_coverage(real, samples, neighbours=5)
     assert found == slow_neighbourhoods(real, samples, 5)
     assert sum(measured) < 40 * 6 + 40 + 2
