@@ -137,7 +137,7 @@ def _standardize(judge: Judge, data: TrainingImages, device: torch.device) -> No
     values = []
     for start in range(0, len(rows), BATCH):
         images = to_float(torch.from_numpy(np.array(data.images[rows[start : start + BATCH]]))).to(device)
-        values.append(linear(judge.pooled(images)).double().cpu())
+        values.append(linear(judge.pooled(images)).cpu().double())
     features = torch.cat(values)
     norm.get_buffer("running_mean").copy_(features.mean(dim=0))
     norm.get_buffer("running_var").copy_(features.var(dim=0, correction=0))

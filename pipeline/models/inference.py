@@ -75,12 +75,13 @@ def reconstruct_images(model: VQVAE | Baseline, images: Tensor, *, folder: Path 
     Raises:
         InputError: the decoder gives NaN or infinity.
     """
-    floats = to_float(images) if images.dtype == torch.uint8 else images
+
+    def load(start: int, stop: int) -> Tensor:
+        block = images[start:stop]  # of which floats take four times the memory
+        return to_float(block) if block.dtype == torch.uint8 else block
+
     reconstructed = in_blocks(
-        model,
-        lambda block: _finite_uint8(model.decode(model.encode(block)), folder),
-        lambda start, stop: floats[start:stop],
-        len(floats),
+        model, lambda block: _finite_uint8(model.decode(model.encode(block)), folder), load, len(images)
     )
     return torch.cat([images.new_empty(0, *images.shape[1:], dtype=torch.uint8).cpu(), *reconstructed])
 
