@@ -29,7 +29,8 @@ from ..runtime.progress import Progress
 from .classification_score import accuracy_of_training_on
 from .comparison import Comparison, JudgeKind, Pictures
 from .inception import inception_features, load_inception
-from .judge import Seen, TrainedJudge, look_at, open_judge
+from .judge import Seen, TrainedJudge, look_at
+from .judge_cache import open_judge
 from .nearest_picture import NearestTraining, nearest_picture
 from .picture_numbers import PictureNumbers, distances, picture_numbers
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from pipeline.evaluation.comparison import Comparison
-from pipeline.evaluation.judge import Seen, TrainedJudge, look_at, open_judge
+from pipeline.evaluation.judge import Seen, TrainedJudge, look_at
+from pipeline.evaluation.judge_cache import open_judge
 from pipeline.evaluation.nearest_picture import NearestTraining
 from pipeline.evaluation.picture_numbers import PictureNumbers, picture_numbers
 from pipeline.images.image_set import ImageSet

@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 
 from pipeline.errors import InputError
-from pipeline.evaluation import judge, judge_network, judge_training
-from pipeline.evaluation.judge import open_judge
+from pipeline.evaluation import judge_cache, judge_network, judge_training
+from pipeline.evaluation.judge_cache import open_judge
 from pipeline.evaluation.judge_network import FEATURES, Judge, JudgeConfig
 from pipeline.evaluation.judge_training import TrainingImages, learning_rate_at, steps_for, train_judge
 from pipeline.images.image_set import ImageSet, open_images
@@ -243,7 +243,7 @@ def test_it_is_trained_once(cache: Path, stripes: ImageSet, monkeypatch: pytest.
     first = open_judge(stripes, ("a", "b"), "cpu")
     (folder,) = cache.iterdir()
     assert {path.name for path in folder.iterdir()} == {MODEL, CONFIG}
-    monkeypatch.setattr(judge, "train_judge", None)
+    monkeypatch.setattr(judge_cache, "train_judge", None)
     second = open_judge(stripes, ("a", "b"), "cpu")
     assert same(weights_of(first.network), weights_of(second.network))
     assert (first.name, first.accuracy) == (second.name, second.accuracy)
