@@ -22,10 +22,11 @@ from ..models.labels import match_labels
 from ..models.loading import TrainedAutoencoder, TrainedTokenizer, images_of, load_pair, load_trained_autoencoder
 from .codebook_health import CodebookHealth
 from .evaluation_picture import PriorInput, evaluation_picture
+from .picture_metrics import PictureMetrics
 from .prior_numbers import Likelihood, measure_likelihood, measure_simple_predictors
 from .quality_table import quality_table
 from .reconstruction import ReconstructionNumbers, measure_reconstruction
-from .sample_quality import PictureMetrics, QualityOptions, SampleQuality
+from .sample_quality import QualityOptions, SampleQuality
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,13 +17,14 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..images.preprocessing import to_float
+from ..images.rows import evenly_spaced
 from ..models.checkpoint import TrainingState
 from ..models.optimizer_state import check_optimizer
 from ..models.tensor_file import check_finite, check_outlines, not_finite, outlines_of
 from ..runtime.device import autocast, torch_seed
 from ..runtime.interrupts import StopSignal
 from ..runtime.optimizer import Optimizers
-from ..runtime.progress import Progress
+from ..runtime.progress import Progress, with_progress
 from .judge_network import Judge, JudgeConfig
 
 BATCH = 128
@@ -150,11 +151,12 @@ def _standardize(judge: Judge, data: TrainingImages, device: torch.device) -> No
 
     The batch norm kept moving averages of what single batches had; it computes with what it is given here.
     """
-    rows = np.linspace(0, len(data.images) - 1, min(len(data.images), MOST_MEASURED)).astype(np.int64)
+    rows = evenly_spaced(len(data.images), MOST_MEASURED)
     linear, norm = judge.to_features
     values = []
-    for start in range(0, len(rows), BATCH):
-        images = to_float(torch.from_numpy(np.array(data.images[rows[start : start + BATCH]]))).to(device)
+    batches = (rows[start : start + BATCH] for start in range(0, len(rows), BATCH))
+    for batch in with_progress(batches, len(rows), "measuring the judge's features", size=len):
+        images = to_float(torch.from_numpy(np.asarray(data.images[batch]))).to(device)
         values.append(linear(judge.pooled(images)).cpu().double())
     features = torch.cat(values)
     norm.get_buffer("running_mean").copy_(features.mean(dim=0))
