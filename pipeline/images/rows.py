@@ -4,7 +4,7 @@ import numpy as np
 
 
 def evenly_spaced(count: int, most: int) -> np.ndarray:
-    """Return which of `count` rows to take, at most `most` of them, int64 and ascending: evenly spaced.
+    """Return which of `count` rows to take: evenly spaced, `most` at most (both 1 or more), int64 and ascending.
 
     (The first ones would be of a few classes only, where images are in order.)
     """
