@@ -21,7 +21,8 @@ from torch import Tensor
 
 from pipeline import ImagePipeline
 from pipeline.evaluation.comparison import Comparison, Pictures
-from pipeline.evaluation.judge import Seen, TrainedJudge, look_at, open_judge
+from pipeline.evaluation.judge import Seen, TrainedJudge, look_at
+from pipeline.evaluation.judge_cache import open_judge
 from pipeline.evaluation.nearest_picture import NearestTraining
 from pipeline.evaluation.picture_numbers import picture_numbers
 from pipeline.evaluation.sample_quality import QualityOptions, SampleQuality

@@ -8,7 +8,7 @@ import hashlib
 import re
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,7 +18,9 @@ import numpy as np
 import safetensors.torch
 import torch
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from pipeline.models.checkpoint import CheckpointInfo, TrainingState, save_checkpoint
 from prior import GatedPixelCNN, PriorConfig
@@ -197,3 +199,18 @@ def digest_of(folder: Path) -> dict[str, str]:
 def bits_of(model: nn.Module) -> dict[str, Any]:
     """Return every parameter and buffer as bytes, to compare bit for bit."""
     return {name: tensor.detach().cpu().numpy().tobytes() for name, tensor in model.state_dict().items()}
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers the size in bytes of the largest memory block that any operation returns, backward included."""
+
+    nbytes = 0
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self.nbytes = max(self.nbytes, leaf.untyped_storage().nbytes())
+        return result

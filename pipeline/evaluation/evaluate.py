@@ -17,15 +17,23 @@ from torch import Tensor
 from ..codes.manifest import code_dtype
 from ..errors import InputError
 from ..generation.image_pipeline import ImagePipeline
-from ..images.image_set import ImageSplit, split_of
+from ..images.image_set import ImageSet, ImageSplit, split_of
 from ..models.labels import match_labels
-from ..models.loading import TrainedAutoencoder, TrainedTokenizer, images_of, load_pair, load_trained_autoencoder
+from ..models.loading import (
+    TrainedAutoencoder,
+    TrainedPrior,
+    TrainedTokenizer,
+    images_of,
+    load_pair,
+    load_trained_autoencoder,
+)
 from .codebook_health import CodebookHealth
 from .evaluation_picture import PriorInput, evaluation_picture
+from .picture_metrics import PictureMetrics
 from .prior_numbers import Likelihood, measure_likelihood, measure_simple_predictors
 from .quality_table import quality_table
 from .reconstruction import ReconstructionNumbers, measure_reconstruction
-from .sample_quality import PictureMetrics, QualityOptions, SampleQuality
+from .sample_quality import QualityOptions, SampleQuality
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,15 +117,7 @@ def evaluate(
     images = images_of(trained.info, data=data, data_root=data_root)
     chosen = split_of(images, split)
     labels = chosen.labels if pair is None else match_labels(chosen.labels, images.class_names, pair[1])
-    samples = None
-    if quality is not None:
-        if pair is None or split != "test":
-            raise InputError(
-                expected="a prior and the test split, to compare its samples with the test images",
-                got="no prior" if pair is None else f"the {split} split",
-                do="name the prior with --prior" if pair is None else "omit --split",
-            )
-        samples = SampleQuality(ImagePipeline(*pair), images, quality, device)  # refuses before anything is measured
+    samples = None if quality is None else _prepared(pair, images, split, quality, device)
     found = _Collected(trained.model.config.num_codes)
     numbers, health = measure_reconstruction(
         trained.model,
@@ -145,6 +145,23 @@ def evaluate(
         picture=_picture(title, trained, chosen, found.errors(), measured) if with_picture else None,
         quality=None if samples is None else samples.measure(),
     )
+
+
+def _prepared(
+    pair: tuple[TrainedTokenizer, TrainedPrior] | None,
+    images: ImageSet,
+    split: str,
+    quality: QualityOptions,
+    device: str,
+) -> SampleQuality:
+    """Return the measurement of samples, to be made later. Raise InputError for what is wrong with it."""
+    if pair is None or split != "test":
+        raise InputError(
+            expected="a prior and the test split, to compare its samples with the test images",
+            got="no prior" if pair is None else f"the {split} split",
+            do="name the prior with --prior" if pair is None else "omit --split",
+        )
+    return SampleQuality(ImagePipeline(*pair), images, quality, device)
 
 
 def check_finite(numbers: Mapping[str, float], folder: Path) -> None:

@@ -6,6 +6,7 @@ weights of one that was not.
 Legend: N images, B in a batch, C channels, H W pixels.
 """
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,13 +15,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..errors import InputError
 from ..images.preprocessing import to_float
+from ..images.rows import evenly_spaced
 from ..models.checkpoint import TrainingState
-from ..models.tensor_file import check_outlines, outlines_of
+from ..models.optimizer_state import check_optimizer
+from ..models.tensor_file import check_finite, check_outlines, not_finite, outlines_of
 from ..runtime.device import autocast, torch_seed
 from ..runtime.interrupts import StopSignal
 from ..runtime.optimizer import Optimizers
-from ..runtime.progress import Progress
+from ..runtime.progress import Progress, with_progress
 from .judge_network import Judge, JudgeConfig
 
 BATCH = 128
@@ -33,6 +37,8 @@ SAVE_EVERY_SECONDS = 30.0
 WEIGHTS = "weights/"  # what the names of the judge's own tensors begin with, in the state
 
 Save = Callable[[TrainingState], None]
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,23 +80,20 @@ def train_judge(
         seed: of the first weights, the batches and the shifts.
         device: to train on.
         description: what is trained, for the line of progress.
-        resume: what `save` was given last, to continue from there.
+        resume: what `save` was given last, to continue from there; a state of another training is warned of, and the
+            training starts anew.
         save: called now and then, and before a signal ends the training, with the state to resume from.
 
     Returns:
         The judge, in `eval()` mode.
 
     Raises:
-        ValueError: `resume` is not the state of such a training.
+        InputError: the training has led to weights that are NaN or infinite.
         KeyboardInterrupt, SystemExit: Ctrl-C, or another signal to stop.
     """
-    steps = steps_for(len(data.images))
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(torch_seed(seed))
-        judge = Judge(data.config)
-    judge.to(device)
+    steps, judge = steps_for(len(data.images)), _new_judge(data.config, seed, device)
     optimizers = Optimizers(judge, "muon", PEAK_RATE)
-    step = 0 if resume is None else _load(resume, judge, optimizers)
+    step = saved = _resumed(resume, judge, optimizers, steps)
     saved_at = time.monotonic()
     with Progress(steps, description, "step", batch_size=BATCH) as bar, StopSignal() as stop:
         bar.start_at(step)
@@ -102,11 +105,11 @@ def train_judge(
             due = stop.requested or time.monotonic() - saved_at > SAVE_EVERY_SECONDS
             if save is not None and due and step < steps:
                 save(_state(judge, optimizers, step))
-                saved_at = time.monotonic()
+                saved, saved_at = step, time.monotonic()
             if stop.requested:
-                stop.exit("stopped" if save is None else f"stopped at step {step:,}; the same command continues there")
-    judge.eval()
-    _standardize(judge, data, device)
+                stop.exit("stopped" if save is None else f"stopped; the same command continues at step {saved:,}")
+    _standardize(judge.eval(), data, device)
+    _check_finite(judge)
     return judge
 
 
@@ -114,6 +117,22 @@ def learning_rate_at(step: int, steps: int) -> float:
     """Return the learning rate of a step, counted from 0: a triangle that rises to PEAK_RATE and falls to 0."""
     done = (step + 1) / (steps + 1)
     return PEAK_RATE * min(done / RISE, (1 - done) / (1 - RISE))
+
+
+def _new_judge(config: JudgeConfig, seed: int, device: torch.device) -> Judge:
+    """Return a judge with random weights, without a change to torch's own random numbers."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(torch_seed(seed))
+        return Judge(config).to(device)
+
+
+def _check_finite(judge: Judge) -> None:
+    """Raise InputError if the training has led to NaN or infinity."""
+    wrong = not_finite(judge.state_dict())
+    if wrong is not None:
+        raise InputError(
+            expected="finite weights of a judge after its training", got=wrong, do="use another --judge or --device"
+        )
 
 
 def _take_step(judge: Judge, optimizers: Optimizers, rate: float, images: Tensor, labels: Tensor) -> None:
@@ -132,12 +151,13 @@ def _standardize(judge: Judge, data: TrainingImages, device: torch.device) -> No
 
     The batch norm kept moving averages of what single batches had; it computes with what it is given here.
     """
-    rows = np.linspace(0, len(data.images) - 1, min(len(data.images), MOST_MEASURED)).astype(np.int64)
+    rows = evenly_spaced(len(data.images), MOST_MEASURED)
     linear, norm = judge.to_features
     values = []
-    for start in range(0, len(rows), BATCH):
-        images = to_float(torch.from_numpy(np.array(data.images[rows[start : start + BATCH]]))).to(device)
-        values.append(linear(judge.pooled(images)).double().cpu())
+    batches = (rows[start : start + BATCH] for start in range(0, len(rows), BATCH))
+    for batch in with_progress(batches, len(rows), "measuring the judge's features", size=len):
+        images = to_float(torch.from_numpy(np.asarray(data.images[batch]))).to(device)
+        values.append(linear(judge.pooled(images)).cpu().double())
     features = torch.cat(values)
     norm.get_buffer("running_mean").copy_(features.mean(dim=0))
     norm.get_buffer("running_var").copy_(features.var(dim=0, correction=0))
@@ -166,19 +186,34 @@ def _mirrored(shifts: np.ndarray, side: int) -> np.ndarray:
 
 def _state(judge: Judge, optimizers: Optimizers, step: int) -> TrainingState:
     """Return what a training continues from after `step` steps, at least one."""
-    weights = {f"{WEIGHTS}{name}": tensor for name, tensor in judge.state_dict().items()}
-    return TrainingState(tensors={**weights, **optimizers.tensors()}, values={"step": step})
+    return TrainingState(tensors={**_weights(judge), **optimizers.tensors()}, values={"step": step})
 
 
-def _load(state: TrainingState, judge: Judge, optimizers: Optimizers) -> int:
+def _resumed(state: TrainingState | None, judge: Judge, optimizers: Optimizers, steps: int) -> int:
+    """Restore what `_state` returned, if it is of such a training, and return the step to go on with."""
+    if state is None:
+        return 0
+    try:
+        return _load(state, judge, optimizers, steps)
+    except ValueError as error:
+        _log.warning("Warning: the training of the judge starts anew, as its saved state is of no use: %s", error)
+        return 0
+
+
+def _load(state: TrainingState, judge: Judge, optimizers: Optimizers, steps: int) -> int:
     """Restore what `_state` returned, and return its step. Raise ValueError if it is of another training."""
+    check_finite(state.tensors)
     weights = {name: tensor for name, tensor in state.tensors.items() if name.startswith(WEIGHTS)}
-    check_outlines(
-        outlines_of({f"{WEIGHTS}{name}": tensor for name, tensor in judge.state_dict().items()}), outlines_of(weights)
-    )
+    others = {name: tensor for name, tensor in state.tensors.items() if name not in weights}
+    check_outlines(outlines_of(_weights(judge)), outlines_of(weights))
+    check_optimizer(others, optimizers)
     step = state.values.get("step")
-    if type(step) is not int or step < 1:
+    if type(step) is not int or not 1 <= step < steps:
         raise ValueError(f"a training state without a step, but {step!r}")
     judge.load_state_dict({name.removeprefix(WEIGHTS): tensor for name, tensor in weights.items()})
-    optimizers.load_tensors({name: tensor for name, tensor in state.tensors.items() if name not in weights})
+    optimizers.load_tensors(others)
     return step
+
+
+def _weights(judge: Judge) -> dict[str, Tensor]:
+    return {f"{WEIGHTS}{name}": tensor for name, tensor in judge.state_dict().items()}

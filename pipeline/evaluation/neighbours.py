@@ -60,7 +60,6 @@ def precision_recall_density_coverage(real: Features, samples: Features, *, neig
         ValueError: they are not such features, or too few for `neighbours`.
     """
     real, samples = feature_pair(real, samples)
-    real, samples = feature_pair(real, samples)
     if not 1 <= neighbours < min(len(real), len(samples)):
         rows = f"{len(real)} real and {len(samples)} samples"
         raise ValueError(f"expected neighbours from 1 to less than the rows of either set, got {neighbours} of {rows}")

@@ -1,6 +1,6 @@
 """The three columns as lines of text, with one that says what each stage costs."""
 
-from .sample_quality import COLUMNS, WORDS, PictureMetrics
+from .picture_metrics import COLUMNS, WORDS, PictureMetrics
 
 MEANINGS = {
     "fd": "Frechet distance",

@@ -1,8 +1,4 @@
-"""Which stage is to blame: test images, their reconstructions and samples, each against as many training images.
-
-    test images      the floor: no model can be expected to be nearer to the training images
-    reconstructions  of those test images: what the tokenizer costs
-    samples          of the classes of those test images: what the prior adds
+"""Which stage is to blame: the measurement of test images, their reconstructions and samples (picture_metrics.py).
 
 Legend: N pictures of each kind, C channels, H W pixels.
 """
@@ -13,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from prior import SamplingParameters
@@ -23,18 +18,18 @@ from ..errors import InputError
 from ..generation.image_pipeline import ImagePipeline
 from ..generation.sample_folder import SampleOptions, sample_in_batches
 from ..images.image_set import ImageSet
+from ..models.inference import reconstruct_images
 from ..models.labels import match_labels
 from ..runtime.device import choose_device
-from ..runtime.progress import Progress
+from ..runtime.progress import Progress, with_progress
 from .classification_score import accuracy_of_training_on
 from .comparison import Comparison, JudgeKind, Pictures
 from .inception import inception_features, load_inception
-from .judge import Seen, TrainedJudge, look_at, open_judge
+from .judge import Seen, TrainedJudge, look_at
+from .judge_cache import open_judge
 from .nearest_picture import NearestTraining, nearest_picture
+from .picture_metrics import COLUMNS, WORDS, PictureMetrics
 from .picture_numbers import PictureNumbers, distances, picture_numbers
-
-WORDS = {"test": "test images", "reconstructions": "reconstructions", "samples": "samples"}
-COLUMNS = tuple(WORDS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,28 +54,6 @@ class QualityOptions:
         return cls(samples=samples, parameters=parameters, **others)
 
 
-@dataclass(frozen=True, kw_only=True)
-class PictureMetrics:
-    """The three columns."""
-
-    n: int  # N, pictures of each kind
-    seed: int
-    judge: str  # whose features are compared, in words
-    judge_accuracy: float | None  # on all real test images; None for an autoencoder
-    test: PictureNumbers
-    reconstructions: PictureNumbers
-    samples: PictureNumbers
-    cas: float | None = None  # accuracy on real test images of a classifier trained on the samples
-    cas_real: float | None = None  # of one trained on as many real images
-    nearest: Image.Image | None = field(default=None, repr=False, compare=False)  # None if none was asked for
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the numbers as one object, without those that were not measured."""
-        values = {name: getattr(self, name) for name in ("n", "seed", "judge", "judge_accuracy", "cas", "cas_real")}
-        known = {name: value for name, value in values.items() if value is not None}
-        return known | {name: getattr(self, name).to_json() for name in COLUMNS}
-
-
 class SampleQuality:
     """The measurement of the samples of one pipeline: prepared first, which refuses what is wrong, and then made.
 
@@ -96,23 +69,20 @@ class SampleQuality:
 
     def __init__(self, pipeline: ImagePipeline, images: ImageSet, options: QualityOptions, device: str) -> None:
         self.pipeline, self.options, self.device = pipeline, options, device
-        self.inception = (
-            None if options.inception is None else load_inception(options.inception).to(choose_device(device))
-        )
         self.comparison = Comparison.of(images, options.samples, options.seed, options.judge)
         self.labels = self._labels()
         self.intended = self._intended()
         if options.cas:
             self._check_cas()
+        weights = options.inception  # last, as they take seconds to read
+        self.inception = None if weights is None else load_inception(weights).to(choose_device(device))
 
     def measure(self) -> PictureMetrics:
         """Train the judge, if it is not in the cache, sample, and measure all three columns."""
         judge = open_judge(self.comparison.images, self.comparison.class_names, self.device)
-        columns = self.columns()
-        reference = self.comparison.training_images()
+        columns, reference = self.columns(), self.comparison.training_images()
         seen = {name: judge.look(pictures.images, WORDS[name]) for name, pictures in columns.items()}
-        seen_reference = judge.look(reference.images, "training images")
-        numbers = {name: picture_numbers(seen_reference, seen[name], columns[name].labels) for name in COLUMNS}
+        numbers = self._compared(judge.look(reference.images, "training images"), seen, columns)
         if self.inception is not None:
             numbers = self._with_inception(numbers, reference, columns)
         picture = None
@@ -137,8 +107,17 @@ class SampleQuality:
     def columns(self) -> dict[str, Pictures]:
         """Return the pictures of each column."""
         test = self.comparison.test_images()
-        reconstructed = Pictures(images=self.pipeline.reconstruct(test.images), labels=test.labels)
-        return {"test": test, "reconstructions": reconstructed, "samples": self._sampled()}
+        tokenizer = self.pipeline.trained_tokenizer
+        images = reconstruct_images(tokenizer.model, test.images, folder=tokenizer.folder, progress=True)
+        reconstructions = Pictures(images=images, labels=test.labels)
+        return {"test": test, "reconstructions": reconstructions, "samples": self._sampled()}
+
+    def _compared(
+        self, reference: Seen, seen: dict[str, Seen], columns: dict[str, Pictures]
+    ) -> dict[str, PictureNumbers]:
+        """Return the numbers of each column in the judge's features."""
+        names = with_progress(COLUMNS, len(COLUMNS), "comparing with training images", "set")
+        return {name: picture_numbers(reference, seen[name], columns[name].labels) for name in names}
 
     def _sampled(self) -> Pictures:
         """Return new images."""
@@ -188,7 +167,7 @@ class SampleQuality:
     def _cas(self, samples: Pictures, reference: Pictures) -> tuple[float, float]:
         """Return the accuracy on real test images after training on samples, and on as many real ones."""
         num_classes, test = len(self.comparison.class_names), self.comparison.images.test
-        device = next(self.pipeline.tokenizer.parameters()).device
+        device = choose_device(self.device)
         on_samples, on_real = (
             accuracy_of_training_on(pictures, num_classes, test, device, what=what)
             for pictures, what in ((samples, "samples"), (reference, "as many real images"))
@@ -200,12 +179,9 @@ class SampleQuality:
     ) -> dict[str, PictureNumbers]:
         """Return the numbers with the distances in Inception-v3's features."""
         real = self._inception_features(reference, "training images")
-        return {
-            name: replace(
-                numbers[name], inception=distances(real, self._inception_features(columns[name], WORDS[name]))
-            )
-            for name in COLUMNS
-        }
+        features = {name: self._inception_features(columns[name], WORDS[name]) for name in COLUMNS}
+        names = with_progress(COLUMNS, len(COLUMNS), "comparing Inception features", "set")
+        return {name: replace(numbers[name], inception=distances(real, features[name])) for name in names}
 
     def _inception_features(self, pictures: Pictures, what: str) -> np.ndarray:
         assert self.inception is not None
@@ -217,4 +193,5 @@ class SampleQuality:
     ) -> dict[str, NearestTraining]:
         """Return the pictures of each column with the training images nearest to them, of all there are."""
         training = look_at(judge.network, self.comparison.images.train, "all training images").features
-        return {name: NearestTraining.of(columns[name].images, seen[name].features, training) for name in COLUMNS}
+        names = with_progress(COLUMNS, len(COLUMNS), "finding the nearest training images", "set")
+        return {name: NearestTraining.of(columns[name].images, seen[name].features, training) for name in names}

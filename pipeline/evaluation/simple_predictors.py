@@ -24,6 +24,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..images.rows import evenly_spaced
 from .neighbour_counts import Counts, Positions, Strengths, positions_of
 
 MOST_TRAINING_CODES = 2**21  # are counted: a few seconds, and at most some 300 MB
@@ -77,10 +78,9 @@ def share_in_words(bits: float, simple: SimpleBits) -> str:
 def training_rows(count: int, codes_in_grid: int, most_codes: int = MOST_TRAINING_CODES) -> np.ndarray:
     """Return which of `count` training grids are counted: evenly spaced, of at most `most_codes` codes, ascending.
 
-    Two or more are counted, however large. (The first ones would be of a few classes only, where grids are in order.)
+    Two or more are counted, however large.
     """
-    most = max(2, most_codes // codes_in_grid)
-    return np.arange(count) if count <= most else np.linspace(0, count - 1, most).astype(np.int64)
+    return evenly_spaced(count, max(2, most_codes // codes_in_grid))
 
 
 class SimplePredictors:

@@ -20,6 +20,7 @@ from PIL import Image
 
 from ..images.captions import GAP, TITLE, WHITE, below, beside, text_line, text_width, with_margin
 from ..images.png import to_pillow
+from ..images.rows import evenly_spaced
 from .heat_map import heat_map, legend
 
 EVENLY_SPACED = 16  # images of the split
@@ -52,7 +53,7 @@ def rows_to_show(errors: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
 
     Of three images or more, none is among two of best, median and worst.
     """
-    spaced = np.linspace(0, len(errors) - 1, min(EVENLY_SPACED, len(errors))).round().astype(np.int64)
+    spaced = evenly_spaced(len(errors), EVENLY_SPACED)
     yield "1 image" if len(spaced) == 1 else f"{len(spaced)} images, evenly spaced over the split", spaced
     order = np.argsort(errors, kind="stable")
     size = max(1, min(MOST_COLUMNS, len(errors) // 3))

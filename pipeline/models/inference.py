@@ -26,6 +26,7 @@ from tokenizer import VQVAE, Baseline
 
 from ..errors import InputError
 from ..images.preprocessing import to_float, to_uint8
+from ..runtime.progress import with_progress
 
 IN_MEMORY = "memory"  # where a model comes from that was not loaded from a folder
 BLOCK = 64  # items; on two cores 64 gave 4,400 images of 32x32 a second, 32 gave 4,080 and 256 gave 4,030
@@ -62,7 +63,9 @@ def decode_codes(tokenizer: VQVAE, codes: Load, count: int, *, folder: Path | st
     return in_blocks(tokenizer, lambda block: _finite_uint8(tokenizer.decode(block), folder), codes, count)
 
 
-def reconstruct_images(model: VQVAE | Baseline, images: Tensor, *, folder: Path | str = IN_MEMORY) -> Tensor:
+def reconstruct_images(
+    model: VQVAE | Baseline, images: Tensor, *, folder: Path | str = IN_MEMORY, progress: bool = False
+) -> Tensor:
     """Return the reconstructions, uint8 [n,C,H',W'] on the CPU, of as many images [n,C,H',W'], uint8 or float in [0,1].
 
     The reconstruction of an image is the same to the bit, alone or among others.
@@ -71,18 +74,21 @@ def reconstruct_images(model: VQVAE | Baseline, images: Tensor, *, folder: Path 
         model: put into `eval()` mode for the duration.
         images: on any device.
         folder: where the model comes from, for the message.
+        progress: whether to show it.
 
     Raises:
         InputError: the decoder gives NaN or infinity.
     """
-    floats = to_float(images) if images.dtype == torch.uint8 else images
+
+    def load(start: int, stop: int) -> Tensor:
+        block = images[start:stop]  # of which floats take four times the memory
+        return to_float(block) if block.dtype == torch.uint8 else block
+
     reconstructed = in_blocks(
-        model,
-        lambda block: _finite_uint8(model.decode(model.encode(block)), folder),
-        lambda start, stop: floats[start:stop],
-        len(floats),
+        model, lambda block: _finite_uint8(model.decode(model.encode(block)), folder), load, len(images)
     )
-    return torch.cat([images.new_empty(0, *images.shape[1:], dtype=torch.uint8).cpu(), *reconstructed])
+    shown = with_progress(reconstructed, len(images), "reconstructing", size=len, shown=progress)
+    return torch.cat([images.new_empty(0, *images.shape[1:], dtype=torch.uint8).cpu(), *shown])
 
 
 def in_blocks(

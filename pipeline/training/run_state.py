@@ -8,13 +8,12 @@ import torch
 from torch import Tensor
 
 from ..models.checkpoint import TrainingState
-from ..models.tensor_file import Outline, check_finite, check_outlines, outlines_of
+from ..models.optimizer_state import check_optimizer
+from ..models.tensor_file import check_finite, check_outlines, outlines_of
 from ..runtime.optimizer import Optimizers
 from ..runtime.schema import from_json, short
 from .metrics_log import RunningMeans
 from .stage import Stage
-
-OPTIMIZER_TENSORS = {"muon": {"momentum"}, "adam": {"step", "exp_avg", "exp_avg_sq"}}  # of each parameter
 
 
 @dataclass(frozen=True)
@@ -89,7 +88,7 @@ def load_state(
         check_finite(state.tensors)
         position, groups = from_json(Position, state.values), _by_prefix(state.tensors)
         check_outlines(outlines_of(stage.model.state_dict()), outlines_of(groups["model"]))
-        _check_optimizer(groups.get("optimizer", {}), optimizers)
+        check_optimizer(groups.get("optimizer", {}), optimizers)
         sums = _checked_sums(groups.get("interval", {}), position)
         stage.model.load_state_dict(groups["model"])
         stage.load_state(groups.get("stage", {}))
@@ -120,28 +119,6 @@ def _set_random_states(states: Mapping[str, Tensor], device: torch.device) -> No
             torch.cuda.set_rng_state(states["cuda"])
     except (TypeError, RuntimeError) as error:
         raise ValueError(" ".join(str(error).split())) from error
-
-
-def _check_optimizer(tensors: Mapping[str, Tensor], optimizers: Optimizers) -> None:
-    """Raise ValueError unless each tensor is a scalar, or of the shape and type of the parameter that it is for.
-
-    A parameter has all the tensors of its optimizer, or none because it had no gradient yet.
-    """
-    found: dict[str, set[str]] = {}
-    for path, tensor in tensors.items():
-        owner, _, key = path.rpartition("/")
-        name, _, index = owner.partition("/")
-        parameters = optimizers.members[name].param_groups[0]["params"] if name in optimizers.members else []
-        if key not in OPTIMIZER_TENSORS.get(name, ()) or not index.isdecimal() or int(index) >= len(parameters):
-            raise ValueError(f"the unknown optimizer/{short(path)}")
-        parameter = parameters[int(index)]
-        shape = () if key == "step" else tuple(parameter.shape)
-        check_outlines({path: Outline(shape, parameter.dtype)}, outlines_of({path: tensor}))
-        found.setdefault(owner, set()).add(key)
-    for owner, keys in found.items():
-        missing = sorted(OPTIMIZER_TENSORS[owner.partition("/")[0]] - keys)
-        if missing:
-            raise ValueError(f"no optimizer/{owner}/{missing[0]}")
 
 
 def _checked_sums(sums: dict[str, Tensor], position: Position) -> dict[str, Tensor]:

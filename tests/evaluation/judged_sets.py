@@ -60,12 +60,12 @@ def figures(train: int = 600, test: int = 360, class_names: tuple[str, ...] = CL
     return ImageSet("figures", None, form, class_names, parts[0], parts[1], ())
 
 
-def blurred(images: np.ndarray, size: int) -> np.ndarray:
-    """Return images whose pixels are the mean of size x size around them."""
+def blurred(images: np.ndarray, size: int, share: float = 1.0) -> np.ndarray:
+    """Return images mixed with this share of the mean of size x size pixels around each."""
     reach = size // 2
     padded = np.pad(images.astype(float), ((0, 0), (0, 0), (reach, reach), (reach, reach)), mode="edge")
     shifted = [padded[:, :, y : y + HEIGHT, x : x + WIDTH] for y in range(size) for x in range(size)]
-    return np.rint(np.mean(shifted, axis=0)).astype(np.uint8)
+    return np.rint((1 - share) * images + share * np.mean(shifted, axis=0)).astype(np.uint8)
 
 
 def with_shuffled_codes(images: np.ndarray, seed: int = 0, cell: int = 4) -> np.ndarray:

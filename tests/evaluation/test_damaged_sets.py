@@ -1,4 +1,8 @@
-"""Every number about pictures moves the right way on sets that are damaged in known ways."""
+"""Every number about pictures moves the right way on sets that are damaged in known ways.
+
+The judges are of seed 0, but rounding may lead another processor to other weights: the margins are such that judges of
+seeds 0 to 11 pass.
+"""
 
 from collections.abc import Iterator
 
@@ -6,7 +10,8 @@ import numpy as np
 import pytest
 
 from pipeline.evaluation.comparison import Comparison
-from pipeline.evaluation.judge import Seen, TrainedJudge, look_at, open_judge
+from pipeline.evaluation.judge import Seen, TrainedJudge, look_at
+from pipeline.evaluation.judge_cache import open_judge
 from pipeline.evaluation.nearest_picture import NearestTraining
 from pipeline.evaluation.picture_numbers import PictureNumbers, picture_numbers
 from pipeline.images.image_set import ImageSet
@@ -42,16 +47,14 @@ class World:
 
 @pytest.fixture(scope="module", params=["classifier", "autoencoder"])
 def world(request: pytest.FixtureRequest) -> Iterator[World]:
-    with quick_judges(12_000):
+    with quick_judges(2_000):
         yield World(("bar", "cross", "ring") if request.param == "classifier" else ())
 
 
-def is_farther(one: PictureNumbers, other: PictureNumbers, *, times: float) -> bool:
-    """Return whether all three distances of `one` are at least so many times those of `other`."""
-    noise = abs(other.own.kid)
-    return bool(
-        one.own.fd > times * other.own.fd and one.own.kid > times * noise and one.own.mind > times * other.own.mind
-    )
+def is_farther(one: PictureNumbers, other: PictureNumbers) -> bool:
+    """Return whether all three distances of `one` are clearly above those of `other`."""
+    pairs = [(one.own.fd, other.own.fd), (one.own.kid, abs(other.own.kid)), (one.own.mind, other.own.mind)]
+    return all(far > 1.2 * near for far, near in pairs)
 
 
 def test_the_floor_is_near_what_one_distribution_has(world: World) -> None:
@@ -68,23 +71,24 @@ def test_the_floor_is_near_what_one_distribution_has(world: World) -> None:
 
 
 def test_blur_moves_every_number_and_more_blur_moves_it_further(world: World) -> None:
-    little, much = (world.numbers(blurred(world.test, size)) for size in (3, 7))
-    assert is_farther(little, world.floor, times=2)
-    assert is_farther(much, little, times=1.2)
+    share = 0.5 if world.comparison.class_names else 1.0  # a classifier is nearly as far from all of the least blur
+    little, much = world.numbers(blurred(world.test, 3, share)), world.numbers(blurred(world.test, 7))
+    assert is_farther(little, world.floor)
+    assert is_farther(much, little)
     assert much.own.recall < world.floor.own.recall - 0.2
-    assert much.own.coverage < little.own.coverage <= world.floor.own.coverage
+    assert much.own.coverage < world.floor.own.coverage - 0.15
     if world.floor.class_accuracy is not None:  # to an autoencoder blurred images are near all others
-        assert much.own.density < world.floor.own.density
-        assert much.own.precision < world.floor.own.precision
+        assert much.own.density < world.floor.own.density - 0.5
         assert much.class_accuracy is not None
-        assert much.class_accuracy < world.floor.class_accuracy
+        assert much.class_accuracy < world.floor.class_accuracy - 0.3
 
 
 def test_shuffled_codes_are_far_away_and_not_recognised(world: World) -> None:
     shuffled = world.numbers(with_shuffled_codes(world.test))
-    assert is_farther(shuffled, world.floor, times=2)
-    assert shuffled.own.coverage < world.floor.own.coverage
+    assert is_farther(shuffled, world.floor)
+    assert shuffled.own.coverage < world.floor.own.coverage - 0.05
     if world.floor.class_accuracy is not None:
+        assert shuffled.own.precision < world.floor.own.precision - 0.05
         assert shuffled.class_accuracy is not None
         assert shuffled.class_accuracy < world.floor.class_accuracy - 0.2
 
@@ -92,16 +96,14 @@ def test_shuffled_codes_are_far_away_and_not_recognised(world: World) -> None:
 def test_one_class_alone_is_precise_but_covers_little(world: World) -> None:
     labels = np.zeros(N, np.int64)
     alone = world.numbers(draw(labels, seed=2), labels)
-    if world.comparison.class_names:
-        assert is_farther(alone, world.floor, times=2)
+    assert is_farther(alone, world.floor)
+    assert alone.own.precision > world.floor.own.precision - 0.1
+    assert alone.own.coverage < world.floor.own.coverage
+    if world.floor.class_accuracy is not None:  # an autoencoder sees mainly where and how bright the figure is
         assert alone.own.recall < world.floor.own.recall - 0.2
         assert alone.own.coverage < world.floor.own.coverage - 0.3
         assert alone.class_accuracy is not None
         assert alone.class_accuracy > 0.8
-    else:  # an autoencoder sees mainly where and how bright the figure is
-        assert is_farther(alone, world.floor, times=1.1)
-        assert alone.own.coverage < world.floor.own.coverage
-    assert alone.own.precision > world.floor.own.precision - 0.1
 
 
 def test_copies_of_training_images_are_nearer_than_real_test_images_can_be(world: World) -> None:

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import signal
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -13,14 +14,13 @@ import torch
 from PIL import Image
 
 from pipeline.errors import InputError
-from pipeline.evaluation import judge, judge_network, judge_training
-from pipeline.evaluation.judge import open_judge
+from pipeline.evaluation import judge_cache, judge_network, judge_training
+from pipeline.evaluation.judge_cache import open_judge
 from pipeline.evaluation.judge_network import FEATURES, Judge, JudgeConfig
 from pipeline.evaluation.judge_training import TrainingImages, learning_rate_at, steps_for, train_judge
 from pipeline.images.image_set import ImageSet, open_images
 from pipeline.models.checkpoint import CONFIG, MODEL, TRAINING, TrainingState
 from pipeline.runtime.folder_lock import only_writer
-from pipeline.runtime.optimizer import Optimizers
 
 CPU = torch.device("cpu")
 STEPS = 12
@@ -171,14 +171,73 @@ def test_the_seed_decides_and_torchs_own_random_numbers_stay_as_they_are(stripes
     assert not same(one, other)
 
 
-def test_a_state_of_another_training_is_refused(stripes: ImageSet) -> None:
-    network = Judge(data_of(stripes).config)
-    optimizers = Optimizers(network, "muon", 0.1)
-    with pytest.raises(ValueError, match="no weights/"):
-        judge_training._load(TrainingState(tensors={}, values={"step": 3}), network, optimizers)
-    weights = {f"weights/{name}": tensor for name, tensor in network.state_dict().items()}
-    with pytest.raises(ValueError, match="without a step, but '3'"):
-        judge_training._load(TrainingState(tensors=weights, values={"step": "3"}), network, optimizers)
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"weights/head.bias": None}, "no weights/head.bias"),
+        ({"weights/head.bias": torch.zeros(3)}, "head.bias"),
+        ({"weights/head.bias": torch.tensor([0, math.nan])}, "not finite"),
+        ({"adam/0/exp_avg": None}, "no optimizer/adam/0/exp_avg"),
+        ({"adam/0/exp_avg": torch.zeros(3, 3)}, "adam/0/exp_avg"),
+        ({"muon/0": torch.zeros(3)}, "unknown optimizer/muon/0"),
+        ({"step": "3"}, "without a step, but '3'"),
+        ({"step": 0}, "without a step, but 0"),
+        ({"step": STEPS}, f"without a step, but {STEPS}"),
+    ],
+)
+def test_a_state_of_another_training_is_left_and_the_training_starts_anew(
+    stripes: ImageSet,
+    change: dict[str, Any],
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(judge_training, "SAVE_EVERY_SECONDS", -1.0)
+    states: list[TrainingState] = []
+    expected = train_judge(
+        data_of(stripes), seed=0, device=CPU, description="", save=lambda state: states.append(copied(state))
+    )
+    state = states[4]
+    changed = {**state.tensors, **{name: value for name, value in change.items() if name != "step"}}
+    tensors = {name: tensor for name, tensor in changed.items() if tensor is not None}
+    damaged = TrainingState(tensors=tensors, values={"step": change.get("step", 5)})
+    found = train_judge(data_of(stripes), seed=0, device=CPU, description="", resume=damaged)
+    assert same(weights_of(found), weights_of(expected))
+    assert said in caplog.text
+    assert "starts anew" in caplog.text
+
+
+def test_a_training_that_diverges_is_an_error_in_one_line(stripes: ImageSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(judge_training, "PEAK_RATE", math.inf)
+    with pytest.raises(InputError, match="expected finite weights of a judge after its training, got"):
+        train_judge(data_of(stripes), seed=0, device=CPU, description="")
+
+
+def test_ctrl_c_saves_and_says_where_the_training_continues(
+    stripes: ImageSet, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """At the last step nothing is saved, as the state would pass for that of a judge that is finished."""
+    take_step, states, taken = judge_training._take_step, list[TrainingState](), list[int]()
+
+    def interrupted(*arguments: Any) -> None:
+        take_step(*arguments)
+        taken.append(1)
+        if len(taken) in (5, STEPS):
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(judge_training, "_take_step", interrupted)
+    for resume in (None, 0):
+        with pytest.raises(KeyboardInterrupt):
+            train_judge(
+                data_of(stripes),
+                seed=0,
+                device=CPU,
+                description="",
+                resume=None if resume is None else states[resume],
+                save=lambda state: states.append(copied(state)),
+            )
+        assert "stopped; the same command continues at step 5\n" in capfd.readouterr().err
+    assert [state.values["step"] for state in states] == [5]
 
 
 # What it sees
@@ -243,7 +302,7 @@ def test_it_is_trained_once(cache: Path, stripes: ImageSet, monkeypatch: pytest.
     first = open_judge(stripes, ("a", "b"), "cpu")
     (folder,) = cache.iterdir()
     assert {path.name for path in folder.iterdir()} == {MODEL, CONFIG}
-    monkeypatch.setattr(judge, "train_judge", None)
+    monkeypatch.setattr(judge_cache, "train_judge", None)
     second = open_judge(stripes, ("a", "b"), "cpu")
     assert same(weights_of(first.network), weights_of(second.network))
     assert (first.name, first.accuracy) == (second.name, second.accuracy)

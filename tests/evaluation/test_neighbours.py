@@ -1,14 +1,17 @@
 """Precision, recall, density, coverage and the nearest rows against slow oracles, hard ties included."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
 from pipeline.evaluation import exact_distances
+from pipeline.evaluation.distances import kernel_distance, sliced_wasserstein
 from pipeline.evaluation.neighbours import Neighbourhoods, nearest, precision_recall_density_coverage
 
+from ..support import LargestTensor
 from .feature_samples import BAD_FEATURES, normal, small_blocks, torch_fidelity
 
 
@@ -218,3 +221,18 @@ def test_what_is_no_pair_of_features_is_refused(bad: Tensor, message: str) -> No
 def test_a_number_of_neighbours_that_is_not_there_is_refused(rows: tuple[int, int], k: int) -> None:
     with pytest.raises(ValueError, match=f"expected neighbours .*, got {k} of {rows[0]} real and {rows[1]} samples"):
         precision_recall_density_coverage(normal(rows[0], 2, 0), normal(rows[1], 2, 1), neighbours=k)
+
+
+@pytest.mark.parametrize(
+    "metric",
+    [kernel_distance, sliced_wasserstein, precision_recall_density_coverage, nearest],
+    ids=lambda m: m.__name__,
+)
+def test_no_tensor_is_as_large_as_the_matrix_of_all_pairs(
+    metric: Callable[[Tensor, Tensor], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, values = 1500, 60_000
+    small_blocks(monkeypatch, values)
+    with LargestTensor() as largest:
+        metric(normal(rows, 2, 0), normal(rows + 1, 2, 1))
+    assert 8 * values / 2 <= largest.nbytes <= 8 * values < 8 * rows**2 / 30

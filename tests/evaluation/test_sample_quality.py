@@ -15,9 +15,10 @@ from pipeline.errors import InputError
 from pipeline.evaluation import classification_score, sample_quality
 from pipeline.evaluation.comparison import Comparison, judge_classes
 from pipeline.evaluation.distances import frechet_distance, kernel_distance, monge_distance
-from pipeline.evaluation.judge import open_judge
+from pipeline.evaluation.judge_cache import open_judge
+from pipeline.evaluation.picture_metrics import PictureMetrics
 from pipeline.evaluation.quality_table import quality_table
-from pipeline.evaluation.sample_quality import PictureMetrics, QualityOptions, SampleQuality
+from pipeline.evaluation.sample_quality import QualityOptions, SampleQuality
 from pipeline.generation.image_pipeline import ImagePipeline
 from pipeline.images.image_set import ImageSet, ImageSplit, open_images
 from prior import SamplingParameters

@@ -14,6 +14,7 @@ from pipeline.evaluation.surprise_picture import Section, rows_to_show
 from pipeline.images import captions
 from pipeline.images.captions import GAP, TEXT, below, beside, text_line, text_width, with_margin
 from pipeline.images.image_set import open_images
+from pipeline.images.rows import evenly_spaced
 from tokenizer.config import Bottleneck
 
 from ..support import (
@@ -292,7 +293,7 @@ def test_the_bits_over_an_image_are_those_of_its_codes(
     save_prior(tmp_path / "prior", prior, info.fingerprint, names[::-1])
     spaced, *ranked = shown_by(monkeypatch, tmp_path / "tokenizer", tmp_path / "prior", split="train")
     split = open_images(str(grey_folder)).train
-    rows = np.linspace(0, len(split) - 1, 16).round().astype(int)
+    rows = evenly_spaced(len(split), 16)
     np.testing.assert_array_equal(spaced.images, split.images[rows])
     assert spaced.bits is not None
     assert [section.bits for section in ranked] == [None] * 3

@@ -18,7 +18,8 @@ from pipeline.generation.image_pipeline import ImagePipeline
 from pipeline.generation.keep_mask import known_codes
 from pipeline.images.image_set import open_images
 from pipeline.images.png import GAP, above_and_below, enlarge, tile
-from pipeline.images.preprocessing import to_uint8
+from pipeline.images.preprocessing import to_float, to_uint8
+from pipeline.models.inference import BLOCK
 from prior import sample_codes
 from tokenizer import VQVAE, Baseline
 
@@ -194,6 +195,16 @@ def test_many_are_decoded_in_parts(unlabelled: ImagePipeline, monkeypatch: pytes
     assert sizes == [3, 3, 3]
     assert unlabelled.decode(codes[:0]).shape == (0, 1, HEIGHT, WIDTH)
     assert torch.equal(unlabelled.reconstruct(images), images)
+
+
+def test_no_more_than_a_block_of_images_is_in_floats(
+    unlabelled: ImagePipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Floats of all images would be four times the memory of the images."""
+    images, sizes = torch.zeros(BLOCK + 6, 1, HEIGHT, WIDTH, dtype=torch.uint8), list[int]()
+    monkeypatch.setattr("pipeline.models.inference.to_float", lambda part: sizes.append(len(part)) or to_float(part))
+    assert torch.equal(unlabelled.reconstruct(images), images)
+    assert sorted(sizes) == [6, BLOCK]
 
 
 @pytest.fixture

@@ -7,20 +7,17 @@ Legend: B batch, D code dimension, S one to three positions, N = B * prod(S) vec
 
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from tokenizer import VectorQuantizer
 from tokenizer.config import CodebookUpdate
 from tokenizer.quantizer import DISTANCES_AT_ONCE, nearest_codes
 
+from ..support import LargestTensor
 from .oracles import UPDATES, nearest_by_hand, quantizer_with, rows_of, squared_distances
 
 SHAPES = [(7,), (3, 5), (2, 3, 4)]  # S: time; H W; T H W
@@ -70,21 +67,6 @@ def test_first_and_last_of_65536_codes_round_trip() -> None:
     codes = torch.tensor([[0, 1, 255, 256, 32_767, 32_768, 65_535]])
     # integers up to 2^16 have squares up to 2^32, past what float32 holds exactly
     assert torch.equal(quantizer.double().nearest(quantizer.lookup(codes)), codes)
-
-
-class LargestTensor(TorchDispatchMode):
-    """Remembers the size in bytes of the largest memory block that any operation returns, backward included."""
-
-    nbytes = 0
-
-    def __torch_dispatch__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor):
-                self.nbytes = max(self.nbytes, leaf.untyped_storage().nbytes())
-        return result
 
 
 @pytest.mark.parametrize("at_once", [4096, 2**18])
