@@ -61,7 +61,7 @@ class Table:
             numbers = picture_numbers(reference, seen, pictures.labels).to_json()
             if "nearest_train" in self.columns:
                 self._training = self._training or look_at(self.judge.network, self.images.train, "training images")
-                found = NearestTraining.of(pictures.images, seen.features, self._training.features)
+                found = NearestTraining.of(pictures.images, seen.directions, self._training.directions)
                 numbers["nearest_train"] = found.median
             self.rows.setdefault(name, []).append(numbers)
 

@@ -24,6 +24,16 @@ class Seen:
     features: np.ndarray  # float32 [n,64], each with mean 0 and variance 1 over the training images
     predicted: np.ndarray | None  # int64 [n], the most likely class; None for an autoencoder
 
+    @property
+    def directions(self) -> np.ndarray:
+        """The features at length 1, float32 [n,64], to compare single images by.
+
+        Whatever the judge does not recognise has short features, near their mean 0 and so near to everything. By
+        direction it is as far from all others as they are from each other.
+        """
+        lengths = np.linalg.norm(self.features, axis=1, keepdims=True)
+        return self.features / np.maximum(lengths, np.finfo(np.float32).tiny)
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainedJudge:

@@ -27,12 +27,12 @@ class NearestTraining:
 
     images: Tensor  # uint8 [n,C,H,W], the pictures
     rows: np.ndarray  # int64 [n], of the training images
-    distances: np.ndarray  # [n]
+    distances: np.ndarray  # [n], from 0 to 2
 
     @classmethod
-    def of(cls, images: Tensor, features: np.ndarray, training_features: np.ndarray) -> "NearestTraining":
-        """Find the training image, of [N,D] features, that is nearest to each picture, of [n,D]."""
-        found = nearest(features, training_features)
+    def of(cls, images: Tensor, directions: np.ndarray, training_directions: np.ndarray) -> "NearestTraining":
+        """Find the training image, of [N,D] directions of features, that is nearest to each picture, of [n,D]."""
+        found = nearest(directions, training_directions)
         return cls(images=images, rows=found.rows.numpy(), distances=found.distances.numpy())
 
     @property

@@ -52,23 +52,29 @@ class PictureNumbers:
 _JSON = {"fd": "fd_own", "kid": "kid_own", "mind": "mind_own"}  # "own": the features are of a judge trained here
 
 
-def distances(reference: np.ndarray, pictures: np.ndarray) -> Distances:
+def distances(
+    reference: np.ndarray, pictures: np.ndarray, directions: tuple[np.ndarray, np.ndarray] | None = None
+) -> Distances:
     """Return how far pictures are from the reference, by the features of both.
 
     Args:
         reference: [N,D], of training images.
         pictures: [N,D].
+        directions: the features of both by which precision, density and coverage find neighbours; by default those
+            above. Recall, whose neighbourhoods are those of the pictures, always takes those above: poor pictures are
+            in all directions, so that their neighbourhoods would reach everything.
 
     Raises:
         ValueError: fewer than FEWEST rows, different dimensions, or numbers that are not finite.
     """
-    near = precision_recall_density_coverage(reference, pictures, neighbours=NEIGHBOURS)
+    plain = precision_recall_density_coverage(reference, pictures, neighbours=NEIGHBOURS)
+    near = plain if directions is None else precision_recall_density_coverage(*directions, neighbours=NEIGHBOURS)
     return Distances(
         fd=frechet_distance(reference, pictures),
         kid=kernel_distance(reference, pictures),
         mind=monge_distance(reference, pictures),
         precision=near.precision,
-        recall=near.recall,
+        recall=plain.recall,
         density=near.density,
         coverage=near.coverage,
     )
@@ -85,4 +91,5 @@ def picture_numbers(reference: Seen, seen: Seen, labels: np.ndarray | None) -> P
     accuracy = None
     if seen.predicted is not None and labels is not None:
         accuracy = accuracy_of(seen.predicted, labels)
-    return PictureNumbers(own=distances(reference.features, seen.features), class_accuracy=accuracy)
+    own = distances(reference.features, seen.features, (reference.directions, seen.directions))
+    return PictureNumbers(own=own, class_accuracy=accuracy)

@@ -192,6 +192,6 @@ class SampleQuality:
         self, judge: TrainedJudge, columns: dict[str, Pictures], seen: dict[str, Seen]
     ) -> dict[str, NearestTraining]:
         """Return the pictures of each column with the training images nearest to them, of all there are."""
-        training = look_at(judge.network, self.comparison.images.train, "all training images").features
+        training = look_at(judge.network, self.comparison.images.train, "all training images").directions
         names = with_progress(COLUMNS, len(COLUMNS), "finding the nearest training images", "set")
-        return {name: NearestTraining.of(columns[name].images, seen[name].features, training) for name in names}
+        return {name: NearestTraining.of(columns[name].images, seen[name].directions, training) for name in names}

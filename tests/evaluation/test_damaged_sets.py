@@ -41,8 +41,8 @@ class World:
         return picture_numbers(self.reference, self.see(pictures), known)
 
     def nearest(self, pictures: np.ndarray) -> NearestTraining:
-        training = look_at(self.judge.network, self.images.train, "").features
-        return NearestTraining.of(self.comparison.test_images().images, self.see(pictures).features, training)
+        training = look_at(self.judge.network, self.images.train, "").directions
+        return NearestTraining.of(self.comparison.test_images().images, self.see(pictures).directions, training)
 
 
 @pytest.fixture(scope="module", params=["classifier", "autoencoder"])
@@ -77,7 +77,8 @@ def test_blur_moves_every_number_and_more_blur_moves_it_further(world: World) ->
     assert is_farther(much, little)
     assert much.own.recall < world.floor.own.recall - 0.2
     assert much.own.coverage < world.floor.own.coverage - 0.15
-    if world.floor.class_accuracy is not None:  # to an autoencoder blurred images are near all others
+    assert much.own.precision < world.floor.own.precision
+    if world.floor.class_accuracy is not None:
         assert much.own.density < world.floor.own.density - 0.5
         assert much.class_accuracy is not None
         assert much.class_accuracy < world.floor.class_accuracy - 0.3
