@@ -77,8 +77,8 @@ def test_blur_moves_every_number_and_more_blur_moves_it_further(world: World) ->
     assert is_farther(much, little)
     assert much.own.recall < world.floor.own.recall - 0.2
     assert much.own.coverage < world.floor.own.coverage - 0.15
-    assert much.own.precision < world.floor.own.precision
-    if world.floor.class_accuracy is not None:
+    if world.floor.class_accuracy is not None:  # an autoencoder may find blurred images among plain ones
+        assert much.own.precision < world.floor.own.precision - 0.1
         assert much.own.density < world.floor.own.density - 0.5
         assert much.class_accuracy is not None
         assert much.class_accuracy < world.floor.class_accuracy - 0.3
@@ -88,8 +88,9 @@ def test_shuffled_codes_are_far_away_and_not_recognised(world: World) -> None:
     shuffled = world.numbers(with_shuffled_codes(world.test))
     assert is_farther(shuffled, world.floor)
     assert shuffled.own.coverage < world.floor.own.coverage - 0.05
+    assert shuffled.own.precision < world.floor.own.precision - 0.02
     if world.floor.class_accuracy is not None:
-        assert shuffled.own.precision < world.floor.own.precision - 0.05
+        assert shuffled.own.precision < world.floor.own.precision - 0.1
         assert shuffled.class_accuracy is not None
         assert shuffled.class_accuracy < world.floor.class_accuracy - 0.2
 
