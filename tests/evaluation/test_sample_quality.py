@@ -15,7 +15,10 @@ from pipeline.errors import InputError
 from pipeline.evaluation import classification_score, sample_quality
 from pipeline.evaluation.comparison import Comparison, judge_classes
 from pipeline.evaluation.distances import frechet_distance, kernel_distance, monge_distance
+from pipeline.evaluation.judge import look_at
 from pipeline.evaluation.judge_cache import open_judge
+from pipeline.evaluation.judge_network import Judge
+from pipeline.evaluation.nearest_picture import NearestTraining, nearest_picture
 from pipeline.evaluation.picture_metrics import PictureMetrics
 from pipeline.evaluation.quality_table import quality_table
 from pipeline.evaluation.sample_quality import QualityOptions, SampleQuality
@@ -186,12 +189,13 @@ def test_the_command_prints_a_table_and_writes_what_the_contract_names(
 def test_the_classification_score_trains_on_samples_and_on_as_many_real_images(
     labelled: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trained_on: list[tuple[np.ndarray, np.ndarray]] = []
+    trained_on, judges = list[tuple[np.ndarray, np.ndarray]](), list[Judge]()
     train_judge = classification_score.train_judge
 
     def recorded(data: Any, **options: Any) -> Any:
         trained_on.append((data.images, data.labels))
-        return train_judge(data, **options)
+        judges.append(train_judge(data, **options))
+        return judges[-1]
 
     monkeypatch.setattr(classification_score, "train_judge", recorded)
     metrics, images = measured(labelled, cas=True), labelled.open()
@@ -202,8 +206,26 @@ def test_the_classification_score_trains_on_samples_and_on_as_many_real_images(
     assert np.array_equal(samples, labelled.pipeline().sample(N, labels=labels.tolist(), seed=0).images.numpy())
     assert np.array_equal(real, images.train.images[comparison.train_rows])
     assert np.array_equal(real_labels, images.train.labels[comparison.train_rows])
-    assert metrics.cas is not None
-    assert metrics.cas_real is not None
+    recognised = [look_at(judge, images.test, "").predicted == images.test.labels for judge in judges]
+    assert (metrics.cas, metrics.cas_real) == tuple(float(np.mean(each)) for each in recognised)
+    assert metrics.cas != metrics.cas_real
+
+
+def test_the_nearest_training_images_are_those_of_each_column(labelled: Run) -> None:
+    metrics, images, pipeline = measured(labelled, nearest=True), labelled.open(), labelled.pipeline()
+    judge, comparison = open_judge(images, CLASSES, "cpu"), Comparison.of(images, N, seed=0)
+    training = look_at(judge.network, images.train, "").features
+    test = comparison.test_images().images
+    samples = pipeline.sample(N, labels=images.test.labels[comparison.test_rows].tolist(), seed=0).images
+    columns = {"test": test, "reconstructions": pipeline.reconstruct(test), "samples": samples}
+    found = {name: NearestTraining.of(each, judge.look(each).features, training) for name, each in columns.items()}
+    medians = {name: getattr(metrics, name).nearest_train for name in columns}
+    assert medians == {name: each.median for name, each in found.items()}
+    assert len(set(medians.values())) == 3
+    expected = nearest_picture(found["samples"], found["test"], images.train)
+    assert metrics.nearest is not None
+    assert np.array_equal(np.asarray(metrics.nearest), np.asarray(expected))
+    assert measured(labelled).nearest is None
 
 
 # What is refused, before a judge is trained

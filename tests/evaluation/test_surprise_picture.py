@@ -1,5 +1,6 @@
 """The picture of an evaluation: what it shows, and where."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +46,13 @@ def test_a_cell_has_the_colour_of_its_value_in_exactly_its_pixels() -> None:
         grey = 0.299 * red + 0.587 * green + 0.114 * blue
         expected = COLOUR_SHARE * colour + (1 - COLOUR_SHARE) * grey
         np.testing.assert_allclose(found[:, y, x], expected, atol=0.51)
+
+
+def test_rows_of_cells_go_down_also_where_cells_would_fit_the_other_way() -> None:
+    """2 rows of 3 cells on 6x6 pixels: the last cell of the first row is at the right, not below."""
+    found = heat_map(np.zeros((1, 6, 6), dtype=np.uint8), np.array([[0, 0, 5], [0, 0, 0.0]]), 5)
+    marked = (found != found[:, -1:, :1]).any(axis=0)
+    assert np.argwhere(marked).tolist() == [[y, x] for y in range(3) for x in (4, 5)]
 
 
 def test_an_image_of_one_channel_is_its_own_grey() -> None:
@@ -253,6 +261,14 @@ def test_without_bits_there_is_no_legend_and_no_third_row() -> None:
     ]
     assert heights[0] > heights[1] + 28 * 3 + BAR_HEIGHT
     assert surprise_picture.surprise_picture("t", [without], 7.0).height == heights[1]
+
+
+def test_codes_that_cost_nothing_have_a_scale() -> None:
+    """As of a tokenizer with a single code, where guessing costs nothing either."""
+    section = replace(section_of(1, (1, 8, 12), (4, 6)), bits=np.zeros((1, 4, 6)))
+    sheet = np.asarray(surprise_picture.surprise_picture("title", [section], 0.0))
+    expected = heat_map(section.images[0], np.zeros((4, 6)), 1.0).transpose(1, 2, 0)
+    assert is_in(expected.repeat(8, axis=0).repeat(8, axis=1), sheet)
 
 
 def test_errors_that_are_not_finite_are_refused() -> None:
