@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ..images.cache_folder import cache_folder
+from ..images.cache_folder import cache_folder, within_cache
 from ..images.image_set import ImageSet, ImageSplit
 from ..images.preprocessing import to_float
 from ..models.checkpoint import (
@@ -114,7 +114,7 @@ def open_judge(images: ImageSet, class_names: tuple[str, ...], device: str = "au
     data = training_images(images.train, class_names)
     network = _cached(folder, data)
     if network is None:
-        with only_writer(folder, "training of a judge"):
+        with within_cache(), only_writer(folder, "training of a judge"):
             network = _cached(folder, data, warn=True)  # of another process that has just trained it
             if network is None:
                 network = _trained(folder, images, data, class_names, chosen)
@@ -212,7 +212,8 @@ def _trained(
     folder: Path, images: ImageSet, data: TrainingImages, class_names: tuple[str, ...], device: torch.device
 ) -> Judge:
     """Train the judge, from the start or from where it was stopped, and put it into the folder."""
-    kind = f"a classifier of {len(class_names)} classes" if class_names else "an autoencoder, as there are no classes"
+    reason = "" if images.class_names else ", as there are no classes"
+    kind = f"a classifier of {len(class_names)} classes" if class_names else f"an autoencoder{reason}"
     note(f"the judge of these images, {kind}, is trained once and kept in {folder}")
     info = CheckpointInfo(
         kind=KIND,
