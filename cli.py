@@ -438,6 +438,7 @@ def evaluate(
     training part: so one sees which stage to blame. docs/metrics.md says what the numbers mean.
     """
     check_given_with_samples(ctx, samples, prior)
+    check_two_files(ctx, picture, chosen["nearest"])
     from pipeline.evaluation.evaluate import evaluate as run
     from pipeline.evaluation.sample_quality import QualityOptions
     from pipeline.images.png import check_png, png_bytes
@@ -504,6 +505,12 @@ def check_given_with_samples(ctx: click.Context, samples: int | None, prior: Pat
         raise click.UsageError(f"expected --samples N with {option}, got none; add it", ctx)
     if samples is not None and prior is None:
         raise click.UsageError("expected --prior DIR with --samples, got none; name the prior to sample from", ctx)
+
+
+def check_two_files(ctx: click.Context, picture: Path | None, nearest: Path | None) -> None:
+    """Raise UsageError if --picture and --nearest name one file, in which one picture would replace the other."""
+    if picture is not None and nearest is not None and os.path.realpath(picture) == os.path.realpath(nearest):
+        raise click.UsageError(f"expected two files as --picture and --nearest, got {picture} as both", ctx)
 
 
 def done_line(info: "CheckpointInfo") -> str:

@@ -37,14 +37,28 @@ def rows_at_once(row_length: int) -> int:
 
 
 def _as_float64(features: Features, least: int) -> Tensor:
-    # An array is copied, because torch warns of those that cannot be written.
-    tensor = torch.from_numpy(np.array(features)) if isinstance(features, np.ndarray) else features
+    tensor = _as_tensor(features)
     if tensor.dim() != 2 or not tensor.is_floating_point() or tensor.device.type != "cpu" or tensor.shape[1] == 0:
-        got = f"{tensor.dtype} {list(tensor.shape)} on {tensor.device.type}"
-        raise ValueError(f"expected features [N,D] of a float type on the CPU, got {got}")
+        raise _not_features(f"{tensor.dtype} {list(tensor.shape)} on {tensor.device.type}")
     if len(tensor) < least:
         raise ValueError(f"expected at least {least} rows of features, got {len(tensor)}")
     tensor = tensor.detach().double()
     if not bool((torch.linalg.vector_norm(tensor, dim=1) <= LARGEST_NORM).all()):  # false for NaN
         raise ValueError(f"expected finite features, got NaN, infinity or a row longer than {LARGEST_NORM:g}")
     return tensor
+
+
+def _as_tensor(features: Features) -> Tensor:
+    """Return an array of a float type as a tensor, a tensor as it is. Raise ValueError for anything else."""
+    if isinstance(features, Tensor):
+        return features
+    if not isinstance(features, np.ndarray):
+        raise _not_features(f"a {type(features).__name__}")
+    if features.dtype.kind != "f":
+        raise _not_features(f"{features.dtype} {list(features.shape)}")
+    # A copy, because torch warns of what cannot be written, and lacks arrays of the other byte order or of 80 bits.
+    return torch.from_numpy(np.array(features, dtype=np.float64))
+
+
+def _not_features(got: str) -> ValueError:
+    return ValueError(f"expected features [N,D] of a float type, an array or a tensor on the CPU, got {got}")

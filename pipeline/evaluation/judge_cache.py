@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from ..errors import InputError
-from ..images.cache_folder import cache_folder
+from ..images.cache_folder import cache_folder, within_cache
 from ..images.image_set import ImageSet, ImageSplit
 from ..models.checkpoint import (
     TRAINING,
@@ -70,7 +70,7 @@ def open_judge(images: ImageSet, class_names: tuple[str, ...], device: str = "au
     data = TrainingImages(images=images.train.images, labels=images.train.labels, num_classes=len(class_names))
     kept = _cached(folder, data)
     if kept is None:
-        with only_writer(folder, "training of a judge"):
+        with within_cache(), only_writer(folder, "training of a judge"):
             kept = _cached(folder, data, warn=True)  # of another process that has just trained it
             if kept is None:
                 kept = _trained(folder, images, data, class_names, chosen)
@@ -137,7 +137,8 @@ def _trained(
     folder: Path, images: ImageSet, data: TrainingImages, class_names: tuple[str, ...], device: torch.device
 ) -> _Kept:
     """Train the judge, from the start or from where it was stopped, and put it into the folder."""
-    kind = f"a classifier of {len(class_names)} classes" if class_names else "an autoencoder, as there are no classes"
+    reason = "" if images.class_names else ", as there are no classes"
+    kind = f"a classifier of {len(class_names)} classes" if class_names else f"an autoencoder{reason}"
     note(f"the judge of these images, {kind}, is trained once and kept in {folder}")
     steps = steps_for(len(data.images))
     finished = CheckpointInfo(

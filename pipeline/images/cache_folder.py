@@ -30,6 +30,16 @@ def writing_cache(size: int = 0) -> Iterator[None]:
         raise cannot_write(error, size) from error
 
 
+@contextmanager
+def within_cache() -> Iterator[None]:
+    """Let errors within `with`, where they advise another folder, name what chooses it: the cache has no option."""
+    try:
+        yield
+    except InputError as error:
+        remedy = error.do.replace("name another folder", "set CODEGRID_CACHE to another folder")
+        raise InputError(expected=error.expected, got=error.got, do=remedy) from error
+
+
 def check_free(folder: Path, size: int) -> None:
     """Raise InputError if the disk of `folder` has less than `size` bytes free, OSError if it cannot be asked."""
     free = shutil.disk_usage(folder).free

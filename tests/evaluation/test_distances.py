@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -219,6 +220,31 @@ def test_what_is_no_pair_of_features_is_refused(distance: Distance, bad: Tensor,
         with pytest.raises(ValueError, match=r"expected .*, got") as error:
             distance(*pair)
         assert message in str(error.value)
+
+
+@pytest.mark.parametrize("distance", ALL)
+@pytest.mark.parametrize("kind", [">f4", ">f8", "<f8", np.longdouble])
+def test_arrays_in_any_byte_order_give_what_tensors_give(distance: Distance, kind: Any) -> None:
+    a, b = normal(31, 4, seed=0).float(), normal(22, 4, seed=1)
+    assert distance(a.numpy().astype(kind), b) == distance(a, b)
+
+
+@pytest.mark.parametrize("distance", ALL)
+@pytest.mark.parametrize(
+    ("bad", "got"),
+    [
+        ([[0.0, 1.0]] * 9, "a list"),
+        (None, "a NoneType"),
+        (np.zeros((9, 2), object), "object [9, 2]"),
+        (np.zeros((9, 2), complex), "complex128 [9, 2]"),
+        (np.zeros((9, 2), np.uint8), "uint8 [9, 2]"),
+        (np.zeros(9), "torch.float64 [9] on cpu"),
+    ],
+)
+def test_what_is_neither_an_array_of_floats_nor_a_tensor_is_refused(distance: Any, bad: object, got: str) -> None:
+    with pytest.raises(ValueError, match=r"expected features \[N,D\] of a float type, an array or a tensor") as error:
+        distance(normal(9, 2, seed=0), bad)
+    assert f"got {got}" in str(error.value)
 
 
 @pytest.mark.parametrize("distance", [frechet_distance, kernel_distance])

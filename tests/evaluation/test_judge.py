@@ -22,6 +22,8 @@ from pipeline.images.image_set import ImageSet, open_images
 from pipeline.models.checkpoint import CONFIG, MODEL, TRAINING, TrainingState
 from pipeline.runtime.folder_lock import only_writer
 
+from ..disks import failing_writes
+
 CPU = torch.device("cpu")
 STEPS = 12
 
@@ -413,5 +415,29 @@ def test_a_second_process_that_trains_it_is_refused(cache: Path, stripes: ImageS
     open_judge(stripes, ("a", "b"), "cpu")
     (folder,) = cache.iterdir()
     (folder / MODEL).unlink()
-    with only_writer(folder, "training of a judge"), pytest.raises(InputError, match="training of a judge alone"):
+    with only_writer(folder, "training of a judge"), pytest.raises(InputError, match="training of a judge alone") as e:
         open_judge(stripes, ("a", "b"), "cpu")
+    assert e.value.do == "wait until it has ended, or set CODEGRID_CACHE to another folder"
+
+
+def test_what_keeps_it_from_the_cache_is_refused_with_the_setting_that_helps(cache: Path, stripes: ImageSet) -> None:
+    with failing_writes(0), pytest.raises(InputError, match="No space left on device") as full:
+        open_judge(stripes, ("a", "b"), "cpu")
+    assert full.value.do == "free space on the disk, or set CODEGRID_CACHE to another folder"
+    cache.parent.mkdir(exist_ok=True)
+    cache.write_bytes(b"in the way")
+    with pytest.raises(InputError, match="a folder that can be written") as file:
+        open_judge(stripes, ("a", "b"), "cpu")
+    assert file.value.do.startswith("set CODEGRID_CACHE to another folder")
+
+
+def test_what_is_trained_is_said_and_why_only_where_that_is_why(
+    cache: Path, stripes: ImageSet, capsys: pytest.CaptureFixture[str]
+) -> None:
+    open_judge(stripes, ("a", "b"), "cpu")
+    assert "the judge of these images, a classifier of 2 classes, is trained once" in capsys.readouterr().err
+    open_judge(stripes, (), "cpu")  # as --judge autoencoder asks for
+    assert "the judge of these images, an autoencoder, is trained once" in capsys.readouterr().err
+    unlabelled = replace(stripes.train, labels=np.full(len(stripes.train), -1), images=255 - stripes.train.images)
+    open_judge(replace(stripes, class_names=(), train=unlabelled), (), "cpu")
+    assert "an autoencoder, as there are no classes, is trained once" in capsys.readouterr().err

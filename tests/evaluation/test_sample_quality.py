@@ -278,6 +278,19 @@ def test_an_option_that_would_do_nothing_is_a_wrong_command_line(
     assert f"expected --samples N with {option[0]}, got none" in outcome.err
 
 
+@pytest.mark.usefixtures("untrained")
+@pytest.mark.parametrize("other", ["one.png", "./one.png", "link/one.png"])
+def test_two_pictures_in_one_file_are_a_wrong_command_line(
+    labelled: Run, codegrid: Codegrid, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("link").symlink_to(".")
+    outcome = codegrid(*labelled.arguments("--samples", N, "--picture", "one.png", "--nearest", other))
+    assert (outcome.status, outcome.out) == (2, "")
+    assert "expected two files as --picture and --nearest, got one.png as both" in outcome.err
+    assert not Path("one.png").exists()
+
+
 def test_samples_without_a_prior_are_a_wrong_command_line(labelled: Run, codegrid: Codegrid) -> None:
     outcome = codegrid("evaluate", "--tokenizer", labelled.tokenizer, "--samples", N)
     assert outcome.status == 2
