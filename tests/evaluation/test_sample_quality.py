@@ -214,11 +214,11 @@ def test_the_classification_score_trains_on_samples_and_on_as_many_real_images(
 def test_the_nearest_training_images_are_those_of_each_column(labelled: Run) -> None:
     metrics, images, pipeline = measured(labelled, nearest=True), labelled.open(), labelled.pipeline()
     judge, comparison = open_judge(images, CLASSES, "cpu"), Comparison.of(images, N, seed=0)
-    training = look_at(judge.network, images.train, "").features
+    training = look_at(judge.network, images.train, "").directions
     test = comparison.test_images().images
     samples = pipeline.sample(N, labels=images.test.labels[comparison.test_rows].tolist(), seed=0).images
     columns = {"test": test, "reconstructions": pipeline.reconstruct(test), "samples": samples}
-    found = {name: NearestTraining.of(each, judge.look(each).features, training) for name, each in columns.items()}
+    found = {name: NearestTraining.of(each, judge.look(each).directions, training) for name, each in columns.items()}
     medians = {name: getattr(metrics, name).nearest_train for name in columns}
     assert medians == {name: each.median for name, each in found.items()}
     assert len(set(medians.values())) == 3
