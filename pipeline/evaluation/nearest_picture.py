@@ -8,16 +8,16 @@ Legend: n pictures, N training images, D dimensions of a feature, C channels, H 
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor
 
-from ..images.captions import TITLE, below, text_line, with_margin
+from ..images.captions import GAP, TITLE, below, beside, text_line, with_margin
 from ..images.image_set import ImageSplit
-from ..images.png import above_and_below, enlarge, tile, to_pillow
+from ..images.png import thumbnail
 from .neighbours import nearest
 
 SHOWN, COLUMNS = 16, 8  # pictures of each kind: those that are nearest to a training image
+ROW_WIDTH = 1300  # pixels
 MARGIN, SPACE = 16, 18  # pixels around the picture, and between its two parts
 
 
@@ -50,11 +50,10 @@ def nearest_picture(samples: NearestTraining, test: NearestTraining, train: Imag
 def _part(name: str, found: NearestTraining, train: ImageSplit) -> Image.Image:
     """Return the pictures nearest to a training image above those, with a title."""
     chosen = np.argsort(found.distances, kind="stable")[:SHOWN]
-    below_them = torch.from_numpy(np.array(train.images[found.rows[chosen]]))
-    columns = min(COLUMNS, len(chosen))
-    sheet = tile(above_and_below(found.images[torch.from_numpy(chosen)], below_them, columns), columns)
-    picture = to_pillow(enlarge(sheet, train.images.shape[-1]).numpy()).convert("RGB")
+    pairs = [below([thumbnail(found.images[i].numpy()), thumbnail(train.images[found.rows[i]])], 0) for i in chosen]
+    columns = max(2, min(COLUMNS, ROW_WIDTH // (pairs[0].width + GAP)))
+    bands = [beside(pairs[start : start + columns]) for start in range(0, len(pairs), columns)]
     title = f"the {len(chosen)} of {len(found.rows):,} {name} nearest to a training image, each above that image"
     closest, farthest = found.distances[chosen[[0, -1]]]
     words = f"distances {closest:.2f} to {farthest:.2f}, the median of all {name} {found.median:.2f}"
-    return below([text_line(title, size=TITLE), text_line(words), picture])
+    return below([text_line(title, size=TITLE), text_line(words), *bands], 3 * GAP)

@@ -19,12 +19,11 @@ import numpy as np
 from PIL import Image
 
 from ..images.captions import GAP, TITLE, WHITE, below, beside, text_line, text_width, with_margin
-from ..images.png import to_pillow
+from ..images.png import THUMBNAIL, thumbnail
 from ..images.rows import evenly_spaced
 from .heat_map import heat_map, legend
 
 EVENLY_SPACED = 16  # images of the split
-TILE, LARGEST_TILE = 96, 320  # pixels; smaller images are enlarged to about this, larger ones reduced to at most that
 MOST_COLUMNS, ROW_WIDTH = 8, 1300  # images, pixels
 LEGEND_WIDTH = TITLE_WIDTH = 640  # pixels
 LINE = text_line("").height
@@ -121,14 +120,8 @@ def _tiles(section: Section, index: int, top: float) -> Image.Image:
 
 
 def _tile(image: np.ndarray) -> Image.Image:
-    """Return an image uint8 [C,H',W'] in RGB, enlarged or reduced by a whole factor; a thin one on white, for words."""
-    picture = to_pillow(image).convert("RGB")
-    side = max(picture.size)
-    if side > LARGEST_TILE:
-        picture = picture.reduce(-(-side // LARGEST_TILE))
-    else:
-        times = max(1, round(TILE / side))
-        picture = picture.resize((picture.width * times, picture.height * times), Image.Resampling.NEAREST)
-    cell = Image.new("RGB", (max(TILE, picture.width), max(LINE, picture.height)), WHITE)
+    """Return an image uint8 [C,H',W'] in RGB and of a size to look at; a thin one on white, for words."""
+    picture = thumbnail(image)
+    cell = Image.new("RGB", (max(THUMBNAIL, picture.width), max(LINE, picture.height)), WHITE)
     cell.paste(picture)
     return cell

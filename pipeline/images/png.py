@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 GAP = 2  # white pixels between images, before enlarging
+THUMBNAIL, LARGEST_THUMBNAIL = 96, 320  # pixels of the longer side; whole factors lead there
 SMALLEST_SIDE = 64  # pixels; images are enlarged by a whole factor to about this width
 
 
@@ -29,6 +30,16 @@ def to_pillow(image: np.ndarray) -> Image.Image:
 def save_png(image: Tensor, path: Path) -> None:
     """Write one uint8 image [C,H,W] with 1 or 3 channels as a PNG."""
     write_atomic(path, png_bytes(to_pillow(image.cpu().numpy())))
+
+
+def thumbnail(image: np.ndarray) -> Image.Image:
+    """Return an image uint8 [C,H,W] in RGB, enlarged to about THUMBNAIL or reduced to at most LARGEST_THUMBNAIL."""
+    picture = to_pillow(image).convert("RGB")
+    side = max(picture.size)
+    if side > LARGEST_THUMBNAIL:
+        return picture.reduce(-(-side // LARGEST_THUMBNAIL))
+    times = max(1, round(THUMBNAIL / side))
+    return picture.resize((picture.width * times, picture.height * times), Image.Resampling.NEAREST)
 
 
 def check_png(path: Path, *, force: bool, option: str) -> None:
