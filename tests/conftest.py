@@ -34,13 +34,16 @@ def _own_cache_and_one_thread(tmp_path_factory: pytest.TempPathFactory) -> Itera
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _sigint_is_not_ignored() -> Iterator[None]:
-    """A shell starts what runs in its background with SIGINT ignored; the tests send that signal to themselves."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+def _no_signal_is_ignored() -> Iterator[None]:
+    """A shell starts what runs in its background with SIGINT ignored, nohup with SIGHUP; tests send both."""
+    handlers = {"SIGINT": signal.default_int_handler, "SIGHUP": signal.SIG_DFL}
+    chosen = {getattr(signal, name): handler for name, handler in handlers.items() if hasattr(signal, name)}
+    before = {number: signal.signal(number, handler) for number, handler in chosen.items()}
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")
