@@ -499,10 +499,10 @@ def measure_rate(tokenizer: Path, prior: Path | None, json_file: Path | None, fo
 
 def check_given_with_samples(ctx: click.Context, samples: int | None, prior: Path | None) -> None:
     """Raise UsageError for an option that would do nothing without --samples, and for --samples without --prior."""
-    given = [name for name in OF_SAMPLES if ctx.get_parameter_source(name) == ParameterSource.COMMANDLINE]
-    if samples is None and given:
-        option = "--" + given[0].removesuffix("s" if given[0] == "labels" else "").replace("_", "-")
-        raise click.UsageError(f"expected --samples N with {option}, got none; add it", ctx)
+    for option in ctx.command.params:
+        given = option.name is not None and ctx.get_parameter_source(option.name) == ParameterSource.COMMANDLINE
+        if samples is None and given and option.name in OF_SAMPLES:
+            raise click.UsageError(f"expected --samples N with {option.opts[0]}, got none; add it", ctx)
     if samples is not None and prior is None:
         raise click.UsageError("expected --prior DIR with --samples, got none; name the prior to sample from", ctx)
 

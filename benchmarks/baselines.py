@@ -22,12 +22,11 @@ from pipeline import ImagePipeline
 from pipeline.evaluation.evaluate import evaluate
 from pipeline.images.image_set import split_of
 from pipeline.images.png import enlarge, save_png, tile
-from pipeline.images.preprocessing import to_uint8
 from pipeline.models.checkpoint import read_info
 from pipeline.models.loading import images_of, load_trained_autoencoder
 from tokenizer import Baseline
 
-from .latent_mixture import draw_standard_normal
+from .latent_mixture import decode_latents, draw_standard_normal
 
 COLUMNS, ROWS = 8, 8
 SPACE = 16  # white pixels between the two halves
@@ -81,7 +80,7 @@ def vae_samples(folder: Path, grid: tuple[int, int], seed: int) -> Tensor:
     model = load_trained_autoencoder(folder, "cpu").model
     assert isinstance(model, Baseline)
     latents, _ = draw_standard_normal(COLUMNS * ROWS, (model.config.code_dim, *grid), seed)
-    return to_uint8(model.decode(latents))
+    return decode_latents(model, latents)
 
 
 if __name__ == "__main__":

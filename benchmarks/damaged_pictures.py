@@ -1,6 +1,7 @@
 """Test images, samples and codes that are damaged in known ways, to see which number notices what."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,11 +25,10 @@ def damaged_pictures(
 ) -> Iterator[tuple[str, Pictures]]:
     """Yield named pictures, `samples` of each kind: undamaged ones first."""
 
-    def columns(**options: object) -> dict[str, Pictures]:
-        chosen = QualityOptions(samples=samples, seed=seed, **options)  # type: ignore[arg-type]
-        return SampleQuality(pipeline, images, chosen, "auto").columns()
+    def measurement(**options: Any) -> SampleQuality:
+        return SampleQuality(pipeline, images, QualityOptions(samples=samples, seed=seed, **options), "auto")
 
-    plain, random = columns(), np.random.default_rng(seed)
+    plain, random = measurement().columns(), np.random.default_rng(seed)
     test, sampled = plain["test"], plain["samples"]
     yield "test images", test
     for deviation in BLURS:
@@ -38,9 +38,9 @@ def damaged_pictures(
     yield "samples", sampled
     for temperature in TEMPERATURES:
         parameters = SamplingParameters(temperature=temperature)
-        yield f"samples, temperature {temperature:g}", columns(parameters=parameters)["samples"]
+        yield f"samples, temperature {temperature:g}", measurement(parameters=parameters).samples()
     if images.class_names:
-        yield "samples, one class", columns(labels=(pipeline.class_names[0],))["samples"]
+        yield "samples, one class", measurement(labels=(pipeline.class_names[0],)).samples()
     yield from _wrong_codes(pipeline, test, random)
     rows = np.sort(random.permutation(len(images.train))[:samples])
     training = torch.from_numpy(np.array(images.train.images[rows]))

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from pipeline import ImagePipeline
 from pipeline.evaluation.comparison import Comparison, Pictures
-from pipeline.evaluation.judge import Seen, TrainedJudge, look_at
+from pipeline.evaluation.judge import Seen, TrainedJudge
 from pipeline.evaluation.judge_cache import open_judge
 from pipeline.evaluation.nearest_picture import NearestTraining
 from pipeline.evaluation.picture_numbers import picture_numbers
@@ -60,7 +60,7 @@ class Table:
             seen = self.judge.look(pictures.images, name)
             numbers = picture_numbers(reference, seen, pictures.labels).to_json()
             if "nearest_train" in self.columns:
-                self._training = self._training or look_at(self.judge.network, self.images.train, "training images")
+                self._training = self._training or self.judge.look(self.images.train.images)
                 found = NearestTraining.of(pictures.images, seen.directions, self._training.directions)
                 numbers["nearest_train"] = found.median
             self.rows.setdefault(name, []).append(numbers)

@@ -21,8 +21,13 @@ def grid_bits(logits: Tensor, codes: Tensor) -> Tensor:
     Summed over a data set and divided by its number of codes this is bits per code, exact for any batch sizes; a
     uniform model scores log2 K.
     """
+    return code_nats(logits, codes).sum(dim=(1, 2)) / math.log(2)
+
+
+def code_nats(logits: Tensor, codes: Tensor) -> Tensor:
+    """Return -ln p(code) at each position, [B,H,W] float64 on the CPU, from logits [B,K,H,W] and codes [B,H,W]."""
     nats = F.cross_entropy(_at_least_float32(logits), codes.long(), reduction="none")
-    return nats.cpu().double().sum(dim=(1, 2)) / math.log(2)  # some devices have no float64
+    return nats.cpu().double()  # some devices have no float64
 
 
 def bits_per_dim(bits_per_code: float, grid: tuple[int, int], image: tuple[int, int, int]) -> float:

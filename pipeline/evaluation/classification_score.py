@@ -29,6 +29,6 @@ def accuracy_of_training_on(
     assert pictures.labels is not None
     data = TrainingImages(images=pictures.images.numpy(), labels=pictures.labels, num_classes=num_classes)
     judge = train_judge(data, seed=0, device=device, description=f"training on {what}")
-    seen = look_at(judge, test, f"test images, after training on {what}")
+    seen = look_at(judge, test.images, f"test images, after training on {what}")
     assert seen.predicted is not None
     return accuracy_of(seen.predicted, test.labels)

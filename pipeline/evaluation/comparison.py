@@ -5,7 +5,6 @@ Whatever the images do not suffice for is said before a judge is trained.
 Legend: N pictures of a kind, C channels, H W pixels.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -88,7 +87,7 @@ def judge_classes(images: ImageSet, judge: JudgeKind) -> tuple[str, ...]:
     counts = np.bincount(images.train.labels, minlength=len(names))
     missing = [name for name, count in zip(names, counts, strict=True) if count == 0]
     if missing:
-        raise _unusable("training images of every class", f"none of {_listed(missing)}", images)
+        raise _unusable("training images of every class", f"none of {short(', '.join(missing))}", images)
     return names
 
 
@@ -115,7 +114,3 @@ def _unusable(expected: str, got: str, images: ImageSet) -> InputError:
         got=got,
         do="use --judge autoencoder, which needs no classes",
     )
-
-
-def _listed(names: Sequence[str]) -> str:
-    return short(", ".join(names))

@@ -1,16 +1,14 @@
 """The judge of a set of images: a network trained on its training part, which is shown other images.
 
-Legend: n images, N of a split, C channels, H W pixels.
+Legend: n images, C channels, H W pixels.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..images.image_set import ImageSplit
 from ..images.preprocessing import to_float
 from ..models.inference import run_in_blocks
 from ..runtime.progress import with_progress
@@ -64,9 +62,7 @@ class TrainedJudge:
         Raises:
             ValueError: images of another size or type.
         """
-        if images.dtype not in (np.uint8, torch.uint8):
-            raise ValueError(f"expected images as uint8, got {images.dtype}")
-        return _look(self.network, lambda start, stop: _tensor(images[start:stop]), len(images), what)
+        return look_at(self.network, images, what)
 
 
 def accuracy_of(predicted: np.ndarray, labels: np.ndarray) -> float:
@@ -74,24 +70,21 @@ def accuracy_of(predicted: np.ndarray, labels: np.ndarray) -> float:
     return float((predicted == labels).mean())
 
 
-def look_at(network: Judge, split: ImageSplit, what: str) -> Seen:
-    """Return what a judge makes of all images of a split, as `TrainedJudge.look` does."""
-    return _look(network, lambda start, stop: _tensor(split.images[start:stop]), len(split), what)
-
-
-def _tensor(images: np.ndarray | Tensor) -> Tensor:
-    """Return images as a tensor of its own memory; those of a set are mapped from a file, and read-only."""
-    return images if isinstance(images, Tensor) else torch.from_numpy(np.array(images))
-
-
-def _look(network: Judge, load: Callable[[int, int], Tensor], count: int, what: str) -> Seen:
-    """Show the images that `load` returns, uint8 [n,C,H,W] of a range of rows, to the judge."""
+def look_at(network: Judge, images: np.ndarray | Tensor, what: str) -> Seen:
+    """Return what a network makes of images, as `TrainedJudge.look` does, which says more."""
+    if images.dtype not in (np.uint8, torch.uint8):
+        raise ValueError(f"expected images as uint8, got {images.dtype}")
 
     def compute(block: Tensor) -> tuple[Tensor, ...]:
         features = network(to_float(block))
         return (features, network.head(features).argmax(dim=1)) if network.config.num_classes else (features,)
 
-    batches = run_in_blocks(network, compute, load, count)
-    shown = list(with_progress(batches, count, f"judging {what}", size=lambda batch: len(batch[0])))
+    batches = run_in_blocks(network, compute, lambda start, stop: _tensor(images[start:stop]), len(images))
+    shown = list(with_progress(batches, len(images), f"judging {what}", size=lambda batch: len(batch[0])))
     features, *predicted = (torch.cat(tensors).numpy() for tensors in zip(*shown, strict=True))
     return Seen(features=features, predicted=predicted[0] if predicted else None)
+
+
+def _tensor(images: np.ndarray | Tensor) -> Tensor:
+    """Return images as a tensor of its own memory; those of a set are mapped from a file, and read-only."""
+    return images if isinstance(images, Tensor) else torch.from_numpy(np.array(images))

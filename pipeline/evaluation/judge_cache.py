@@ -159,7 +159,7 @@ def _trained(
     network = train_judge(data, seed=SEED, device=device, description="training the judge", resume=resume, save=save)
     accuracy = None
     if class_names:
-        seen = look_at(network, images.test, "test images")
+        seen = look_at(network, images.test.images, "test images")
         assert seen.predicted is not None
         accuracy = accuracy_of(seen.predicted, images.test.labels)
         finished = replace(finished, metrics={"accuracy": accuracy})

@@ -9,10 +9,9 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from prior import GatedPixelCNN
-from prior.objective import grid_bits
+from prior.objective import code_nats, grid_bits
 from prior.sampling import evaluating
 
 from ..runtime.progress import with_progress
@@ -52,8 +51,7 @@ def code_bits(prior: GatedPixelCNN, codes: np.ndarray, labels: np.ndarray) -> np
             rows = slice(start, start + BATCH)
             grids = torch.from_numpy(codes[rows].astype(np.int64)).to(device)
             named = torch.from_numpy(labels[rows]).to(device) if prior.config.num_classes else None
-            nats = F.cross_entropy(prior(grids, named).float(), grids, reduction="none")
-            bits[rows] = (nats / math.log(2)).cpu().numpy()
+            bits[rows] = (code_nats(prior(grids, named), grids) / math.log(2)).numpy()
     return bits
 
 

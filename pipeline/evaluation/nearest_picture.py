@@ -11,14 +11,12 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from ..images.captions import GAP, TITLE, below, beside, text_line, with_margin
+from ..images.captions import GAP, TITLE, below, beside, in_bands, sheet_of, text_line
 from ..images.image_set import ImageSplit
 from ..images.png import thumbnail
 from .neighbours import nearest
 
-SHOWN, COLUMNS = 16, 8  # pictures of each kind: those that are nearest to a training image
-ROW_WIDTH = 1300  # pixels
-MARGIN, SPACE = 16, 18  # pixels around the picture, and between its two parts
+SHOWN = 16  # pictures of each kind: those that are nearest to a training image
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,16 +41,14 @@ class NearestTraining:
 
 def nearest_picture(samples: NearestTraining, test: NearestTraining, train: ImageSplit) -> Image.Image:
     """Return a picture, RGB, of the SHOWN samples and the SHOWN test images that are nearest to a training image."""
-    parts = [_part("samples", samples, train), _part("test images", test, train)]
-    return with_margin(below(parts, SPACE), MARGIN)
+    return sheet_of([_part("samples", samples, train), _part("test images", test, train)])
 
 
 def _part(name: str, found: NearestTraining, train: ImageSplit) -> Image.Image:
     """Return the pictures nearest to a training image above those, with a title."""
     chosen = np.argsort(found.distances, kind="stable")[:SHOWN]
     pairs = [below([thumbnail(found.images[i].numpy()), thumbnail(train.images[found.rows[i]])], 0) for i in chosen]
-    columns = max(2, min(COLUMNS, ROW_WIDTH // (pairs[0].width + GAP)))
-    bands = [beside(pairs[start : start + columns]) for start in range(0, len(pairs), columns)]
+    bands = [beside(band) for band in in_bands(pairs)]
     title = f"the {len(chosen)} of {len(found.rows):,} {name} nearest to a training image, each above that image"
     closest, farthest = found.distances[chosen[[0, -1]]]
     words = f"distances {closest:.2f} to {farthest:.2f}, the median of all {name} {found.median:.2f}"

@@ -57,6 +57,6 @@ def _aligned(rows: list[list[str]]) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for first, *numbers, last in rows:
-        cells = [first.rjust(widths[0]), *(n.rjust(w) for n, w in zip(numbers, widths[1:], strict=False)), last]
+        cells = [first.rjust(widths[0]), *(n.rjust(w) for n, w in zip(numbers, widths[1:-1], strict=True)), last]
         lines.append("  ".join(cells).rstrip())
     return lines

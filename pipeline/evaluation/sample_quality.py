@@ -25,7 +25,7 @@ from ..runtime.progress import Progress, with_progress
 from .classification_score import accuracy_of_training_on
 from .comparison import Comparison, JudgeKind, Pictures
 from .inception import inception_features, load_inception
-from .judge import Seen, TrainedJudge, look_at
+from .judge import Seen, TrainedJudge
 from .judge_cache import open_judge
 from .nearest_picture import NearestTraining, nearest_picture
 from .picture_metrics import COLUMNS, WORDS, PictureMetrics
@@ -110,7 +110,7 @@ class SampleQuality:
         tokenizer = self.pipeline.trained_tokenizer
         images = reconstruct_images(tokenizer.model, test.images, folder=tokenizer.folder, progress=True)
         reconstructions = Pictures(images=images, labels=test.labels)
-        return {"test": test, "reconstructions": reconstructions, "samples": self._sampled()}
+        return {"test": test, "reconstructions": reconstructions, "samples": self.samples()}
 
     def _compared(
         self, reference: Seen, seen: dict[str, Seen], columns: dict[str, Pictures]
@@ -119,8 +119,8 @@ class SampleQuality:
         names = with_progress(COLUMNS, len(COLUMNS), "comparing with training images", "set")
         return {name: picture_numbers(reference, seen[name], columns[name].labels) for name in names}
 
-    def _sampled(self) -> Pictures:
-        """Return new images."""
+    def samples(self) -> Pictures:
+        """Return the pictures of the last column alone: new images."""
         options = SampleOptions(n=self.options.samples, seed=self.options.seed, parameters=self.options.parameters)
         with Progress(options.n, "sampling") as bar:
             batches = [batch.images for batch in sample_in_batches(self.pipeline, options, self.labels, bar)]
@@ -192,6 +192,6 @@ class SampleQuality:
         self, judge: TrainedJudge, columns: dict[str, Pictures], seen: dict[str, Seen]
     ) -> dict[str, NearestTraining]:
         """Return the pictures of each column with the training images nearest to them, of all there are."""
-        training = look_at(judge.network, self.comparison.images.train, "all training images").directions
+        training = judge.look(self.comparison.images.train.images, "all training images").directions
         names = with_progress(COLUMNS, len(COLUMNS), "finding the nearest training images", "set")
         return {name: NearestTraining.of(columns[name].images, seen[name].directions, training) for name in names}

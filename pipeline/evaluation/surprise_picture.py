@@ -18,16 +18,14 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from ..images.captions import GAP, TITLE, WHITE, below, beside, text_line, text_width, with_margin
+from ..images.captions import GAP, MOST_COLUMNS, TITLE, WHITE, below, beside, in_bands, sheet_of, text_line, text_width
 from ..images.png import THUMBNAIL, thumbnail
 from ..images.rows import evenly_spaced
 from .heat_map import heat_map, legend
 
 EVENLY_SPACED = 16  # images of the split
-MOST_COLUMNS, ROW_WIDTH = 8, 1300  # images, pixels
 LEGEND_WIDTH = TITLE_WIDTH = 640  # pixels
 LINE = text_line("").height
-MARGIN, SPACE = 16, 18  # pixels around the picture, and between its sections
 HEAT = "bits per code"
 NMSE = "nmse: squared error of an image, as a share of the variance of all pixels of the training images"
 ROW_TITLES = ("image", "reconstruction", HEAT)
@@ -82,18 +80,15 @@ def surprise_picture(title: str, sections: Sequence[Section], guessing: float | 
         name = f"guessing {guessing:.2f}"
         words = f"{HEAT}: what a code costs given those before it (the rows above, and to its left)"
         parts.append(legend(words, top, LEGEND_WIDTH, mark=guessing, mark_name=name))
-    return with_margin(below([*parts, *(_drawn(section, top) for section in sections)], SPACE), MARGIN)
+    return sheet_of([*parts, *(_drawn(section, top) for section in sections)])
 
 
 def _drawn(section: Section, top: float) -> Image.Image:
     """Return the images of a section with its title, in as many bands as they need."""
     tiles = [_tiles(section, index, top) for index in range(len(section.images))]
-    columns = max(2, min(MOST_COLUMNS, ROW_WIDTH // (tiles[0].width + GAP)))
-    bands = [tiles[start : start + columns] for start in range(0, len(tiles), columns)]
     titles = _row_titles(section)
-    return below(
-        [text_line(section.title, TITLE_WIDTH, size=TITLE), *(beside([titles, *band]) for band in bands)], 2 * GAP
-    )
+    bands = [beside([titles, *band]) for band in in_bands(tiles)]
+    return below([text_line(section.title, TITLE_WIDTH, size=TITLE), *bands], 2 * GAP)
 
 
 def _row_titles(section: Section) -> Image.Image:

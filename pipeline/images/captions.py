@@ -15,6 +15,8 @@ from ..errors import printable
 WHITE, INK = (255, 255, 255), (40, 40, 40)
 TEXT, TITLE = 14, 19  # font sizes in pixels
 GAP = 4  # white pixels between two pictures
+MARGIN, SPACE = 16, 18  # white pixels around a sheet, and between its parts
+MOST_COLUMNS, ROW_WIDTH = 8, 1300  # pictures beside each other: at most, and in pixels, but two in any case
 DOTS = "..."
 
 
@@ -59,6 +61,17 @@ def beside(pictures: Sequence[Image.Image], gap: int = GAP) -> Image.Image:
         sheet.paste(one, (left, 0))
         left += one.width + gap
     return sheet
+
+
+def in_bands(pictures: Sequence[Image.Image]) -> list[list[Image.Image]]:
+    """Return pictures of one size in the bands that they are shown in, below each other."""
+    columns = max(2, min(MOST_COLUMNS, ROW_WIDTH // (pictures[0].width + GAP)))
+    return [list(pictures[start : start + columns]) for start in range(0, len(pictures), columns)]
+
+
+def sheet_of(parts: Sequence[Image.Image]) -> Image.Image:
+    """Return the parts of a sheet below each other, with a margin."""
+    return with_margin(below(parts, SPACE), MARGIN)
 
 
 def with_margin(picture: Image.Image, margin: int) -> Image.Image:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from pipeline.evaluation.comparison import Comparison
-from pipeline.evaluation.judge import Seen, TrainedJudge, look_at
+from pipeline.evaluation.judge import Seen, TrainedJudge
 from pipeline.evaluation.judge_cache import open_judge
 from pipeline.evaluation.nearest_picture import NearestTraining
 from pipeline.evaluation.picture_numbers import PictureNumbers, picture_numbers
@@ -41,7 +41,7 @@ class World:
         return picture_numbers(self.reference, self.see(pictures), known)
 
     def nearest(self, pictures: np.ndarray) -> NearestTraining:
-        training = look_at(self.judge.network, self.images.train, "").directions
+        training = self.see(self.images.train.images).directions
         return NearestTraining.of(self.comparison.test_images().images, self.see(pictures).directions, training)
 
 

@@ -3,7 +3,8 @@
 import numpy as np
 import torch
 
-from pipeline.evaluation.nearest_picture import COLUMNS, SHOWN, NearestTraining, nearest_picture
+from pipeline.evaluation.nearest_picture import SHOWN, NearestTraining, nearest_picture
+from pipeline.images.captions import MOST_COLUMNS as COLUMNS
 from pipeline.images.image_set import ImageSplit
 
 

@@ -206,7 +206,7 @@ def test_the_classification_score_trains_on_samples_and_on_as_many_real_images(
     assert np.array_equal(samples, labelled.pipeline().sample(N, labels=labels.tolist(), seed=0).images.numpy())
     assert np.array_equal(real, images.train.images[comparison.train_rows])
     assert np.array_equal(real_labels, images.train.labels[comparison.train_rows])
-    recognised = [look_at(judge, images.test, "").predicted == images.test.labels for judge in judges]
+    recognised = [look_at(judge, images.test.images, "").predicted == images.test.labels for judge in judges]
     assert (metrics.cas, metrics.cas_real) == tuple(float(np.mean(each)) for each in recognised)
     assert metrics.cas != metrics.cas_real
 
@@ -214,7 +214,7 @@ def test_the_classification_score_trains_on_samples_and_on_as_many_real_images(
 def test_the_nearest_training_images_are_those_of_each_column(labelled: Run) -> None:
     metrics, images, pipeline = measured(labelled, nearest=True), labelled.open(), labelled.pipeline()
     judge, comparison = open_judge(images, CLASSES, "cpu"), Comparison.of(images, N, seed=0)
-    training = look_at(judge.network, images.train, "").directions
+    training = judge.look(images.train.images).directions
     test = comparison.test_images().images
     samples = pipeline.sample(N, labels=images.test.labels[comparison.test_rows].tolist(), seed=0).images
     columns = {"test": test, "reconstructions": pipeline.reconstruct(test), "samples": samples}
