@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from pipeline.images.image_set import ImageSet, open_images
 from pipeline.models.checkpoint import CheckpointInfo
-from pipeline.runtime.device import autocast, choose_device, compile_networks, manual_seed
+from pipeline.runtime.device import autocast, choose_device, compile_networks, manual_seed, product_dtype
 from pipeline.runtime.optimizer import Optimizers
 from pipeline.training.loop import LoopSettings, run_training
 from pipeline.training.recipes import LARGE_TOKENIZER, TokenizerSettings
@@ -204,7 +204,7 @@ def stepper(
         model, images = model.to(memory_format=torch.channels_last), images.to(memory_format=torch.channels_last)
     if compiled:
         compile_networks(model.encoder, model.decoder)
-    optimizers = Optimizers(model, optimizer, 1e-4)
+    optimizers = Optimizers(model, optimizer, 1e-4, dtype=product_dtype(device, precision))
 
     def step() -> None:
         model.train()

@@ -50,13 +50,15 @@ def torch_seed(seed: int) -> int:
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
-    """Return the context to run a network in: bf16 autocast for `precision` bf16, plain float32 for fp32.
+    """Return the context to run a network in: bf16 autocast where `product_dtype` is bf16, plain float32 elsewhere."""
+    dtype = product_dtype(device, precision)
+    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype=dtype)
 
-    auto is bf16 where the processor multiplies in bf16, and fp32 elsewhere.
-    """
-    if precision == "bf16" or (precision == "auto" and has_fast_bf16(device)):
-        return torch.autocast(device.type, dtype=torch.bfloat16)
-    return nullcontext()
+
+def product_dtype(device: torch.device, precision: str) -> torch.dtype:
+    """Return the type of matrix products for a `precision`: bf16, fp32, or auto, which is bf16 where that is faster."""
+    in_bf16 = precision == "bf16" or (precision == "auto" and has_fast_bf16(device))
+    return torch.bfloat16 if in_bf16 else torch.float32
 
 
 def compile_networks(*networks: nn.Module) -> None:

@@ -20,7 +20,7 @@ from ..errors import InputError
 from ..models.checkpoint import CheckpointInfo, SavedRun, TrainingState, read_run, save_checkpoint
 from ..models.tensor_file import check_finite, check_outlines, outlines_of
 from ..runtime.console import OutputClosed, output_closed, say
-from ..runtime.device import autocast
+from ..runtime.device import autocast, product_dtype
 from ..runtime.interrupts import StopSignal
 from ..runtime.optimizer import Optimizers
 from ..runtime.progress import Progress
@@ -112,7 +112,8 @@ class _Trainer:
         self.best_weights: dict[str, Tensor] | None = None
         self.learning_rate_scale = 1.0
         self.order = DataOrder(stage.num_items, settings.batch_size, settings.seed)
-        self.optimizers = Optimizers(stage.model, settings.optimizer, settings.learning_rate)
+        dtype = product_dtype(settings.device, settings.precision)
+        self.optimizers = Optimizers(stage.model, settings.optimizer, settings.learning_rate, dtype=dtype)
         self.log = MetricsLog(folder / "metrics.jsonl")
         self.means = RunningMeans()
         item = "image" if info.kind == "tokenizer" else "grid"

@@ -34,6 +34,17 @@ def test_the_singular_values_become_nearly_equal(shape: tuple[int, int]) -> None
     assert float(values.max()) < 1.3
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_bf16_keeps_the_directions_and_nearly_the_singular_values(shape: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    matrices = torch.randn(2, *shape)
+    exact, rounded = orthogonalized(matrices), orthogonalized(matrices, torch.bfloat16)
+    assert rounded.dtype == torch.float32 and not torch.equal(exact, rounded)
+    assert float(torch.cosine_similarity(exact.flatten(1), rounded.flatten(1)).min()) > 0.999
+    values = torch.linalg.svdvals(rounded)
+    assert float(values.min()) > 0.3 and float(values.max()) < 1.4
+
+
 def test_zero_orthogonalized_is_zero() -> None:
     assert torch.equal(orthogonalized(torch.zeros(2, 16, 17)), torch.zeros(2, 16, 17))
 
@@ -56,6 +67,19 @@ def test_steps_against_one_weight_at_a_time() -> None:
         muon.step()
     for weight, target in zip(weights, expected, strict=True):
         torch.testing.assert_close(weight.detach(), target)
+
+
+def test_muon_in_bf16_steps_by_what_orthogonalized_returns_and_keeps_its_state_in_float32() -> None:
+    torch.manual_seed(0)
+    weight = torch.zeros(16, 20, requires_grad=True)
+    weight.grad = torch.randn(16, 20)
+    muon = Muon([weight], lr=0.1, dtype=torch.bfloat16)
+    muon.step()
+    momentum = (1 - MOMENTUM) * weight.grad
+    direction = weight.grad.lerp(momentum, MOMENTUM)
+    expected = orthogonalized(direction[None], torch.bfloat16)[0] * (-0.1 * 0.2 * 20**0.5)
+    torch.testing.assert_close(weight.detach(), expected)
+    assert weight.dtype == muon.state[weight]["momentum"].dtype == torch.float32
 
 
 def test_a_weight_without_a_gradient_stays() -> None:
