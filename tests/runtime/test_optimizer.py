@@ -39,10 +39,12 @@ def test_bf16_keeps_the_directions_and_nearly_the_singular_values(shape: tuple[i
     torch.manual_seed(0)
     matrices = torch.randn(2, *shape)
     exact, rounded = orthogonalized(matrices), orthogonalized(matrices, torch.bfloat16)
-    assert rounded.dtype == torch.float32 and not torch.equal(exact, rounded)
+    assert rounded.dtype == torch.float32
+    assert not torch.equal(exact, rounded)
     assert float(torch.cosine_similarity(exact.flatten(1), rounded.flatten(1)).min()) > 0.999
     values = torch.linalg.svdvals(rounded)
-    assert float(values.min()) > 0.3 and float(values.max()) < 1.4
+    assert float(values.min()) > 0.3
+    assert float(values.max()) < 1.4
 
 
 def test_zero_orthogonalized_is_zero() -> None:
