@@ -27,6 +27,16 @@ def guided_prior(**fields: Any) -> GatedPixelCNN:
     return tiny_prior(**{"num_classes": 3, "label_dropout": 0.1, **fields})
 
 
+def mild_prior() -> GatedPixelCNN:
+    """Three codes and two labels, whose guided law is still spread at s = 5 and differs between any two s and labels."""
+    prior = guided_prior(num_codes=3, num_classes=2, seed=3)
+    with torch.no_grad():
+        prior.to_logits[-1].weight.mul_(0.25)
+        for layer in prior.layers:
+            layer.label_bias.weight.mul_(0.15)
+    return prior
+
+
 def sizes_of_networks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The list that the number of grids of each network is added to, from here on."""
     sizes: list[int] = []
@@ -132,10 +142,10 @@ def test_known_codes_condition_both_predictions(guidance: float) -> None:
 
 
 @pytest.mark.parametrize("guidance", GUIDANCE)
-@pytest.mark.parametrize(("grid", "draws"), [((1, 2), 6000), ((2, 1), 6000), ((2, 2), 12000)])
+@pytest.mark.parametrize(("grid", "draws"), [((1, 2), 8000), ((2, 1), 8000), ((2, 2), 12000)])
 def test_grids_are_drawn_with_their_guided_probability(grid: Grid, draws: int, guidance: float) -> None:
     """p_s by enumeration, for each of two labels; and neither p_s of another s, nor of the other label."""
-    prior = guided_prior(num_codes=3, num_classes=2, seed=54)
+    prior = mild_prior()
     labels = torch.arange(draws) % 2
     drawn = sample_codes(prior, draws, grid, labels=labels, guidance=guidance, generator=generator(0))
     for label in (0, 1):
@@ -199,7 +209,7 @@ def test_guidance_does_nothing_without_a_label() -> None:
 
 def test_guidance_makes_labels_likelier() -> None:
     """What it is for: the posterior of the label, in the mean over the samples, rises with s."""
-    prior = guided_prior(num_codes=3, num_classes=2, seed=54)
+    prior = mild_prior()
     (everything, zero), (_, one) = (all_grids(prior, (2, 2), torch.tensor(label)) for label in (0, 1))
     assert len(everything) == 81
     posterior = torch.tensor([a / (a + b) for a, b in zip(zero, one, strict=True)])
