@@ -1,27 +1,27 @@
 """Causal attention of the horizontal stack: a position reads what it needs of all positions before it, near or far [1].
 
-A convolution gives each position before it a fixed weight. Attention weighs them by what they hold, which a stack of
-few convolutions cannot. Where it stands, the horizontal stack knows at position o only codes before o, so a position
-may attend to itself and to all that come before it in raster order:
+A convolution gives each position before it a fixed weight. Attention weighs them by what they hold: the code there, and
+what the horizontal stack knew when that code was still to come. A position attends to all that come before it in raster
+order, not to itself, whose code is not known, and to a learned entry that is no position, so that the first has one:
 
     a a a a a
-    a a o . .      "a" and o itself are attended to
+    a a o . .      "a" is attended to from o
     . . . . .
 
-How far up and how far to the side a position is adds a learned bias to its weight; distances beyond REACH count as
+How far up and how far to the side a position is adds a learned bias to its weight [2]; distances beyond REACH count as
 REACH, so that the parameters do not depend on the size of the grid.
 
 Departures from [1]: added to the stack instead of beside it, every few layers; the bias in place of channels that hold
-the coordinates [2].
+the coordinates.
 
 Legend: B batch, C channels, H W grid, n heads, d width of a head, P = H W positions in raster order.
 
 [1] Chen et al. 2018, PixelSNAIL: An Improved Autoregressive Generative Model, arXiv:1712.09763
-[2] Shaw et al. 2018, Self-Attention with Relative Position Representations, arXiv:1803.02155
+[2] Raffel et al. 2020, Exploring the Limits of Transfer Learning, arXiv:1910.10683, section 2.1 (a bias by distance)
 """
 
 import torch
-from einops import rearrange
+from einops import rearrange, repeat
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -30,7 +30,9 @@ NUM_HEADS = 4
 
 
 class CausalAttention(nn.Module):
-    """Maps [B,C,H,W] to [B,C,H,W]; position o sees o and the positions before it. A new one returns zeros.
+    """Maps features and embedded codes [B,C,H,W] each to an update [B,C,H,W]; that at o sees the codes before o alone.
+
+    A new one returns zeros.
 
     Args:
         channels: C; a head is C / 4 wide, rounded down, and at least 1.
@@ -40,21 +42,31 @@ class CausalAttention(nn.Module):
         super().__init__()
         self.head_width = max(1, channels // NUM_HEADS)
         inner = NUM_HEADS * self.head_width
-        self.to_qkv = nn.Conv2d(channels, 3 * inner, kernel_size=1)
+        self.query = nn.Conv2d(channels, inner, kernel_size=1)
+        self.key_value = nn.Conv2d(2 * channels, 2 * inner, kernel_size=1)
         self.output = nn.Conv2d(inner, channels, kernel_size=1)
         nn.init.zeros_(self.output.weight)
         nn.init.zeros_(self.output.bias)  # type: ignore[arg-type]  # which a convolution with a bias has
+        self.no_position = nn.Parameter(0.1 * torch.randn(2, NUM_HEADS, self.head_width))  # its key and its value
         self.row_bias = nn.Parameter(torch.zeros(NUM_HEADS, REACH + 1))  # by rows up
         self.column_bias = nn.Parameter(torch.zeros(NUM_HEADS, 2 * REACH + 1))  # by columns, from REACH to the right
 
-    def forward(self, x: Tensor) -> Tensor:
-        query, key, value = rearrange(self.to_qkv(x), "b (qkv n d) h w -> qkv b n (h w) d", qkv=3, n=NUM_HEADS)
-        mask = self.bias(x.shape[2], x.shape[3]).to(query.dtype)
+    def forward(self, features: Tensor, embedded: Tensor) -> Tensor:
+        batch, _, height, width = features.shape
+        query = rearrange(self.query(features), "b (n d) h w -> b n (h w) d", n=NUM_HEADS)
+        key_value = self.key_value(torch.cat([features, embedded], dim=1))
+        at_positions = rearrange(key_value, "b (kv n d) h w -> kv b n (h w) d", kv=2, n=NUM_HEADS)
+        no_position = repeat(self.no_position, "kv n d -> kv b n 1 d", b=batch)
+        key, value = torch.cat([no_position.to(at_positions.dtype), at_positions], dim=3)
+        mask = self.bias(height, width).to(query.dtype)
         attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-        return self.output(rearrange(attended, "b n (h w) d -> b (n d) h w", h=x.shape[2]))
+        return self.output(rearrange(attended, "b n (h w) d -> b (n d) h w", h=height))
 
     def bias(self, height: int, width: int) -> Tensor:
-        """Return what is added to the weight [n,P,P] that a position (first) gives another: -inf to those after it."""
+        """Return what is added to the score [n,P,1+P] of an entry (last) for a position: -inf to itself and later ones.
+
+        The first entry is no position; its bias is 0.
+        """
         rows, columns = (torch.arange(size, device=self.row_bias.device) for size in (height, width))
         up = (rows[:, None] - rows).clamp(0, REACH)  # [H,H]; what is below is masked
         left = (columns[:, None] - columns).clamp(-REACH, REACH) + REACH  # [W,W]
@@ -62,4 +74,4 @@ class CausalAttention(nn.Module):
         by_columns = rearrange(self.column_bias[:, left], "n j l -> n 1 j 1 l")
         positions = torch.arange(height * width, device=up.device)
         bias = rearrange(by_rows + by_columns, "n i j k l -> n (i j) (k l)")
-        return bias.masked_fill(positions > positions[:, None], float("-inf"))
+        return F.pad(bias.masked_fill(positions >= positions[:, None], float("-inf")), (1, 0))

@@ -12,7 +12,8 @@ what the vertical stack found. For the position o, with a kernel of 3 after a fi
 Causality is a matter of shape: kernels reach up and left only, the input is padded there, and the result cropped; no
 weight is masked, so nothing (optimizer, averaging, compilation) can open the future.
 
-Departures from the paper: none in the gate, the stacks or where they meet; the first layer is the only shifted one.
+Departures from the paper: none in the gate, the stacks or where they meet; the first layer is the only shifted one, and
+a layer may end in causal attention over the horizontal stack (`attention.py`).
 
 Legend: B batch, C channels of a stack, H W grid.
 
@@ -23,6 +24,8 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from .attention import CausalAttention
 
 
 class VerticalConv(nn.Module):
@@ -67,7 +70,7 @@ class LabelTable(nn.Embedding):
 
 
 class GatedLayer(nn.Module):
-    """One layer of both stacks: (vertical, horizontal) [B,C,H,W] each -> the same.
+    """One layer of both stacks: (vertical, horizontal) [B,C,H,W] each, with the embedded codes [B,C,H,W] -> the same.
 
     Args:
         channels: C.
@@ -75,6 +78,7 @@ class GatedLayer(nn.Module):
         label_rows: labels that bias both stacks here; 0 for none.
         hides_labels: the last of these rows is for "no label", -1.
         first: type A. The position itself is hidden from both stacks, and there is no residual to leak it.
+        attention: the horizontal stack attends to all positions before, after the gate.
         dropout: share of the gated horizontal activations dropped in training.
     """
 
@@ -86,6 +90,7 @@ class GatedLayer(nn.Module):
         label_rows: int = 0,
         hides_labels: bool = False,
         first: bool = False,
+        attention: bool = False,
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
@@ -95,14 +100,20 @@ class GatedLayer(nn.Module):
         self.vertical_to_horizontal = nn.Conv2d(2 * channels, 2 * channels, kernel_size=1)
         self.dropout = nn.Dropout(dropout)
         self.output = nn.Conv2d(channels, channels, kernel_size=1)
+        self.attention = CausalAttention(channels) if attention else None
         table = LabelTable if hides_labels else nn.Embedding  # which refuses -1
         self.label_bias = table(label_rows, 4 * channels) if label_rows else None
 
-    def forward(self, vertical: Tensor, horizontal: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, vertical: Tensor, horizontal: Tensor, embedded: Tensor, labels: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         from_above, from_left = self.vertical(vertical), self.horizontal(horizontal)
         if self.label_bias is not None and labels is not None:
             bias = rearrange(self.label_bias(labels), "b (stack c) -> stack b c 1 1", stack=2)
             from_above, from_left = from_above + bias[0], from_left + bias[1]
         from_left = from_left + self.vertical_to_horizontal(from_above)
         update = self.output(self.dropout(gate(from_left)))
-        return gate(from_above), update if self.first else horizontal + update
+        horizontal = update if self.first else horizontal + update
+        if self.attention is not None:
+            horizontal = horizontal + self.attention(horizontal, embedded)
+        return gate(from_above), horizontal

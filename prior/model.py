@@ -31,6 +31,7 @@ class GatedPixelCNN(nn.Module):
                 label_rows=config.label_rows,
                 hides_labels=config.label_dropout > 0,
                 first=index == 0,
+                attention=config.attends(index),
                 dropout=config.dropout,
             )
             for index in range(config.num_layers)
@@ -51,9 +52,9 @@ class GatedPixelCNN(nn.Module):
         if codes.ndim != 3:
             raise ValueError(f"expected codes [B,H,W], got the shape {list(codes.shape)}")
         self.check_labels(labels, len(codes))
-        vertical = horizontal = rearrange(self.embedding(codes.long()), "b h w c -> b c h w")
+        vertical = horizontal = embedded = rearrange(self.embedding(codes.long()), "b h w c -> b c h w")
         for layer in self.layers:
-            vertical, horizontal = layer(vertical, horizontal, labels)
+            vertical, horizontal = layer(vertical, horizontal, embedded, labels)
         return self.to_logits(horizontal)
 
     def check_labels(self, labels: Tensor | None, batch: int) -> None:

@@ -77,6 +77,9 @@ def reach(config: PriorConfig, grid: Grid) -> Tensor:
             )
             for i, j in horizontal
         }
+        if config.attends(index):  # each position then knows all codes before it
+            order = [(i, j) for i in range(height) for j in range(width)]
+            horizontal = {o: set(order[:number]) for number, o in enumerate(order)}
         vertical = above
     seen = torch.zeros(height * width, height * width, dtype=torch.bool)
     for (i, j), past in horizontal.items():

@@ -24,65 +24,81 @@ def random_attention(channels: int, *, seed: int = 0) -> CausalAttention:
     return layer
 
 
-def attend_slowly(layer: CausalAttention, x: Tensor) -> Tensor:
-    """The same, with loops over grids, heads and positions, and the distances clamped by hand."""
-    _, channels, height, width = x.shape
-    d = layer.head_width
-    inner = NUM_HEADS * d
-    weight, bias = layer.to_qkv.weight[:, :, 0, 0], layer.to_qkv.bias
-    result = torch.zeros_like(x)
-    for b, image in enumerate(x):
-        for i in range(height):
-            for j in range(width):
-                past = [(r, c) for r in range(height) for c in range(width) if (r, c) <= (i, j)]
-                attended = []
-                for head in range(NUM_HEADS):
-                    q, k, v = (slice(part * inner + head * d, part * inner + (head + 1) * d) for part in range(3))
-                    query = weight[q] @ image[:, i, j] + bias[q]
-                    scores = []
-                    for r, c in past:
-                        key = weight[k] @ image[:, r, c] + bias[k]
-                        up, left = min(i - r, attention.REACH), max(-attention.REACH, min(j - c, attention.REACH))
-                        extra = layer.row_bias[head, up] + layer.column_bias[head, left + attention.REACH]
-                        scores.append(query @ key / math.sqrt(d) + extra)
-                    shares = torch.stack(scores).softmax(dim=0)
-                    attended.append(sum(s * (weight[v] @ image[:, r, c] + bias[v]) for s, (r, c) in zip(shares, past)))
-                result[b, :, i, j] = layer.output.weight[:, :, 0, 0] @ torch.cat(attended) + layer.output.bias
-    assert channels == result.shape[1]
+def attend_slowly(layer: CausalAttention, features: Tensor, embedded: Tensor) -> Tensor:
+    """The same, with loops over grids, positions and heads, and the distances clamped by hand."""
+    batch, _, height, width = features.shape
+    order = [(i, j) for i in range(height) for j in range(width)]
+    result = torch.zeros_like(features)
+    for b in range(batch):
+        for number, (i, j) in enumerate(order):
+            heads = [
+                attend_in_one_head(layer, head, features[b], embedded[b], (i, j), order[:number])
+                for head in range(NUM_HEADS)
+            ]
+            result[b, :, i, j] = layer.output.weight[:, :, 0, 0] @ torch.cat(heads) + layer.output.bias
     return result
+
+
+def attend_in_one_head(
+    layer: CausalAttention, head: int, features: Tensor, embedded: Tensor, here: Grid, before: list[Grid]
+) -> Tensor:
+    """What one head [d] finds at the position `here`, of one grid [C,H,W]."""
+    d = layer.head_width
+    q, k, v = (slice(start, start + d) for start in (head * d, head * d, (NUM_HEADS + head) * d))
+    query = layer.query.weight[q, :, 0, 0] @ features[:, here[0], here[1]] + layer.query.bias[q]
+    no_key, no_value = layer.no_position[:, head]
+    scores, values = [query @ no_key / math.sqrt(d)], [no_value]
+    for i, j in before:
+        source = torch.cat([features[:, i, j], embedded[:, i, j]])
+        key, value = (layer.key_value.weight[part, :, 0, 0] @ source + layer.key_value.bias[part] for part in (k, v))
+        up, left = min(here[0] - i, attention.REACH), max(-attention.REACH, min(here[1] - j, attention.REACH))
+        bias = layer.row_bias[head, up] + layer.column_bias[head, left + attention.REACH]
+        scores.append(query @ key / math.sqrt(d) + bias)
+        values.append(value)
+    return torch.stack(scores).softmax(dim=0) @ torch.stack(values)
+
+
+def inputs(channels: int, grid: Grid) -> tuple[Tensor, Tensor]:
+    """Features and embedded codes of two grids."""
+    features, embedded = torch.randn(2, 2, channels, *grid, dtype=torch.float64)
+    return features, embedded
 
 
 @pytest.mark.parametrize("channels", [8, 6, 3])
 @pytest.mark.parametrize("grid", GRIDS)
 def test_attention_is_the_sum_written_out(grid: Grid, channels: int) -> None:
     layer = random_attention(channels)
-    x = torch.randn(2, channels, *grid, dtype=torch.float64)
-    torch.testing.assert_close(layer(x), attend_slowly(layer, x))
+    x = inputs(channels, grid)
+    torch.testing.assert_close(layer(*x), attend_slowly(layer, *x))
 
 
 def test_distances_beyond_the_reach_count_as_the_reach(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "REACH", 1)
     layer = random_attention(4)
     assert layer.row_bias.shape == (NUM_HEADS, 2)
-    x = torch.randn(1, 4, 4, 3, dtype=torch.float64)
-    torch.testing.assert_close(layer(x), attend_slowly(layer, x))
+    x = inputs(4, (4, 3))
+    torch.testing.assert_close(layer(*x), attend_slowly(layer, *x))
 
 
 def test_a_grid_wider_than_the_reach_is_attended_to_as_a_whole() -> None:
+    """From row 1, column 1 to all of row 0 and to column 0: the features and codes there; its own features."""
     layer = random_attention(4)
-    x = torch.randn(1, 4, 2, REACH + 3, dtype=torch.float64, requires_grad=True)
-    (gradient,) = torch.autograd.grad(layer(x)[0, :, 1, 0].sum(), x)
-    seen = gradient[0].abs().sum(dim=0) > 0
-    assert bool(seen[0].all())
-    assert bool(seen[1, 0])
-    assert not bool(seen[1, 1:].any())
+    x = [tensor[:1].requires_grad_() for tensor in inputs(4, (2, REACH + 3))]
+    gradients = torch.autograd.grad(layer(*x)[0, :, 1, 1].sum(), x)
+    of_features, of_codes = (gradient[0].abs().sum(dim=0) > 0 for gradient in gradients)
+    before = torch.zeros(2, REACH + 3, dtype=torch.bool)
+    before[0], before[1, 0] = True, True
+    assert torch.equal(of_codes, before)
+    before[1, 1] = True
+    assert torch.equal(of_features, before)
 
 
 def test_a_new_layer_returns_zeros_and_learns() -> None:
     torch.manual_seed(0)
     layer = CausalAttention(8)
-    x = torch.randn(2, 8, 3, 4)
-    assert torch.equal(layer(x), torch.zeros_like(x))
-    layer(x).square().add(layer(x)).sum().backward()
+    features, embedded = torch.randn(2, 2, 8, 3, 4)
+    update = layer(features, embedded)
+    assert torch.equal(update, torch.zeros_like(update))
+    update.sum().backward()
     assert layer.output.weight.grad is not None
     assert bool(layer.output.weight.grad.any())

@@ -81,6 +81,24 @@ def test_a_shallow_prior_sees_exactly_what_its_kernels_reach(first: int, kernel:
     assert torch.equal(seen(prior, grid), reach(prior.config, grid))
 
 
+@pytest.mark.parametrize("grid", [(6, 9), (9, 6), (1, 9), (9, 1), (1, 1)])
+@pytest.mark.parametrize(("layers", "every"), [(2, 1), (3, 2), (4, 1), (4, 3)])
+def test_attention_sees_all_that_any_position_up_to_it_knows(layers: int, every: int, grid: Grid) -> None:
+    prior = positive_(tiny_prior(first_kernel_size=3, num_layers=layers, attention_every=every))
+    assert torch.equal(seen(prior, grid), reach(prior.config, grid))
+    mixed = tiny_prior(first_kernel_size=3, num_layers=layers, attention_every=every)
+    assert not (seen(mixed, grid) & ~past(grid)).any()
+
+
+@pytest.mark.parametrize("grid", [(8, 16), (16, 8)])
+def test_one_attention_closes_what_few_layers_cannot_reach(grid: Grid) -> None:
+    without, attending = (tiny_prior(first_kernel_size=3, num_layers=3, attention_every=every) for every in (0, 2))
+    assert not torch.equal(seen(positive_(without), grid), past(grid))
+    after_training = positive_(attending)
+    train(after_training, grid)
+    assert torch.equal(seen(after_training, grid), past(grid))
+
+
 def test_one_row_up_and_four_columns_right_is_no_blind_spot() -> None:
     """(-1, +4): beyond the 3 columns of the first kernel; only a later layer that looks at its own row reaches it."""
     height, width = 3, 11

@@ -201,9 +201,7 @@ def test_guidance_of_0_is_no_label_in_one_batch(monkeypatch: pytest.MonkeyPatch)
 
 def test_guidance_does_nothing_without_a_label() -> None:
     prior, hidden = guided_prior(), torch.full((4,), NO_LABEL)
-    one, other = (
-        sample_codes(prior, 4, (3, 5), labels=hidden, guidance=s, generator=generator(0)) for s in (1.0, 3.0)
-    )
+    one, other = (sample_codes(prior, 4, (3, 5), labels=hidden, guidance=s, generator=generator(0)) for s in (1.0, 3.0))
     assert torch.equal(one, other)
 
 
