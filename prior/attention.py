@@ -58,20 +58,21 @@ class CausalAttention(nn.Module):
         at_positions = rearrange(key_value, "b (kv n d) h w -> kv b n (h w) d", kv=2, n=NUM_HEADS)
         no_position = repeat(self.no_position, "kv n d -> kv b n 1 d", b=batch)
         key, value = torch.cat([no_position.to(at_positions.dtype), at_positions], dim=3)
-        mask = self.bias(height, width).to(query.dtype)
+        mask = self.bias(torch.arange(height, device=features.device), (height, width)).to(query.dtype)
         attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
         return self.output(rearrange(attended, "b n (h w) d -> b (n d) h w", h=height))
 
-    def bias(self, height: int, width: int) -> Tensor:
-        """Return what is added to the score [n,P,1+P] of an entry (last) for a position: -inf to itself and later ones.
+    def bias(self, rows: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Return what is added to the scores of the positions in `rows` [R], of a grid (H, W): [n,(R W),1+P].
 
-        The first entry is no position; its bias is 0.
+        Entry 0 is no position, and its bias 0; a position and those after it get -inf.
         """
-        rows, columns = (torch.arange(size, device=self.row_bias.device) for size in (height, width))
-        up = (rows[:, None] - rows).clamp(0, REACH)  # [H,H]; what is below is masked
+        height, width = grid
+        every_row, columns = (torch.arange(size, device=rows.device) for size in grid)
+        up = (rows[:, None] - every_row).clamp(0, REACH)  # [R,H]; what is below is masked
         left = (columns[:, None] - columns).clamp(-REACH, REACH) + REACH  # [W,W]
         by_rows = rearrange(self.row_bias[:, up], "n i k -> n i 1 k 1")
         by_columns = rearrange(self.column_bias[:, left], "n j l -> n 1 j 1 l")
-        positions = torch.arange(height * width, device=up.device)
         bias = rearrange(by_rows + by_columns, "n i j k l -> n (i j) (k l)")
-        return F.pad(bias.masked_fill(positions >= positions[:, None], float("-inf")), (1, 0))
+        here, there = (rows[:, None] * width + columns).flatten(), torch.arange(height * width, device=rows.device)
+        return F.pad(bias.masked_fill(there >= here[:, None], float("-inf")), (1, 0))
