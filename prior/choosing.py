@@ -3,8 +3,10 @@
 Legend: n samples, K codes.
 
 [1] Holtzman et al. 2020, The Curious Case of Neural Text Degeneration, arXiv:1904.09751 (top-p)
+[2] Ho and Salimans 2022, Classifier-Free Diffusion Guidance, arXiv:2207.12598
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +24,7 @@ class SamplingParameters:
     temperature: float = 1.0  # divides the logits; 0 takes the most likely code
     top_k: int | None = None  # keep the k most likely codes
     top_p: float | None = None  # keep the fewest most likely codes that hold this much probability; in (0, 1]
+    guidance: float = 1.0  # how far to follow the label, as in `guided_logits`: 1 as the prior does, 0 not at all
 
     def __post_init__(self) -> None:
         if not self.temperature >= 0:
@@ -30,9 +33,29 @@ class SamplingParameters:
             raise ValueError(f"top_k: expected at least 1, got {self.top_k}")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p: expected above 0 and at most 1, got {self.top_p}")
+        if not 0 <= self.guidance < math.inf:
+            raise ValueError(f"guidance: expected a finite number of 0 or more, got {self.guidance}")
+
+    @property
+    def predictions(self) -> int:
+        """How many predictions each sample takes: with and without the label, or where guidance is 0 or 1 only one."""
+        return 1 if self.guidance in (0, 1) else 2
 
 
 AS_TRAINED = SamplingParameters()
+
+
+def guided_logits(conditional: Tensor, unconditional: Tensor, guidance: float) -> Tensor:
+    """Return u + s (c - u) [n,K] of the logits c with the label and u without, [n,K] each, and the guidance s [2].
+
+    Their softmax is proportional to p(code) p(label | code)^s, all given the codes before: above 1 codes that speak for
+    the label become likelier. [2] calls s - 1 the guidance strength w. 0 gives u and 1 gives c, to the bit.
+
+    The result is in the type of the logits, at least float32. Cancellation does no harm there: the error of c - u is
+    that of a rounded c or u, and s only scales it, as it scales the rounding of the network itself.
+    """
+    at_least = torch.promote_types(conditional.dtype, torch.float32)
+    return torch.lerp(unconditional.to(at_least), conditional.to(at_least), guidance)
 
 
 def choose_codes(logits: Tensor, uniforms: Tensor, parameters: SamplingParameters = AS_TRAINED) -> Tensor:

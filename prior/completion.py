@@ -20,7 +20,15 @@ from .choosing import SamplingParameters
 from .model import GatedPixelCNN
 from .particles import Particles, uniforms_needed
 from .raster import UNKNOWN
-from .sampling import FinishedRows, check_grids, draw_in_batches, evaluating, most_at_once, start_codes
+from .sampling import (
+    FinishedRows,
+    check_grids,
+    check_guidance,
+    draw_in_batches,
+    evaluating,
+    most_at_once,
+    start_codes,
+)
 from .uniforms import draw_seed, draw_uniforms
 
 
@@ -33,6 +41,7 @@ def complete_codes(
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
+    guidance: float = 1.0,
     generator: torch.Generator | None = None,
     first: int = 0,
     on_row: Callable[[int], None] | None = None,
@@ -47,6 +56,9 @@ def complete_codes(
         temperature: as in `sample_codes`. The weights are the prior's own probabilities, whatever this is.
         top_k: as in `sample_codes`.
         top_p: as in `sample_codes`.
+        guidance: as in `sample_codes`. It makes another distribution p_s of whole grids, the product over the positions
+            of the softmax of their guided logits; the weights are its probabilities, so that what is drawn comes close
+            to p_s given the known codes.
         generator: the source of randomness, a CPU generator; torch's own by default.
         first: the index of the first grid, as in `sample_codes`.
         on_row: as in `sample_codes`.
@@ -54,7 +66,7 @@ def complete_codes(
     Raises:
         ValueError: an argument out of its range, or labels or `known` that do not fit.
     """
-    parameters = SamplingParameters(temperature=temperature, top_k=top_k, top_p=top_p)
+    parameters = SamplingParameters(temperature=temperature, top_k=top_k, top_p=top_p, guidance=guidance)
     if candidates < 1:
         raise ValueError(f"candidates: expected at least 1, got {candidates}")
     if known.ndim != 3:
@@ -63,6 +75,7 @@ def complete_codes(
     check_grids(count, (height, width))
     codes = start_codes(prior, count, (height, width), known)
     check_candidate_labels(prior, labels, count, candidates)
+    check_guidance(prior, guidance)
     each_label = spread_labels(labels, candidates)
     open_label = labels is not None and labels.ndim == 2
     filtered = torch.full((count,), True) if open_label else known_after_unknown(codes)
@@ -75,7 +88,7 @@ def complete_codes(
 
     with evaluating(prior), torch.inference_mode():
         for chosen, m in ((~filtered, 1), (filtered, candidates)):
-            at_once = max(1, most_at_once(prior, width) // m)
+            at_once = max(1, most_at_once(prior, width) // (m * parameters.predictions))
             draw_in_batches(partial(begin, num_particles=m), codes, torch.nonzero(chosen)[:, 0], at_once, finished_rows)
     return codes.to(next(prior.parameters()).device)
 

@@ -19,6 +19,7 @@ class PriorConfig:
     first_kernel_size: int = 7  # of the type A layer; odd, 3 or more
     output_channels: int = 256  # between the two 1x1 layers that end in K logits
     dropout: float = 0.0  # share of the activations dropped after each gate of the horizontal stack, in training
+    label_dropout: float = 0.0  # share of the training items whose label is hidden; above 0 the prior knows "no label"
 
     def __post_init__(self) -> None:
         _require(self.num_codes >= 2, self, "num_codes", "at least 2")
@@ -28,7 +29,16 @@ class PriorConfig:
         _require(self.kernel_size >= 1 and self.kernel_size % 2 == 1, self, "kernel_size", "an odd number")
         first = self.first_kernel_size
         _require(first >= 3 and first % 2 == 1, self, "first_kernel_size", "an odd number of 3 or more")
-        _require(0 <= self.dropout < 1, self, "dropout", "from 0 to below 1")
+        for name in ("dropout", "label_dropout"):
+            _require(0 <= getattr(self, name) < 1, self, name, "from 0 to below 1")
+        _require(
+            self.label_dropout == 0 or self.num_classes > 0, self, "label_dropout", "0 for a prior without classes"
+        )
+
+    @property
+    def label_rows(self) -> int:
+        """The rows of each table of labels: one for each class, and with label dropout a last one for "no label"."""
+        return self.num_classes + (self.label_dropout > 0)
 
 
 def _require(holds: bool, config: PriorConfig, field: str, allowed: str) -> None:

@@ -59,19 +59,34 @@ def gate(x: Tensor) -> Tensor:
     return torch.tanh(features) * torch.sigmoid(gates)
 
 
+class LabelTable(nn.Embedding):
+    """Maps labels [B] to rows [B,D]; -1, which is no label, to the last one."""
+
+    def forward(self, labels: Tensor) -> Tensor:
+        return super().forward(labels.remainder(self.num_embeddings))
+
+
 class GatedLayer(nn.Module):
     """One layer of both stacks: (vertical, horizontal) [B,C,H,W] each -> the same.
 
     Args:
         channels: C.
         kernel_size: odd.
-        num_classes: labels that bias both stacks here; 0 for none.
+        label_rows: labels that bias both stacks here; 0 for none.
+        hides_labels: the last of these rows is for "no label", -1.
         first: type A. The position itself is hidden from both stacks, and there is no residual to leak it.
         dropout: share of the gated horizontal activations dropped in training.
     """
 
     def __init__(
-        self, channels: int, kernel_size: int, *, num_classes: int = 0, first: bool = False, dropout: float = 0.0
+        self,
+        channels: int,
+        kernel_size: int,
+        *,
+        label_rows: int = 0,
+        hides_labels: bool = False,
+        first: bool = False,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         self.first = first
@@ -80,7 +95,8 @@ class GatedLayer(nn.Module):
         self.vertical_to_horizontal = nn.Conv2d(2 * channels, 2 * channels, kernel_size=1)
         self.dropout = nn.Dropout(dropout)
         self.output = nn.Conv2d(channels, channels, kernel_size=1)
-        self.label_bias = nn.Embedding(num_classes, 4 * channels) if num_classes else None
+        table = LabelTable if hides_labels else nn.Embedding  # which refuses -1
+        self.label_bias = table(label_rows, 4 * channels) if label_rows else None
 
     def forward(self, vertical: Tensor, horizontal: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
         from_above, from_left = self.vertical(vertical), self.horizontal(horizontal)

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from .config import PriorConfig
 from .layers import GatedLayer
 
+NO_LABEL = -1  # of an item whose label is hidden; known to a prior with label dropout
+
 
 class GatedPixelCNN(nn.Module):
     """Maps codes [B,H,W] (and labels [B]) to logits [B,K,H,W]; those at (i, j) depend on codes before (i, j) alone."""
@@ -26,7 +28,8 @@ class GatedPixelCNN(nn.Module):
             GatedLayer(
                 config.channels,
                 config.kernel_size if index else config.first_kernel_size,
-                num_classes=config.num_classes,
+                label_rows=config.label_rows,
+                hides_labels=config.label_dropout > 0,
                 first=index == 0,
                 dropout=config.dropout,
             )
@@ -54,7 +57,10 @@ class GatedPixelCNN(nn.Module):
         return self.to_logits(horizontal)
 
     def check_labels(self, labels: Tensor | None, batch: int) -> None:
-        """Raise ValueError unless `labels` are [batch] in [0,num_classes), or None for a prior without classes."""
+        """Raise ValueError unless `labels` are [batch] in [0,num_classes), or None for a prior without classes.
+
+        A prior with label dropout also knows NO_LABEL.
+        """
         num_classes = self.config.num_classes
         if num_classes == 0:
             if labels is not None:
@@ -64,5 +70,6 @@ class GatedPixelCNN(nn.Module):
             raise ValueError(f"this prior knows {num_classes} classes: expected labels [B], got None")
         if labels.shape != (batch,):
             raise ValueError(f"expected one label for each of {batch} grids, got the shape {list(labels.shape)}")
-        if not torch.compiler.is_compiling() and not bool(((labels >= 0) & (labels < num_classes)).all()):
-            raise ValueError(f"expected labels from 0 to {num_classes - 1}, got {sorted(set(labels.tolist()))}")
+        lowest, also = (NO_LABEL, ", or -1 for none") if self.config.label_dropout else (0, "")
+        if not torch.compiler.is_compiling() and not bool(((labels >= lowest) & (labels < num_classes)).all()):
+            raise ValueError(f"expected labels from 0 to {num_classes - 1}{also}, got {sorted(set(labels.tolist()))}")

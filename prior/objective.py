@@ -9,10 +9,24 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .model import NO_LABEL
+
 
 def cross_entropy(logits: Tensor, codes: Tensor) -> Tensor:
     """Return the mean of -ln p(code) over all positions of logits [B,K,H,W] and codes [B,H,W], in nats and float32."""
     return F.cross_entropy(_at_least_float32(logits), codes.long())
+
+
+def drop_labels(labels: Tensor, share: float) -> Tensor:
+    """Return labels [B] of which each, whatever happens to the others, is NO_LABEL with this probability.
+
+    A prior that learns from them knows both p(codes | label) and p(codes), which guidance needs (`guided_logits`). The
+    random numbers are of torch's global CPU generator, whatever the device of the labels; a share of 0 takes none.
+    """
+    if share == 0:
+        return labels
+    dropped = torch.rand(labels.shape) < share
+    return labels.masked_fill(dropped.to(labels.device), NO_LABEL)
 
 
 def grid_bits(logits: Tensor, codes: Tensor) -> Tensor:

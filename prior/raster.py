@@ -3,15 +3,18 @@
 Sampling is this loop alone; completion (`completion.py`) runs it over the particles of a particle filter, and reads
 after each row how likely the known codes in it were.
 
+With guidance both predictions, with the label and without, come from one network over 2n grids: first all with their
+labels, then the same grids without. With guidance 1 or 0 it runs over n grids, as it does for a prior without classes.
+
 Legend: n grids, H W grid, K codes.
 """
 
 import torch
 from torch import Tensor
 
-from .choosing import SamplingParameters, choose_codes
+from .choosing import SamplingParameters, choose_codes, guided_logits
 from .incremental import IncrementalPrior
-from .model import GatedPixelCNN
+from .model import NO_LABEL, GatedPixelCNN
 
 UNKNOWN = -1  # a position that the prior is to draw
 
@@ -24,7 +27,7 @@ class Raster:
         known: [n,H,W] codes, UNKNOWN where one is to be drawn.
         uniforms: [n,H*W] in [0,1), float64, one for each position in raster order.
         labels: [n], or None.
-        parameters: how to choose a code.
+        parameters: how to choose a code; with guidance other than 1 the prior must know NO_LABEL.
         weigh: whether `log_likelihood` is computed.
     """
 
@@ -49,7 +52,11 @@ class Raster:
         self.uniforms = uniforms.T.contiguous().to(self.chooser).unbind(dim=0)
         self.parameters, self.weigh = parameters, weigh
         self.log_likelihood = torch.zeros(count, dtype=torch.float64, device=self.chooser)  # of the known codes so far
-        self.network = IncrementalPrior(prior, count, self.width, None if labels is None else labels.to(device))
+        self.guided = parameters.predictions == 2
+        labels = labels_of_predictions(labels, parameters.guidance)
+        self.network = IncrementalPrior(
+            prior, count * parameters.predictions, self.width, None if labels is None else labels.to(device)
+        )
 
     def draw_row(self, row: int) -> None:
         """Draw the unknown codes of the next row.
@@ -64,7 +71,7 @@ class Raster:
             codes = self.positions[row * self.width + column]
             any_unknown, any_known = self.any_unknown[row][column], self.any_known[row][column]
             if any_unknown or self.weigh:
-                logits = self.network.logits(features).to(self.chooser)
+                logits = self._logits(features)
                 extremes += logits.aminmax()
             if any_unknown:
                 chosen = choose_codes(logits, self.uniforms[row * self.width + column], self.parameters)
@@ -72,7 +79,7 @@ class Raster:
                 codes.copy_(torch.where(self.unknown[:, row, column], chosen, codes) if any_known else chosen)
             if self.weigh and any_known:
                 self._weigh(logits, row, column)
-            self.network.set_codes(column, codes)
+            self.network.set_codes(column, codes.repeat(2) if self.guided else codes)
         if extremes:
             check_finite(torch.stack(extremes), row)  # once a row: a CPU-GPU sync
 
@@ -84,13 +91,28 @@ class Raster:
         """Continue, between two rows, with these samples [n], indices of the present ones, of the same grids."""
         samples = samples.to(self.codes.device)
         self.codes.copy_(self.codes[samples])  # in place, for `positions` are views of it
-        self.network.select(samples)
+        self.network.select(torch.cat([samples, len(self.codes) + samples]) if self.guided else samples)
+
+    def _logits(self, features: Tensor) -> Tensor:
+        """Return the logits [n,K] to choose from, of what the network found at a column."""
+        logits = self.network.logits(features)
+        if self.guided:
+            logits = guided_logits(*logits.chunk(2), self.parameters.guidance)
+        return logits.to(self.chooser)
 
     def _weigh(self, logits: Tensor, row: int, column: int) -> None:
-        """Add the log-probability of the codes known at a position: the prior's own, whatever the parameters."""
+        """Add the log-probability of the codes known at a position: with guidance, before temperature and the cuts."""
         codes, unknown = (x[:, row, column].to(self.chooser) for x in (self.codes, self.unknown))
         likelihood = logits.double().log_softmax(dim=1).gather(1, codes[:, None])[:, 0]
         self.log_likelihood += likelihood.masked_fill(unknown, 0)
+
+
+def labels_of_predictions(labels: Tensor | None, guidance: float) -> Tensor | None:
+    """Return the labels of the grids that the network runs over, for labels [n]: [n], or [2n] for two predictions."""
+    if labels is None or guidance == 1:
+        return labels
+    hidden = torch.full_like(labels, NO_LABEL)
+    return hidden if guidance == 0 else torch.cat([labels, hidden])
 
 
 def check_finite(logits: Tensor, row: int) -> None:

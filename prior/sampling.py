@@ -32,6 +32,7 @@ def sample_codes(
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
+    guidance: float = 1.0,
     known: Tensor | None = None,
     generator: torch.Generator | None = None,
     first: int = 0,
@@ -47,6 +48,9 @@ def sample_codes(
         temperature: divides the logits; 0 takes the most likely code.
         top_k: keep the k most likely codes of each position.
         top_p: keep the fewest most likely codes that hold this much probability together; in (0, 1].
+        guidance: s, 0 or more: logits u + s (c - u), of c with the label and u without, before temperature and the cuts
+            (`guided_logits`). 1 is the prior as it is, 0 ignores the labels; any other costs about twice as much. Only
+            1 is possible for a prior that was trained without label dropout.
         known: [n,H,W] codes to keep, -1 where the prior is to draw. Only what comes after a known code in raster order
             is conditioned on it; `complete_codes` conditions what comes before it too.
         generator: the source of randomness, a CPU generator; torch's own by default.
@@ -58,9 +62,10 @@ def sample_codes(
     Raises:
         ValueError: an argument out of its range, or labels or `known` that do not fit.
     """
-    parameters = SamplingParameters(temperature=temperature, top_k=top_k, top_p=top_p)
+    parameters = SamplingParameters(temperature=temperature, top_k=top_k, top_p=top_p, guidance=guidance)
     check_grids(num_samples, grid)
     prior.check_labels(labels, num_samples)
+    check_guidance(prior, guidance)
     codes = start_codes(prior, num_samples, grid, known)
     seed = draw_seed(generator) + first
 
@@ -70,9 +75,8 @@ def sample_codes(
 
     labels = None if labels is None else labels.cpu()
     with evaluating(prior), torch.inference_mode():
-        draw_in_batches(
-            begin, codes, torch.arange(num_samples), most_at_once(prior, grid[1]), FinishedRows(codes, on_row)
-        )
+        at_once = max(1, most_at_once(prior, grid[1]) // parameters.predictions)
+        draw_in_batches(begin, codes, torch.arange(num_samples), at_once, FinishedRows(codes, on_row))
     return codes.to(next(prior.parameters()).device)
 
 
@@ -121,7 +125,7 @@ def draw_in_batches(
 
 
 def most_at_once(prior: GatedPixelCNN, width: int) -> int:
-    """Return how many grids of this width can be drawn at a time: those whose activations are MOST_ACTIVATIONS."""
+    """Return how many grids of this width the network can run over at a time, for MOST_ACTIVATIONS in all."""
     config = prior.config
     patch = (config.kernel_size // 2 + 1) * config.kernel_size  # of the vertical stack's input, that each layer keeps
     for_each = config.num_layers * width * config.channels * (2 + 1 + patch)
@@ -133,6 +137,12 @@ def check_grids(num_samples: int, grid: tuple[int, int]) -> None:
     if num_samples < 1 or min(grid) < 1:
         found = f"{num_samples} of {grid[0]}x{grid[1]}"
         raise ValueError(f"expected at least 1 sample and a grid of at least 1x1, got {found}")
+
+
+def check_guidance(prior: GatedPixelCNN, guidance: float) -> None:
+    """Raise ValueError unless the prior can follow this guidance."""
+    if guidance != 1 and prior.config.label_dropout == 0:
+        raise ValueError(f"guidance: expected 1, for this prior was trained without label dropout, got {guidance}")
 
 
 def start_codes(prior: GatedPixelCNN, num_samples: int, grid: tuple[int, int], known: Tensor | None) -> Tensor:
