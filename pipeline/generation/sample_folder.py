@@ -190,10 +190,12 @@ def sample_in_batches(
     Args:
         pipeline: to sample from.
         options: of which `labels` is not looked at.
-        labels: of the samples, int64 [n] in the prior's numbering; None for those of `pipeline.labels_for`.
+        labels: of the samples, int64 [n] in the prior's numbering; None for all classes in turn, if there are any and
+            the guidance is not 0.
         bar: counts finished samples, and parts of them.
     """
     options = options.for_prior(pipeline.prior.config)
+    labels = pipeline.labels_for(options.n, None, options.parameters.guidance) if labels is None else labels
     at_once = max(1, int(AT_ONCE[next(pipeline.prior.parameters()).device.type] * options.keep_best))
     for start in range(0, options.n, at_once):
         count = min(at_once, options.n - start)
