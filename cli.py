@@ -147,7 +147,7 @@ choice_options = options(
     click.option(
         "--guidance",
         type=FiniteRange(min=0),
-        help="How far to follow the label: 1 is the plain prior, 0 no label; more is more typical of the class and less "
+        help="How far to follow the label: 1 is the plain prior, 0 no label; more is truer to the label and less "
         f"varied.  [default: {DEFAULT_GUIDANCE:g}, 1 for a prior without --label-dropout]",
     ),
     click.option(

@@ -31,7 +31,7 @@ def quality_table(metrics: PictureMetrics) -> list[str]:
 
 def how_sampled(metrics: PictureMetrics) -> str:
     """Return in one line what was done to the samples beside sampling from the prior."""
-    meaning = {0: ", without labels", 1: ", the plain prior"}.get(metrics.guidance, "")
+    meaning = {0.0: ", without labels", 1.0: ", the plain prior"}.get(metrics.guidance, "")
     line = f"the samples were drawn with guidance {metrics.guidance:g}{meaning}"
     if metrics.keep_best == 1:
         return line

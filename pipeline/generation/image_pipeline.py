@@ -209,7 +209,7 @@ class ImagePipeline:
         None without classes, and with guidance 0, which has no use for labels.
 
         Raises:
-            InputError: a label that the prior does not know, guidance that it cannot follow, or a label with guidance 0.
+            InputError: a label or guidance that the prior does not know, or a label with guidance 0.
         """
         check_guidance(self.prior.config, guidance)
         if guidance != 0:
