@@ -97,7 +97,8 @@ class Raster:
         """Return the logits [n,K] to choose from, of what the network found at a column."""
         logits = self.network.logits(features)
         if self.guided:
-            logits = guided_logits(*logits.chunk(2), self.parameters.guidance)
+            conditional, unconditional = logits.chunk(2)
+            logits = guided_logits(conditional, unconditional, self.parameters.guidance)
         return logits.to(self.chooser)
 
     def _weigh(self, logits: Tensor, row: int, column: int) -> None:

@@ -116,6 +116,15 @@ def choose_slowly(logits: Sequence[float], number: float, *, temperature: float 
     return next((code for code, end in enumerate(accumulate(shares)) if end > number), possible[-1])
 
 
+def logits_slowly(prior: GatedPixelCNN, codes: Tensor, labels: Tensor | None, guidance: float = 1.0) -> Tensor:
+    """[B,K,H,W]: u + s (c - u), c with the labels and u without, each by a forward pass of its own."""
+    conditional = prior(codes, labels)
+    if guidance == 1:
+        return conditional
+    unconditional = prior(codes, torch.full((len(codes),), -1))
+    return unconditional + guidance * (conditional - unconditional)
+
+
 @torch.no_grad()
 def sample_slowly(
     prior: GatedPixelCNN,
@@ -124,6 +133,7 @@ def sample_slowly(
     *,
     labels: Tensor | None = None,
     known: Tensor | None = None,
+    guidance: float = 1.0,
     seed: int = 0,
     **choice: Any,
 ) -> Tensor:
@@ -133,7 +143,7 @@ def sample_slowly(
     codes = torch.zeros(num_samples, *grid, dtype=torch.long)
     for row in range(grid[0]):
         for column in range(grid[1]):
-            logits = prior(codes, labels)
+            logits = logits_slowly(prior, codes, labels, guidance)
             for sample in range(num_samples):
                 code = int(unknown[sample, row, column])
                 if code == -1:
@@ -144,11 +154,14 @@ def sample_slowly(
 
 
 @torch.no_grad()
-def all_grids(prior: GatedPixelCNN, grid: Grid, labels: Tensor | None = None) -> tuple[Tensor, list[float]]:
+def all_grids(
+    prior: GatedPixelCNN, grid: Grid, labels: Tensor | None = None, guidance: float = 1.0
+) -> tuple[Tensor, list[float]]:
     """Every grid there is, in the order of its codes, and the probability of each."""
     num_codes = prior.config.num_codes
     everything = torch.tensor(list(product(range(num_codes), repeat=math.prod(grid)))).view(-1, *grid)
-    logits = prior(everything, None if labels is None else labels.expand(len(everything)))
+    labels = None if labels is None else labels.expand(len(everything))
+    logits = logits_slowly(prior, everything, labels, guidance)
     return everything, torch.exp2(-grid_bits(logits, everything)).tolist()
 
 
@@ -170,6 +183,21 @@ def chi_square_tail(counts: Sequence[int], probabilities: Sequence[float]) -> fl
     total = sum(counts)
     x = sum((n - total * p) ** 2 / (total * p) for n, p in zip(counts, probabilities, strict=True))
     return math.exp(-x / 2) * sum((x / 2) ** i / math.factorial(i) for i in range(degrees // 2))
+
+
+def tail_of_common_grids(counts: Sequence[int], probabilities: Sequence[float]) -> float:
+    """`chi_square_tail` with the rarest grids taken together: they are expected 10 times or more, as is each other one.
+
+    Chi-square is no law for what is expected less often. There are as many of them as leave an odd number of cells.
+    """
+    ranked = sorted(zip(probabilities, counts, strict=True), reverse=True)
+    common = [p * sum(counts) >= 10 for p, _ in ranked].count(True)
+    while common % 2 or sum(p for p, _ in ranked[common:]) * sum(counts) < 10:
+        common -= 1
+    assert common >= 2
+    rest = ranked[common:]
+    cells = [*ranked[:common], (sum(p for p, _ in rest), sum(n for _, n in rest))]
+    return chi_square_tail([n for _, n in cells], [p for p, _ in cells])
 
 
 def stream_of(seed: int, num_samples: int, grid: Grid) -> Tensor:
