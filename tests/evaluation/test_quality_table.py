@@ -53,9 +53,7 @@ def test_the_stage_that_adds_more_is_to_blame(columns: tuple[float, float, float
         ),
     ],
 )
-def test_a_line_says_how_the_samples_were_drawn_and_who_chose_them(
-    guidance: float, keep_best: float, said: str
-) -> None:
+def test_a_line_says_how_samples_were_drawn_and_who_chose_them(guidance: float, keep_best: float, said: str) -> None:
     measured = replace(metrics(1, 2, 3), guidance=guidance, keep_best=keep_best)
     assert how_sampled(measured) == said
     assert quality_table(measured).count(said) == 1
