@@ -16,9 +16,10 @@ from click.shell_completion import shell_complete
 
 from pipeline import __version__
 from pipeline.errors import InputError, printable
+from pipeline.generation.guidance import DEFAULT_GUIDANCE
 from pipeline.runtime.console import check_output, end_status, note, prepare_console, record_closed, say
 from pipeline.runtime.interrupts import ending_by_signal
-from pipeline.training.recipes import MOST_CODES, PriorSettings, TokenizerSettings
+from pipeline.training.recipes import LABEL_DROPOUT, MOST_CODES, PriorSettings, TokenizerSettings
 from pipeline.training.settings import LARGEST_BATCH
 
 if TYPE_CHECKING:
@@ -143,6 +144,19 @@ choice_options = options(
     click.option("--temperature", type=FiniteRange(min=0), default=1.0, show_default=True, help="0 is greedy."),
     click.option("--top-k", type=click.IntRange(min=1), help="Keep the k most likely codes."),
     click.option("--top-p", type=FiniteRange(0, 1, min_open=True), help="Keep codes up to this probability."),
+    click.option(
+        "--guidance",
+        type=FiniteRange(min=0),
+        help="How far to follow the label: 1 is the plain prior, 0 no label; more is truer to the label and less "
+        f"varied.  [default: {DEFAULT_GUIDANCE:g}, 1 for a prior without --label-dropout]",
+    ),
+    click.option(
+        "--keep-best",
+        type=FiniteRange(0, 1, min_open=True),
+        default=1.0,
+        show_default=True,
+        help="Share of the candidates that is kept: those most surely of their label to the prior.",
+    ),
     click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the samples."),
 )
 sampling_options = options(
@@ -182,7 +196,10 @@ quality_options = options(
         help="With --samples: also measure in features of Inception-v3, with these weights.",
     ),
 )
-OF_SAMPLES = ("labels", "temperature", "top_k", "top_p", "seed", "cas", "nearest", "judge", "inception")
+OF_SAMPLES = (
+    *("labels", "temperature", "top_k", "top_p", "guidance", "keep_best", "seed"),
+    *("cas", "nearest", "judge", "inception"),
+)
 
 
 @click.group(
@@ -322,6 +339,12 @@ def decode_codes(codes: Path, tokenizer: Path, out: Path, **chosen: Any) -> None
 @setting("channels", click.IntRange(1, LARGEST_WIDTH), "Width of the two stacks.", STAGE_TWO)
 @setting("num_layers", click.IntRange(1, MOST_LAYERS), "Gated layers.", STAGE_TWO)
 @setting("dropout", FiniteRange(0, 1, max_open=True), "In training.", STAGE_TWO)
+@click.option(
+    "--label-dropout",
+    type=FiniteRange(0, 1, max_open=True),
+    help=f"Share of the labels hidden in training, so that sample --guidance can act.  [default: {LABEL_DROPOUT:g} "
+    "with classes]",
+)
 @training_options
 def train_prior(out: Path, device: str, resume: bool, force: bool, **overrides: Any) -> None:
     """Stage two: the probability of the code grids."""

@@ -156,11 +156,19 @@ def save_tokenizer(
     return save_checkpoint(folder, info, model.state_dict(), state)
 
 
-def tiny_prior(num_codes: int = LEVELS, num_classes: int = 0, seed: int = 0) -> GatedPixelCNN:
+def tiny_prior(
+    num_codes: int = LEVELS, num_classes: int = 0, seed: int = 0, label_dropout: float = 0.0
+) -> GatedPixelCNN:
     """Return a prior with random weights, larger than fresh ones, so that its distributions are far from uniform."""
     torch.manual_seed(seed)
     config = PriorConfig(
-        num_codes=num_codes, num_classes=num_classes, channels=4, num_layers=2, output_channels=8, first_kernel_size=3
+        num_codes=num_codes,
+        num_classes=num_classes,
+        channels=4,
+        num_layers=2,
+        output_channels=8,
+        first_kernel_size=3,
+        label_dropout=label_dropout,
     )
     model = GatedPixelCNN(config).eval()
     with torch.no_grad():

@@ -400,7 +400,10 @@ class Refused:
 
 WIDTHS = ("--num-codes 1", "--num-codes 99999999999999999999999", "--code-dim 0", "--hidden-channels 1000000000000")
 TRAINING = ("--steps 0", "--batch-size 0", "--batch-size 1000000000000", "--lr 0", "--lr nan", "--lr inf", "--seed -1")
-SAMPLING = ("--n 0", "--n 1000000000000", "--n 1.5", "--temperature nan", "--temperature inf", "--top-k 0", "--top-p 0")
+SAMPLING = (
+    *("--n 0", "--n 1000000000000", "--n 1.5", "--temperature nan", "--temperature inf", "--top-k 0", "--top-p 0"),
+    *("--guidance -1", "--guidance nan", "--guidance inf", "--keep-best 0", "--keep-best 1.5", "--keep-best nan"),
+)
 COMMANDS = {
     "train-tokenizer": Refused(
         needs="--data {images} --out {new}",
@@ -430,20 +433,34 @@ COMMANDS = {
     "train-prior": Refused(
         needs="--codes {codes} --tokenizer {tokenizer} --out {new}",
         missing="--codes {nosuch}",
-        impossible=(*TRAINING, "--dropout 1", "--dropout nan", "--num-layers 2147483648", "--channels 1000000000000"),
+        impossible=(
+            *TRAINING,
+            "--dropout 1",
+            "--dropout nan",
+            "--label-dropout 1",
+            "--label-dropout -1",
+            "--num-layers 2147483648",
+            "--channels 1000000000000",
+        ),
         also=("--device tpu",),
     ),
     "sample": Refused(
         needs="{both} --out {new}",
         missing="--prior {nosuch}",
         impossible=(*SAMPLING, "--seed -1"),
-        also=("--label 99", "--device tpu"),
+        also=(
+            "--label 99",
+            "--device tpu",
+            "--guidance 0 --label 0",
+            "--guidance 0 --keep-best .5",
+            "--keep-best 1e-7",
+        ),
     ),
     "complete": Refused(
         needs="{both} --out {new} --image {white} --keep top",
         missing="--image {nosuch}",
         impossible=(*SAMPLING, "--candidates 0", "--candidates 1000000000000"),
-        also=("--label 99", "--keep middle"),
+        also=("--label 99", "--keep middle", "--guidance 0 --label 0", "--keep-best .5"),
     ),
     "reconstruct": Refused(
         needs="--tokenizer {tokenizer} --out {new}.png",

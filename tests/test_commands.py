@@ -16,6 +16,7 @@ from PIL import Image
 import cli
 from pipeline.errors import printable
 from pipeline.generation import sample_folder
+from pipeline.generation.guidance import DEFAULT_GUIDANCE
 from pipeline.images.holdout import held_out
 from pipeline.images.image_set import open_images
 from pipeline.images.png import save_grid
@@ -78,7 +79,10 @@ def check_samples(samples: Path, checkpoints: Path, n: int) -> None:
     assert record["labels"] == [i % 3 for i in range(n)]
     assert record["class_names"] == [CLASS_NAMES[i % 3] for i in range(n)]
     assert record["seed"] == 0
-    assert record["options"] == {"n": n, "temperature": 1.0, "top_k": None, "top_p": None}
+    assert record["options"] == {
+        **{"n": n, "temperature": 1.0, "top_k": None, "top_p": None},
+        **{"guidance": DEFAULT_GUIDANCE, "keep_best": 1.0},
+    }
     assert record["finished"] == n
     assert record["versions"] == read_info(checkpoints / "prior", "prior").versions
     for stage in ("tokenizer", "prior"):
@@ -216,12 +220,16 @@ def test_a_run_folder_holds_config_seed_versions_and_metrics(trained: Trained) -
 def test_sampling_options_and_labels_act(tmp_path: Path, trained: Trained, codegrid: Codegrid) -> None:
     both = ["--tokenizer", trained.tokenizer, "--prior", trained.prior]
     options = ["--temperature", 0.5, "--top-k", 3, "--top-p", 0.8, "--seed", 11, "--label", "line", "--label", 0]
+    options += ["--guidance", 3, "--keep-best", 0.5]
     assert codegrid("sample", *both, "--n", 4, "--out", tmp_path / "a", *options).status == 0
     record = json.loads((tmp_path / "a" / "sample.json").read_text("utf-8"))
     assert record["labels"] == [1, 0, 1, 0]
     assert record["class_names"] == ["line", "disc", "line", "disc"]
     assert record["seed"] == 11
-    assert record["options"] == {"n": 4, "temperature": 0.5, "top_k": 3, "top_p": 0.8}
+    assert record["options"] == {
+        **{"n": 4, "temperature": 0.5, "top_k": 3, "top_p": 0.8},
+        **{"guidance": 3.0, "keep_best": 0.5},
+    }
     codes = {}
     for name, changed in {"seed": ["--seed", 12], "greedy": ["--temperature", 0], "k": ["--top-k", 1]}.items():
         assert codegrid("sample", *both, "--n", 4, "--out", tmp_path / name, *options, *changed).status == 0
@@ -261,7 +269,7 @@ def test_complete_writes_what_it_says(
     assert record["class_names"] == ["line"] * n
     assert (record["seed"], record["finished"]) == (11, n)
     assert record["options"] == {
-        **{"n": n, "temperature": 1.0, "top_k": 3, "top_p": None},
+        **{"n": n, "temperature": 1.0, "top_k": 3, "top_p": None, "guidance": DEFAULT_GUIDANCE, "keep_best": 1.0},
         **{"image": str(picture), "keep": "left", "candidates": 5},
     }
     original = np.asarray(Image.open(picture))

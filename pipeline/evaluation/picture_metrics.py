@@ -29,12 +29,15 @@ class PictureMetrics:
     test: PictureNumbers
     reconstructions: PictureNumbers
     samples: PictureNumbers
+    guidance: float = 1.0  # of the samples; 1 is the plain prior, 0 draws without labels
+    keep_best: float = 1.0  # share of the candidates that the prior kept as samples, by their labels
     cas: float | None = None  # accuracy on real test images of a classifier trained on the samples
     cas_real: float | None = None  # of one trained on as many real images
     nearest: Image.Image | None = field(default=None, repr=False, compare=False)  # None if none was asked for
 
     def to_json(self) -> dict[str, Any]:
         """Return the numbers as one object, without those that were not measured."""
-        values = {name: getattr(self, name) for name in ("n", "seed", "judge", "judge_accuracy", "cas", "cas_real")}
+        names = ("n", "seed", "judge", "judge_accuracy", "guidance", "keep_best", "cas", "cas_real")
+        values = {name: getattr(self, name) for name in names}
         known = {name: value for name, value in values.items() if value is not None}
         return known | {name: getattr(self, name).to_json() for name in COLUMNS}

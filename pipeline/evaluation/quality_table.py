@@ -21,11 +21,24 @@ def quality_table(metrics: PictureMetrics) -> list[str]:
     names = list(dict.fromkeys(name for column in columns for name in column))
     rows = [[name, *(_shown(column.get(name)) for column in columns), _words(name)] for name in names]
     counted = f"{metrics.n:,} of each against {metrics.n:,} training images, seed {metrics.seed}"
-    lines = [f"{counted}; features of {metrics.judge}", *_aligned([["", *WORDS.values(), ""], *rows]), blame(metrics)]
+    table = _aligned([["", *WORDS.values(), ""], *rows])
+    lines = [f"{counted}; features of {metrics.judge}", *table, how_sampled(metrics), blame(metrics)]
     if metrics.cas is not None and metrics.cas_real is not None:
         taught = f"{metrics.cas:.1%} of real test images are recognised after training on the samples"
         lines.append(f"classification accuracy score: {taught}, {metrics.cas_real:.1%} after as many real images")
     return lines
+
+
+def how_sampled(metrics: PictureMetrics) -> str:
+    """Return in one line what was done to the samples beside sampling from the prior."""
+    meaning = {0.0: ", without labels", 1.0: ", the plain prior"}.get(metrics.guidance, "")
+    line = f"the samples were drawn with guidance {metrics.guidance:g}{meaning}"
+    if metrics.keep_best == 1:
+        return line
+    return (
+        f"{line}; of the candidates {metrics.keep_best:.3g} were kept, those most surely of their class to the prior "
+        "itself: the judge chose none"
+    )
 
 
 def blame(metrics: PictureMetrics) -> str:

@@ -11,11 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from prior import SamplingParameters
+from prior import PriorConfig, SamplingParameters
 from prior.choosing import AS_TRAINED
 
 from ..errors import InputError
 from ..generation.image_pipeline import ImagePipeline
+from ..generation.keep_best import check_kept_by_label
 from ..generation.sample_folder import SampleOptions, sample_in_batches
 from ..images.image_set import ImageSet
 from ..models.inference import reconstruct_images
@@ -40,6 +41,8 @@ class QualityOptions:
     labels: tuple[str, ...] = ()  # of the samples, in turn; if empty, the classes of the chosen test images
     seed: int = 0  # of the samples, and of which images are compared
     parameters: SamplingParameters = field(default=AS_TRAINED)
+    default_guidance: bool = False  # take the guidance that suits the prior in place of that of `parameters`
+    keep_best: float = 1.0  # share of the candidates that the prior keeps, by their labels
     judge: JudgeKind = "auto"
     cas: bool = False  # whether to measure the classification accuracy score
     nearest: bool = False  # whether to find the nearest training images, and make a picture of them
@@ -47,11 +50,38 @@ class QualityOptions:
 
     @classmethod
     def of(
-        cls, samples: int, *, temperature: float, top_k: int | None, top_p: float | None, **others: Any
+        cls,
+        samples: int,
+        *,
+        temperature: float,
+        top_k: int | None,
+        top_p: float | None,
+        guidance: float | None,
+        keep_best: float,
+        **others: Any,
     ) -> "QualityOptions":
-        """Return the options of a command line, which has the fields of `SamplingParameters` as separate options."""
-        parameters = SamplingParameters(temperature=temperature, top_k=top_k, top_p=top_p)
-        return cls(samples=samples, parameters=parameters, **others)
+        """Return the options of a command line, whose sampling options are those of `SampleOptions.of`."""
+        sampling = SampleOptions.of(
+            n=samples, temperature=temperature, top_k=top_k, top_p=top_p, guidance=guidance, keep_best=keep_best
+        )
+        return cls(
+            samples=samples,
+            parameters=sampling.parameters,
+            default_guidance=sampling.default_guidance,
+            keep_best=keep_best,
+            **others,
+        )
+
+    def sampling(self, config: PriorConfig) -> SampleOptions:
+        """Return how a prior of this configuration is sampled; the labels are chosen elsewhere."""
+        options = SampleOptions(
+            n=self.samples,
+            seed=self.seed,
+            parameters=self.parameters,
+            default_guidance=self.default_guidance,
+            keep_best=self.keep_best,
+        )
+        return options.for_prior(config)
 
 
 class SampleQuality:
@@ -70,7 +100,9 @@ class SampleQuality:
     def __init__(self, pipeline: ImagePipeline, images: ImageSet, options: QualityOptions, device: str) -> None:
         self.pipeline, self.options, self.device = pipeline, options, device
         self.comparison = Comparison.of(images, options.samples, options.seed, options.judge)
+        self.sampling = options.sampling(pipeline.prior.config)
         self.labels = self._labels()
+        check_kept_by_label(options.keep_best, self.labels, "samples without them")
         self.intended = self._intended()
         if options.cas:
             self._check_cas()
@@ -101,6 +133,8 @@ class SampleQuality:
             samples=numbers["samples"],
             cas=cas,
             cas_real=cas_real,
+            guidance=self.sampling.parameters.guidance,
+            keep_best=self.sampling.keep_best,
             nearest=picture,
         )
 
@@ -121,16 +155,18 @@ class SampleQuality:
 
     def samples(self) -> Pictures:
         """Return the pictures of the last column alone: new images."""
-        options = SampleOptions(n=self.options.samples, seed=self.options.seed, parameters=self.options.parameters)
-        with Progress(options.n, "sampling") as bar:
-            batches = [batch.images for batch in sample_in_batches(self.pipeline, options, self.labels, bar)]
+        with Progress(self.sampling.n, "sampling") as bar:
+            batches = [batch.images for batch in sample_in_batches(self.pipeline, self.sampling, self.labels, bar)]
         return Pictures(images=torch.cat(batches), labels=self.intended)
 
     def _labels(self) -> Tensor | None:
-        """Return the labels of the samples in the prior's numbering, int64 [N]; None for a prior without classes."""
+        """Return the labels of the samples in the prior's numbering, int64 [N]; None if they are drawn without."""
         images, rows = self.comparison.images, self.comparison.test_rows
-        if self.options.labels or not self.pipeline.class_names:
-            return self.pipeline.labels_for(self.options.samples, self.options.labels or None)
+        found = self.pipeline.labels_for(
+            self.options.samples, self.options.labels or None, self.sampling.parameters.guidance
+        )
+        if self.options.labels or found is None:
+            return found
         labels = match_labels(images.test.labels[rows], images.class_names, self.pipeline.trained_prior)
         return torch.from_numpy(labels)
 
@@ -160,7 +196,7 @@ class SampleQuality:
         if classes < 2:
             raise InputError(
                 expected="--cas with samples of two classes or more that a classifier can learn from",
-                got="samples of one class" if classes == 1 else "images, a prior or a judge without classes",
+                got="samples of one class" if classes == 1 else "images, a prior, samples or a judge without classes",
                 do="omit --cas, or sample more classes",
             )
 

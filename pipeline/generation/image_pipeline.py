@@ -1,14 +1,15 @@
 """`ImagePipeline`: new, completed and reconstructed images from a tokenizer and the prior over its codes."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from prior import GatedPixelCNN, complete_codes, sample_codes
+from prior import GatedPixelCNN, SamplingParameters, complete_codes, sample_codes
+from prior.model import NO_LABEL
 from prior.uniforms import draw_seed, draw_uniforms, seeded_generator
 from tokenizer import VQVAE
 
@@ -18,6 +19,8 @@ from ..models.checkpoint import CheckpointInfo
 from ..models.inference import decode_codes, reconstruct_images
 from ..models.labels import Labels, resolve_labels
 from ..models.loading import TrainedPrior, TrainedTokenizer, load_pair
+from .guidance import check_guidance
+from .keep_best import Candidates, check_kept_by_label
 from .keep_mask import keep_pixels, known_codes
 
 
@@ -89,6 +92,8 @@ class ImagePipeline:
         temperature: float = 1.0,
         top_k: int | None = None,
         top_p: float | None = None,
+        guidance: float = 1.0,
+        keep_best: float = 1.0,
         first: int = 0,
         on_row: Callable[[int], None] | None = None,
     ) -> Sampled:
@@ -101,26 +106,33 @@ class ImagePipeline:
             temperature: 0 is greedy, 1 the prior as it is.
             top_k: keep the k most likely codes of each position.
             top_p: keep the fewest most likely codes that hold this much probability.
+            guidance: 1 is the plain prior, more makes images more typical of their label and less varied, 0 samples
+                without a label; other than 1 for a prior with label dropout alone (`prior/choosing.py`).
+            keep_best: in (0, 1], the share of the candidates that are kept, by their labels (`keep_best.py`). They cost
+                a sample each, and where there are several a forward pass for each class as well.
             first: the index of the first image: 4 and then 4 more with `first=4` are the 8 images of one call, if
                 their labels are the same.
             on_row: called with the number of finished rows of the grid after each.
 
         Raises:
-            InputError: a label that the prior does not know, or a decoder that gives NaN or infinity.
+            InputError: a label that the prior does not know, guidance that it cannot follow, a label with guidance 0,
+                `keep_best` below 1 without labels, or a decoder that gives NaN or infinity.
             ValueError: another argument out of its range.
         """
+        parameters = SamplingParameters(temperature=temperature, top_k=top_k, top_p=top_p, guidance=guidance)
+        wanted, candidates = self.labels_for(n, labels, guidance), Candidates(first, n, keep_best)
+        check_kept_by_label(keep_best, wanted, "samples without them")
         codes = sample_codes(
             self.prior,
-            n,
+            candidates.total,
             self.grid,
-            labels=self.labels_for(n, labels),
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
+            labels=self._labels_of(candidates, wanted),
             generator=seeded_generator(seed),
-            first=first,
+            first=candidates.first,
             on_row=on_row,
+            **asdict(parameters),
         )
+        codes = candidates.choose(self.prior, codes, wanted)
         return Sampled(self.decode(codes), codes)
 
     def complete(
@@ -134,6 +146,8 @@ class ImagePipeline:
         temperature: float = 1.0,
         top_k: int | None = None,
         top_p: float | None = None,
+        guidance: float = 1.0,
+        keep_best: float = 1.0,
         on_row: Callable[[int], None] | None = None,
     ) -> Sampled:
         """Complete images: uint8 [n,C,H',W'] whose kept pixels are unchanged, with their codes [n,H,W].
@@ -151,13 +165,15 @@ class ImagePipeline:
             temperature: see there.
             top_k: see there.
             top_p: see there.
+            guidance: as in `sample`; with an open class it is that of each particle's own.
+            keep_best: as in `sample`, of several completions of each image; needs labels.
             on_row: see there.
 
         Raises:
-            InputError: a label that the prior does not know, images or a mask of the wrong shape, or a decoder that
-                gives NaN or infinity.
+            InputError: images or a mask of the wrong shape, or what `sample` does not take either.
             ValueError: another argument out of its range.
         """
+        parameters = SamplingParameters(temperature=temperature, top_k=top_k, top_p=top_p, guidance=guidance)
         size, count = self.tokenizer_info.preprocessing, len(images)
         shape = (size["channels"], size["height"], size["width"])
         masks = (shape[1:], (count, *shape[1:]))
@@ -169,31 +185,55 @@ class ImagePipeline:
             )
         floats = (to_float(images) if images.dtype == torch.uint8 else images.float()).cpu()
         keep = keep_mask.bool().cpu().expand(count, *shape[1:])
+        wanted, completions = self.completed_labels_for(count, labels, guidance), Candidates(0, count, keep_best)
+        check_kept_by_label(keep_best, wanted, "completions without a label")
         generator = seeded_generator(seed)
-        known = known_codes(self.tokenizer, floats, keep)
-        chosen = None if labels is None else self.labels_for(count, labels)
-        if chosen is None and self.class_names:
+        chosen = self._labels_of(completions, wanted)
+        if self.class_names and wanted is None and guidance != 0:
             chosen = open_labels(count, candidates, len(self.class_names), generator)
         codes = complete_codes(
             self.prior,
-            known,
+            completions.spread(known_codes(self.tokenizer, floats, keep)),
             candidates=candidates,
             labels=chosen,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
             generator=generator,
             on_row=on_row,
+            **asdict(parameters),
         )
+        codes = completions.choose(self.prior, codes, wanted)
         return Sampled(keep_pixels(to_uint8(floats), self.decode(codes), keep), codes)
 
-    def labels_for(self, n: int, labels: Labels) -> Tensor | None:
-        """Return the label [n] of each of n samples: `labels` in turn, or all classes in turn; None without classes.
+    def labels_for(self, n: int, labels: Labels, guidance: float = 1.0) -> Tensor | None:
+        """Return the label [n] of each of n samples: `labels` in turn, or all classes in turn.
+
+        None without classes, and with guidance 0, which has no use for labels.
 
         Raises:
-            InputError: a label that the prior does not know.
+            InputError: a label or guidance that the prior does not know, or a label with guidance 0.
         """
-        return resolve_labels(n, labels, self.class_names)
+        check_guidance(self.prior.config, guidance)
+        if guidance != 0:
+            return resolve_labels(n, labels, self.class_names)
+        if labels is not None:
+            raise InputError(
+                expected="no label with guidance 0, which samples without", got="one", do="omit --label or --guidance 0"
+            )
+        return None
+
+    def completed_labels_for(self, n: int, labels: Labels, guidance: float = 1.0) -> Tensor | None:
+        """Return the label [n] of each of n completions: `labels` in turn; None if what is kept is to choose.
+
+        Raises:
+            InputError: as of `labels_for`.
+        """
+        found = self.labels_for(n, labels, guidance)
+        return None if labels is None else found
+
+    def _labels_of(self, candidates: Candidates, labels: Tensor | None) -> Tensor | None:
+        """Return the labels of all candidates of images with these labels [n], NO_LABEL for each if they have none."""
+        if labels is not None:
+            return candidates.spread(labels)
+        return torch.full((candidates.total,), NO_LABEL) if self.class_names else None
 
     def decode(self, codes: Tensor) -> Tensor:
         """Decode codes [n,H,W] to uint8 images [n,C,H',W'] on the CPU, bit for bit those of `decode-codes`.

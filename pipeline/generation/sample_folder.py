@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from einops import repeat
 from torch import Tensor
 
-from prior import SamplingParameters
+from prior import PriorConfig, SamplingParameters
 from prior.choosing import AS_TRAINED
 
 from ..codes.shard import npy_bytes
@@ -21,7 +21,9 @@ from ..images.preprocessing import IMAGE_ERRORS, Preprocessing, read_image, to_f
 from ..runtime.console import note
 from ..runtime.interrupts import Terminated
 from ..runtime.progress import Progress
+from .guidance import with_default_guidance
 from .image_pipeline import ImagePipeline, Sampled
+from .keep_best import check_kept_by_label, check_share
 from .keep_mask import HALVES, half_mask, hide_pixels, mask_from_file
 from .sample_record import (
     CODES,
@@ -47,15 +49,43 @@ class SampleOptions:
     labels: tuple[str, ...] = ()  # names or indices, taken in turn; all classes if empty
     seed: int = 0
     parameters: SamplingParameters = AS_TRAINED
+    default_guidance: bool = False  # take the guidance that suits the prior in place of that of `parameters`
+    keep_best: float = 1.0  # share of the candidates that are kept; 1 samples no others
 
     def __post_init__(self) -> None:
         if self.n < 1:
             raise ValueError(f"n: expected at least 1 image, got {self.n}")
+        check_share(self.keep_best)
 
     @classmethod
-    def of(cls, *, n: int, labels: tuple[str, ...] = (), seed: int = 0, **parameters: Any) -> "SampleOptions":
-        """Return the options of a command line, which has the fields of `SamplingParameters` as separate options."""
-        return cls(n=n, labels=labels, seed=seed, parameters=SamplingParameters(**parameters))
+    def of(
+        cls,
+        *,
+        n: int,
+        labels: tuple[str, ...] = (),
+        seed: int = 0,
+        guidance: float | None = None,
+        keep_best: float = 1.0,
+        **parameters: Any,
+    ) -> "SampleOptions":
+        """Return the options of a command line, which has the fields of `SamplingParameters` as separate options.
+
+        No guidance is that which suits the prior.
+        """
+        return cls(
+            n=n,
+            labels=labels,
+            seed=seed,
+            parameters=SamplingParameters(guidance=1.0 if guidance is None else guidance, **parameters),
+            default_guidance=guidance is None,
+            keep_best=keep_best,
+        )
+
+    def for_prior(self, config: PriorConfig) -> "SampleOptions":
+        """Return the same options with a number for the guidance."""
+        if not self.default_guidance:
+            return self
+        return replace(self, parameters=with_default_guidance(self.parameters, config), default_guidance=False)
 
 
 def sample_to_folder(pipeline: ImagePipeline, options: SampleOptions, out: Path, *, force: bool = False) -> Path:
@@ -67,7 +97,9 @@ def sample_to_folder(pipeline: ImagePipeline, options: SampleOptions, out: Path,
         ValueError: an option out of its range.
         KeyboardInterrupt: Ctrl-C; the images that were finished are kept, too, as after SIGTERM and SIGHUP.
     """
-    labels = pipeline.labels_for(options.n, options.labels or None)
+    options = options.for_prior(pipeline.prior.config)
+    labels = pipeline.labels_for(options.n, options.labels or None, options.parameters.guidance)
+    check_kept_by_label(options.keep_best, labels, "samples without them")
     record = _record(pipeline, options, labels)
     batches: list[Sampled] = []
     with only_run_in(out, SAMPLE, options.n, force=force), _image_folder(out, SAMPLE, record, pipeline) as folder:
@@ -116,7 +148,9 @@ def complete_to_folder(
     """
     if candidates < 1:
         raise ValueError(f"candidates: expected at least 1, got {candidates}")
-    labels = pipeline.labels_for(options.n, options.labels) if options.labels else None
+    options = options.for_prior(pipeline.prior.config)
+    labels = pipeline.completed_labels_for(options.n, options.labels or None, options.parameters.guidance)
+    check_kept_by_label(options.keep_best, labels, "completions without a label")
     original = _read(image, Preprocessing(**pipeline.tokenizer_info.preprocessing))
     size = (original.shape[1], original.shape[2])
     mask = half_mask(keep, size) if keep in HALVES else mask_from_file(Path(keep), size)
@@ -140,6 +174,7 @@ def complete_to_folder(
                 candidates=candidates,
                 on_row=_rows_on(bar, 0, options.n, pipeline.grid[0]),
                 seed=options.seed,
+                keep_best=options.keep_best,
                 **asdict(options.parameters),
             )
         folder.add(completed.images)
@@ -150,21 +185,31 @@ def complete_to_folder(
 def sample_in_batches(
     pipeline: ImagePipeline, options: SampleOptions, labels: Tensor | None, bar: Progress
 ) -> Iterator[Sampled]:
-    """Yield `options.n` samples in batches of AT_ONCE.
+    """Yield `options.n` samples in batches of AT_ONCE candidates.
 
     Args:
         pipeline: to sample from.
         options: of which `labels` is not looked at.
-        labels: of the samples, int64 [n] in the prior's numbering; None for all classes in turn.
+        labels: of the samples, int64 [n] in the prior's numbering; None for all classes in turn, if there are any and
+            the guidance is not 0.
         bar: counts finished samples, and parts of them.
     """
-    at_once = AT_ONCE[next(pipeline.prior.parameters()).device.type]
+    options = options.for_prior(pipeline.prior.config)
+    labels = pipeline.labels_for(options.n, None, options.parameters.guidance) if labels is None else labels
+    at_once = max(1, int(AT_ONCE[next(pipeline.prior.parameters()).device.type] * options.keep_best))
     for start in range(0, options.n, at_once):
         count = min(at_once, options.n - start)
         subset = None if labels is None else labels[start : start + count]
         on_row = _rows_on(bar, start, count, pipeline.grid[0])
-        parameters = asdict(options.parameters)
-        yield pipeline.sample(count, labels=subset, seed=options.seed, first=start, on_row=on_row, **parameters)
+        yield pipeline.sample(
+            count,
+            labels=subset,
+            seed=options.seed,
+            keep_best=options.keep_best,
+            first=start,
+            on_row=on_row,
+            **asdict(options.parameters),
+        )
 
 
 def _rows_on(bar: Progress, start: int, count: int, height: int) -> Callable[[int], None]:
@@ -200,7 +245,7 @@ def _record(
         labels=chosen,
         class_names=None if chosen is None else [pipeline.class_names[i] for i in chosen],
         seed=options.seed,
-        options={"n": options.n, **asdict(options.parameters), **completion},
+        options={"n": options.n, **asdict(options.parameters), "keep_best": options.keep_best, **completion},
         finished=options.n,
         fingerprints=fingerprints,
         versions=pipeline.prior_info.versions,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from prior import GatedPixelCNN, sample_codes
-from prior.objective import cross_entropy
+from prior.objective import cross_entropy, drop_labels
 from prior.uniforms import seeded_generator
 from tokenizer import VQVAE
 
@@ -26,6 +26,7 @@ from ..evaluation.simple_predictors import (
     share_in_words,
     training_rows,
 )
+from ..generation.guidance import default_guidance
 from ..images.holdout import split_rows
 from ..images.png import save_grid
 from ..images.preprocessing import to_uint8
@@ -66,8 +67,10 @@ class PriorStage:
         self.num_items = len(self.train_rows)
 
     def losses(self, indices: np.ndarray) -> dict[str, Tensor]:
-        codes, labels = (tensor.to(self.device) for tensor in self.grids.batch(self.train_rows[indices]))
-        loss = cross_entropy(self.model(codes, labels if self.model.config.num_classes else None), codes)
+        config = self.model.config
+        codes, labels = self.grids.batch(self.train_rows[indices])
+        codes, labels = codes.to(self.device), drop_labels(labels, config.label_dropout).to(self.device)
+        loss = cross_entropy(self.model(codes, labels if config.num_classes else None), codes)
         return {"loss": loss, "bits_per_code": loss.detach() / math.log(2)}
 
     def names(self, indices: np.ndarray) -> list[str]:
@@ -114,14 +117,18 @@ class PriorStage:
 def sample_preview(model: GatedPixelCNN, tokenizer: VQVAE, grid: tuple[int, int], seed: int) -> Preview:
     """Return a function that writes PREVIEW_SAMPLES decoded samples, of each class in turn, as one picture.
 
-    The samples start from the same random numbers each time, so that two pictures differ by the model alone.
+    They are drawn with the guidance of the command `sample` where none is named. They start from the same random
+    numbers each time, so that two pictures differ by the model alone.
     """
 
     def preview(path: Path) -> None:
         device = next(model.parameters()).device
         num_classes = model.config.num_classes
         labels = torch.arange(PREVIEW_SAMPLES, device=device) % num_classes if num_classes else None
-        codes = sample_codes(model, PREVIEW_SAMPLES, grid, labels=labels, generator=seeded_generator(seed))
+        guidance = default_guidance(model.config)
+        codes = sample_codes(
+            model, PREVIEW_SAMPLES, grid, labels=labels, guidance=guidance, generator=seeded_generator(seed)
+        )
         save_grid(to_uint8(tokenizer.decode(codes)), path, columns=8)
 
     return preview

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from .settings import CHANGEABLE, PATH, check_shared
 
 MOST_CODES = 2**24  # K; the codebook, and the embedding and the logits of a prior, have a row for each
+LABEL_DROPOUT = 0.1  # of a prior whose grids all have a label
 LARGEST_SIDE = 2**14  # pixels; models/loading.py, which imports torch, loads no tokenizer of larger images
 
 
@@ -74,6 +75,7 @@ class PriorSettings:
     num_layers: int = 6
     kernel_size: int = 3
     dropout: float = 0.0
+    label_dropout: float | None = None  # None becomes LABEL_DROPOUT where every grid has a label, and 0 elsewhere
 
     def __post_init__(self) -> None:
         check_shared(self)

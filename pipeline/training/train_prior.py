@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from ..runtime.folder_lock import only_writer
 from ..runtime.schema import short
 from .loop import LoopSettings, run_training
 from .prior_stage import PriorStage, sample_preview
-from .recipes import MOST_CODES, PriorSettings
+from .recipes import LABEL_DROPOUT, MOST_CODES, PriorSettings
 from .run_folder import CODES, RunFolder, check_run_folder, prepare_run_folder, saved_run
 from .settings import recorded, resolve
 from .split_summary import split_summary
@@ -53,14 +53,16 @@ def train_prior(run: RunFolder, overrides: Mapping[str, Any], default_tokenizer:
 def _train(run: RunFolder, overrides: Mapping[str, Any], default_tokenizer: Path) -> CheckpointInfo:
     """Train, while nobody else writes into the folder."""
     saved = saved_run(run, "prior")
-    settings = resolve(PriorSettings, overrides, saved.info.training if saved else None)
-    _config(settings, num_codes=2, num_classes=0)  # refuses impossible settings before codes are exported
+    settings = resolve(PriorSettings, overrides, _started_with(saved))
+    _config(settings, num_codes=2, num_classes=1)  # refuses impossible settings before codes are exported
     device = choose_device(run.device)
     check_run_folder(run, saved)
     tokenizer_folder = Path(settings.tokenizer) if settings.tokenizer is not None else default_tokenizer
     required = settings.tokenizer is not None or settings.codes is None
     # A tokenizer without codes is refused before anything is written.
     tokenizer = load_trained_tokenizer(tokenizer_folder, device) if required else None
+    if tokenizer is not None and settings.codes is None and not tokenizer.info.class_names:
+        _check_label_dropout(settings, f"images of the tokenizer in {tokenizer.folder}")
     codes = _open_codes(run, saved, settings, tokenizer)
     if tokenizer is None:
         tokenizer = _optional_tokenizer(tokenizer_folder, codes, device)
@@ -88,9 +90,14 @@ def config_for(settings: PriorSettings, codes: CodeDataset) -> PriorConfig:
     """Return the configuration of the model, from the settings and from what the codes are.
 
     The model is conditioned on labels if every grid has one.
+
+    Raises:
+        InputError: labels are to be dropped, and not every grid has one.
     """
     manifest = codes.manifest
     labelled = all_labelled(manifest.class_names, (shard.labels for shard in codes.shards()))
+    if not labelled:
+        _check_label_dropout(settings, f"codes in {codes.location}")
     return _config(settings, num_codes=manifest.num_codes, num_classes=len(manifest.class_names) if labelled else 0)
 
 
@@ -123,11 +130,35 @@ def _config(settings: PriorSettings, *, num_codes: int, num_classes: int) -> Pri
         num_layers=settings.num_layers,
         kernel_size=settings.kernel_size,
         dropout=settings.dropout,
+        label_dropout=_label_dropout(settings, num_classes),
     )
+
+
+def _label_dropout(settings: PriorSettings, num_classes: int) -> float:
+    """Return the share of the labels that are hidden in training."""
+    if settings.label_dropout is not None:
+        return settings.label_dropout
+    return LABEL_DROPOUT if num_classes else 0.0
+
+
+def _check_label_dropout(settings: PriorSettings, what: str) -> None:
+    """Raise InputError if labels of `what`, which has none, are to be dropped."""
+    if settings.label_dropout:
+        raise InputError(
+            expected=f"{what} with a label for each, so that --label-dropout {settings.label_dropout:g} can act",
+            got="some or all without",
+            do="omit the option, or train on a folder with one subfolder a class",
+        )
+
+
+def _started_with(saved: SavedRun | None) -> dict[str, Any] | None:
+    """Return the settings that the run to resume was started with; one from before label dropout had none."""
+    return None if saved is None else {"label_dropout": 0.0, **saved.info.training}
 
 
 def _info(settings: PriorSettings, config: PriorConfig, codes: CodeDataset, tokenizer: Path | None) -> CheckpointInfo:
     """Return what `config.json` says before the first step; `tokenizer` is the folder that a resumed run needs."""
+    settings = replace(settings, label_dropout=config.label_dropout)  # the number itself, which a resumed run keeps
     return CheckpointInfo(
         kind="prior",
         config=asdict(config),

@@ -6,7 +6,7 @@ import pytest
 
 from pipeline.evaluation.picture_metrics import WORDS, PictureMetrics
 from pipeline.evaluation.picture_numbers import Distances, PictureNumbers
-from pipeline.evaluation.quality_table import blame, quality_table
+from pipeline.evaluation.quality_table import blame, how_sampled, quality_table
 
 
 def numbers(fd: float, class_accuracy: float | None = None) -> PictureNumbers:
@@ -37,6 +37,27 @@ def metrics(floor: float, reconstructed: float, sampled: float) -> PictureMetric
 )
 def test_the_stage_that_adds_more_is_to_blame(columns: tuple[float, float, float], said: str) -> None:
     assert said in blame(metrics(*columns))
+
+
+@pytest.mark.parametrize(
+    ("guidance", "keep_best", "said"),
+    [
+        (1.0, 1.0, "the samples were drawn with guidance 1, the plain prior"),
+        (0.0, 1.0, "the samples were drawn with guidance 0, without labels"),
+        (2.5, 1.0, "the samples were drawn with guidance 2.5"),
+        (
+            2.5,
+            0.3,
+            "the samples were drawn with guidance 2.5; of the candidates 0.3 were kept, those most surely of their "
+            "class to the prior itself: the judge chose none",
+        ),
+    ],
+)
+def test_a_line_says_how_samples_were_drawn_and_who_chose_them(guidance: float, keep_best: float, said: str) -> None:
+    measured = replace(metrics(1, 2, 3), guidance=guidance, keep_best=keep_best)
+    assert how_sampled(measured) == said
+    assert quality_table(measured).count(said) == 1
+    assert {"guidance": guidance, "keep_best": keep_best}.items() <= measured.to_json().items()
 
 
 def test_every_number_is_in_its_column_with_what_it_means() -> None:

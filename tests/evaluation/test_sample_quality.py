@@ -22,6 +22,7 @@ from pipeline.evaluation.nearest_picture import NearestTraining, nearest_picture
 from pipeline.evaluation.picture_metrics import PictureMetrics
 from pipeline.evaluation.quality_table import quality_table
 from pipeline.evaluation.sample_quality import QualityOptions, SampleQuality
+from pipeline.generation.guidance import DEFAULT_GUIDANCE
 from pipeline.generation.image_pipeline import ImagePipeline
 from pipeline.images.image_set import ImageSet, ImageSplit, open_images
 from prior import SamplingParameters
@@ -57,17 +58,29 @@ def _quick() -> Iterator[None]:
         yield
 
 
-def made(folder: Path, *, class_names: tuple[str, ...] = CLASSES, prior_classes: tuple[str, ...] = CLASSES) -> Run:
+def made(
+    folder: Path,
+    *,
+    class_names: tuple[str, ...] = CLASSES,
+    prior_classes: tuple[str, ...] = CLASSES,
+    label_dropout: float = 0.0,
+) -> Run:
     """Save images, a tokenizer that rounds cells of 2x2 to 16 levels, and a prior with random weights."""
     run = Run(folder_of(figures(60, 36, class_names), folder / "images"), folder / "tokenizer", folder / "prior")
     info = save_tokenizer(run.tokenizer, brightness_tokenizer(), run.images, class_names, size=(HEIGHT, WIDTH))
-    save_prior(run.prior, tiny_prior(num_classes=len(prior_classes)), info.fingerprint, prior_classes)
+    prior = tiny_prior(num_classes=len(prior_classes), label_dropout=label_dropout)
+    save_prior(run.prior, prior, info.fingerprint, prior_classes)
     return run
 
 
 @pytest.fixture(scope="module")
 def labelled(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return made(tmp_path_factory.mktemp("labelled"))
+
+
+@pytest.fixture(scope="module")
+def guided(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return made(tmp_path_factory.mktemp("guided"), label_dropout=0.1)
 
 
 @pytest.fixture(scope="module")
@@ -137,6 +150,47 @@ def test_sampling_parameters_and_seed_change_the_samples_alone(labelled: Run) ->
     assert (plain.test, plain.reconstructions) == (greedy.test, greedy.reconstructions)
     assert plain.samples != greedy.samples
     assert greedy.samples.own.recall <= plain.samples.own.recall
+
+
+def sampled(run: Run, options: QualityOptions) -> torch.Tensor:
+    return SampleQuality(run.pipeline(), run.open(), options, "cpu").samples().images
+
+
+@pytest.mark.parametrize(("named", "used"), [(None, DEFAULT_GUIDANCE), (1.0, 1.0), (3.0, 3.0)])
+def test_samples_are_drawn_as_the_command_draws_them(guided: Run, named: float | None, used: float) -> None:
+    """With its default guidance, and the share that is kept; of the classes of the test images."""
+    options = QualityOptions.of(
+        N, temperature=0.8, top_k=9, top_p=None, guidance=named, keep_best=0.5, labels=(), seed=5, judge="auto"
+    )
+    images = guided.open()
+    labels = images.test.labels[Comparison.of(images, N, seed=5).test_rows]
+    expected = guided.pipeline().sample(
+        N, labels=labels.tolist(), seed=5, temperature=0.8, top_k=9, guidance=used, keep_best=0.5
+    )
+    assert torch.equal(sampled(guided, options), expected.images)
+    metrics = SampleQuality(guided.pipeline(), images, options, "cpu").measure()
+    assert (metrics.guidance, metrics.keep_best) == (used, 0.5)
+
+
+def test_a_prior_without_label_dropout_is_sampled_with_guidance_1(labelled: Run, codegrid: Codegrid) -> None:
+    outcome = codegrid(*labelled.arguments("--samples", N))
+    assert outcome.status == 0, outcome.err
+    assert "\nthe samples were drawn with guidance 1, the plain prior\n" in outcome.out
+    options = QualityOptions(samples=N, default_guidance=True)
+    assert torch.equal(sampled(labelled, options), sampled(labelled, QualityOptions(samples=N)))
+
+
+def test_samples_without_labels_are_measured_but_for_what_they_should_show(
+    guided: Run, codegrid: Codegrid, tmp_path: Path
+) -> None:
+    outcome = codegrid(*guided.arguments("--samples", N, "--guidance", 0, "--json", tmp_path / "e.json"))
+    assert outcome.status == 0, outcome.err
+    metrics = json.loads((tmp_path / "e.json").read_text())["picture_metrics"]
+    assert (metrics["guidance"], metrics["keep_best"]) == (0, 1)
+    assert ["class_accuracy" in metrics[name] for name in ("test", "reconstructions", "samples")] == [True, True, False]
+    assert "guidance 0, without labels" in outcome.out
+    options = QualityOptions(samples=N, parameters=SamplingParameters(guidance=0))
+    assert torch.equal(sampled(guided, options), guided.pipeline().sample(N, seed=0, guidance=0).images)
 
 
 def test_without_classes_an_autoencoder_judges(unlabelled: Run, codegrid: Codegrid, tmp_path: Path) -> None:
@@ -253,6 +307,7 @@ def untrained(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--samples", N, "--label", "star"], "got the label star"),
         (["--samples", N, "--cas", "--label", "bar"], "got samples of one class"),
         (["--samples", N, "--cas", "--judge", "autoencoder"], "without classes; omit --cas"),
+        (["--samples", N, "--guidance", 2], "omit --guidance, or train one with train-prior --label-dropout"),
         (["--samples", N, "--nearest", "near.jpg"], ".png"),
         (["--samples", N, "--picture", "pic"], ".png"),
     ],
@@ -267,8 +322,30 @@ def test_what_cannot_be_measured_is_refused_in_one_line(
     assert said in outcome.err
 
 
+@pytest.mark.usefixtures("untrained")
 @pytest.mark.parametrize(
-    "option", [["--cas"], ["--seed", 0], ["--temperature", 1], ["--label", "bar"], ["--judge", "auto"], ["--top-k", 2]]
+    ("more", "said"),
+    [
+        (["--guidance", 0, "--label", "bar"], "expected no label with guidance 0, which samples without, got one"),
+        (["--guidance", 0, "--keep-best", 0.5], "got samples without them; omit --keep-best"),
+        (["--guidance", 0, "--cas"], "without classes; omit --cas"),
+    ],
+)
+def test_samples_without_labels_are_not_asked_for_labels(
+    guided: Run, codegrid: Codegrid, more: list[object], said: str
+) -> None:
+    outcome = codegrid(*guided.arguments("--samples", N, *more))
+    assert (outcome.status, outcome.out) == (1, "")
+    (line,) = outcome.error_lines
+    assert said in line
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        *(["--cas"], ["--seed", 0], ["--temperature", 1], ["--label", "bar"], ["--judge", "auto"], ["--top-k", 2]),
+        *(["--guidance", 1], ["--keep-best", 1]),
+    ],
 )
 def test_an_option_that_would_do_nothing_is_a_wrong_command_line(
     labelled: Run, codegrid: Codegrid, option: list[object]

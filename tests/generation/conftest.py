@@ -12,10 +12,11 @@ from ..support import brightness_tokenizer, save_prior, save_tokenizer, tiny_pri
 CLASS_NAMES = ("2", "ring", "0")  # two of them look like the index of another
 
 
-def pipeline_in(folder: Path, class_names: tuple[str, ...] = ()) -> ImagePipeline:
+def pipeline_in(folder: Path, class_names: tuple[str, ...] = (), label_dropout: float = 0.0) -> ImagePipeline:
     """Save a brightness tokenizer and a small prior in `folder`, and load both."""
     fingerprint = save_tokenizer(folder / "tokenizer", brightness_tokenizer()).fingerprint
-    save_prior(folder / "prior", tiny_prior(num_classes=len(class_names)), fingerprint, class_names)
+    prior = tiny_prior(num_classes=len(class_names), label_dropout=label_dropout)
+    save_prior(folder / "prior", prior, fingerprint, class_names)
     return ImagePipeline.from_pretrained(str(folder / "tokenizer"), str(folder / "prior"), device="cpu")
 
 
@@ -23,6 +24,12 @@ def pipeline_in(folder: Path, class_names: tuple[str, ...] = ()) -> ImagePipelin
 def labelled(tmp_path: Path) -> ImagePipeline:
     """A pipeline with the classes CLASS_NAMES."""
     return pipeline_in(tmp_path, CLASS_NAMES)
+
+
+@pytest.fixture
+def guided(tmp_path: Path) -> ImagePipeline:
+    """A pipeline with the classes CLASS_NAMES, whose prior also knows "no label"."""
+    return pipeline_in(tmp_path, CLASS_NAMES, label_dropout=0.1)
 
 
 @pytest.fixture

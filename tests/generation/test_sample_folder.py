@@ -244,7 +244,7 @@ def test_what_a_folder_of_completions_holds(
     tmp_path: Path, colour: ImagePipeline, picture: Path, keep: str, n: int
 ) -> None:
     out = tmp_path / "out"
-    options = SampleOptions.of(n=n, seed=4, top_k=5)
+    options = SampleOptions.of(n=n, seed=4, top_k=5, guidance=1)
     assert complete_to_folder(colour, picture, keep, options, out, candidates=6) == out / "grid.png"
     original, mask = pixels_of(picture), half_mask(keep, SIZE)
     images, codes = colour.complete(original.repeat(n, 1, 1, 1), mask, candidates=6, seed=4, top_k=5)
@@ -265,7 +265,7 @@ def test_what_a_folder_of_completions_holds(
     record = json.loads((out / "complete.json").read_text("utf-8"))
     assert (record["labels"], record["class_names"], record["seed"], record["finished"]) == (None, None, 4, n)
     assert record["options"] == {
-        **{"n": n, "temperature": 1.0, "top_k": 5, "top_p": None},
+        **{"n": n, "temperature": 1.0, "top_k": 5, "top_p": None, "guidance": 1.0, "keep_best": 1.0},
         **{"image": str(picture), "keep": keep, "candidates": 6},
     }
     assert record["fingerprints"]["prior"] == colour.prior_info.fingerprint

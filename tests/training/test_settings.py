@@ -18,8 +18,8 @@ CHANGEABLE = {"steps", "precision", "compile", "data_root", "tokenizer"}
 def another(name: str, value: Any) -> Any:
     """Return another value of a setting than `value`."""
     others = {"precision": "bf16", "optimizer": "adam", "image_size": (8, 12)}
-    if name in others or (name == "channels" and value is None):
-        return others.get(name, 3)
+    if name in others or (name in ("channels", "label_dropout") and value is None):
+        return others.get(name, 3 if name == "channels" else 0.25)
     return {bool: lambda: not value, int: lambda: value + 1, float: lambda: value + 0.5}.get(
         type(value), lambda: "another"
     )()
@@ -106,7 +106,7 @@ def test_the_help_shows_the_default_of_every_setting(command: str) -> None:
         elif default is not None:
             assert value == default, name
         else:
-            assert name in ("data_root", "image_size", "channels", "codes", "tokenizer")
+            assert name in ("data_root", "image_size", "channels", "codes", "tokenizer", "label_dropout")
 
 
 # Recipes

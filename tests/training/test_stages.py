@@ -13,6 +13,7 @@ from pipeline.codes.dataset import CodeDataset
 from pipeline.evaluation import simple_predictors
 from pipeline.evaluation.codebook_picture import codebook_picture
 from pipeline.evaluation.simple_predictors import SimplePredictors, in_words, share_in_words
+from pipeline.generation.guidance import DEFAULT_GUIDANCE
 from pipeline.images.holdout import MOST_HELD_OUT, held_out, split_rows
 from pipeline.images.image_set import ImageSplit, open_images
 from pipeline.images.png import save_grid
@@ -188,11 +189,12 @@ def test_one_grid_is_measured_on_itself(tmp_path: Path, trained: Trained, codegr
     assert "\nsimple predictors on the training codes: guessing 4.00 bits, histogram " in outcome.out
 
 
-def test_the_picture_of_a_prior_shows_its_samples_with_the_classes_in_turn(tmp_path: Path, trained: Trained) -> None:
+def test_the_picture_of_a_prior_shows_guided_samples_with_the_classes_in_turn(tmp_path: Path, trained: Trained) -> None:
     prior, step = load_prior(trained.prior), read_info(trained.prior, "prior").step  # whose weights are kept
     labels = torch.arange(PREVIEW_SAMPLES) % len(CLASS_NAMES)
     source, grid = torch.Generator().manual_seed(0), CodeDataset(trained.codes).manifest.grid
-    codes = sample_codes(prior, PREVIEW_SAMPLES, grid, labels=labels, generator=source)
+    assert prior.config.label_dropout > 0
+    codes = sample_codes(prior, PREVIEW_SAMPLES, grid, labels=labels, guidance=DEFAULT_GUIDANCE, generator=source)
     save_grid(to_uint8(load_tokenizer(trained.tokenizer).decode(codes)), tmp_path / "expected.png", columns=8)
     preview = trained.prior / "pictures" / f"step-{step:07d}.png"
     assert preview.read_bytes() == (tmp_path / "expected.png").read_bytes()
@@ -208,9 +210,10 @@ def shared_fields(settings: Any, config: Any) -> tuple[dict[str, Any], dict[str,
 
 
 def test_every_setting_of_a_prior_reaches_the_model(trained: Trained) -> None:
-    settings = PriorSettings(channels=10, num_layers=3, kernel_size=5, dropout=0.5)
+    numbers = {"channels": 10, "num_layers": 3, "kernel_size": 5, "dropout": 0.5, "label_dropout": 0.25}
+    settings = PriorSettings(**numbers)  # type: ignore[arg-type]
     chosen, found = shared_fields(settings, prior_config_for(settings, CodeDataset(trained.codes)))
-    assert found == chosen == {"channels": 10, "num_layers": 3, "kernel_size": 5, "dropout": 0.5}
+    assert found == chosen == numbers
     assert all(chosen[name] != getattr(PriorSettings(), name) for name in chosen)
 
 

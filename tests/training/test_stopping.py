@@ -45,9 +45,9 @@ from .training_runs import (
 
 @pytest.fixture(params=["tokenizer", "gradient tokenizer in bf16", "prior"])
 def command(request: pytest.FixtureRequest, trained: Trained) -> list[object]:
-    """A run whose 4 steps are more than one epoch, and whose random numbers matter (revival, dropout)."""
+    """A run whose 4 steps are more than one epoch, and whose random numbers matter (revival, dropout, labels)."""
     if request.param == "prior":
-        small = ["--channels", 4, "--num-layers", 2, "--dropout", 0.5]
+        small = ["--channels", 4, "--num-layers", 2, "--dropout", 0.5, "--label-dropout", 0.5]
         return ["train-prior", "--codes", trained.codes, "--tokenizer", trained.tokenizer, "--batch-size", 4, *small]
     other = [] if request.param == "tokenizer" else ["--codebook-update", "gradient", "--precision", "bf16"]
     return ["train-tokenizer", "--data", trained.images, "--num-codes", 16, "--batch-size", 4, *other]
