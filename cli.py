@@ -19,7 +19,14 @@ from pipeline.errors import InputError, printable
 from pipeline.generation.guidance import DEFAULT_GUIDANCE
 from pipeline.runtime.console import check_output, end_status, note, prepare_console, record_closed, say
 from pipeline.runtime.interrupts import ending_by_signal
-from pipeline.training.recipes import LABEL_DROPOUT, MOST_CODES, PriorSettings, TokenizerSettings
+from pipeline.training.recipes import (
+    ATTENTION_EVERY,
+    LABEL_DROPOUT,
+    MOST_ATTENDED,
+    MOST_CODES,
+    PriorSettings,
+    TokenizerSettings,
+)
 from pipeline.training.settings import LARGEST_BATCH
 
 if TYPE_CHECKING:
@@ -338,6 +345,12 @@ def decode_codes(codes: Path, tokenizer: Path, out: Path, **chosen: Any) -> None
 @click.option("--out", type=PathType(), default=PRIOR, show_default=True, help="Folder to write.")
 @setting("channels", click.IntRange(1, LARGEST_WIDTH), "Width of the two stacks.", STAGE_TWO)
 @setting("num_layers", click.IntRange(1, MOST_LAYERS), "Gated layers.", STAGE_TWO)
+@click.option(
+    "--attention-every",
+    type=click.IntRange(0, MOST_LAYERS),
+    help=f"Attend to all codes before, after every this many layers; 0 never.  [default: {ATTENTION_EVERY}, 0 for "
+    f"grids of more than {MOST_ATTENDED:,} codes]",
+)
 @setting("dropout", FiniteRange(0, 1, max_open=True), "In training.", STAGE_TWO)
 @click.option(
     "--label-dropout",

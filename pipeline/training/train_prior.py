@@ -1,5 +1,6 @@
 """Stage two: train a gated PixelCNN on code grids."""
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -26,7 +27,7 @@ from ..runtime.folder_lock import only_writer
 from ..runtime.schema import short
 from .loop import LoopSettings, run_training
 from .prior_stage import PriorStage, sample_preview
-from .recipes import LABEL_DROPOUT, MOST_CODES, PriorSettings
+from .recipes import ATTENTION_EVERY, LABEL_DROPOUT, MOST_ATTENDED, MOST_CODES, PriorSettings
 from .run_folder import CODES, RunFolder, check_run_folder, prepare_run_folder, saved_run
 from .settings import recorded, resolve
 from .split_summary import split_summary
@@ -54,7 +55,7 @@ def _train(run: RunFolder, overrides: Mapping[str, Any], default_tokenizer: Path
     """Train, while nobody else writes into the folder."""
     saved = saved_run(run, "prior")
     settings = resolve(PriorSettings, overrides, _started_with(saved))
-    _config(settings, num_codes=2, num_classes=1)  # refuses impossible settings before codes are exported
+    _config(settings, num_codes=2, num_classes=1, grid=(1, 1))  # refuses impossible settings before codes are exported
     device = choose_device(run.device)
     check_run_folder(run, saved)
     tokenizer_folder = Path(settings.tokenizer) if settings.tokenizer is not None else default_tokenizer
@@ -98,7 +99,8 @@ def config_for(settings: PriorSettings, codes: CodeDataset) -> PriorConfig:
     labelled = all_labelled(manifest.class_names, (shard.labels for shard in codes.shards()))
     if not labelled:
         _check_label_dropout(settings, f"codes in {codes.location}")
-    return _config(settings, num_codes=manifest.num_codes, num_classes=len(manifest.class_names) if labelled else 0)
+    num_classes = len(manifest.class_names) if labelled else 0
+    return _config(settings, num_codes=manifest.num_codes, num_classes=num_classes, grid=manifest.grid)
 
 
 def _config_of(run: RunFolder, saved: SavedRun, codes: CodeDataset) -> PriorConfig:
@@ -121,14 +123,18 @@ def _config_of(run: RunFolder, saved: SavedRun, codes: CodeDataset) -> PriorConf
     return config
 
 
-def _config(settings: PriorSettings, *, num_codes: int, num_classes: int) -> PriorConfig:
+def _config(settings: PriorSettings, *, num_codes: int, num_classes: int, grid: tuple[int, int]) -> PriorConfig:
     """Return the configuration of the model. Raise ValueError if the settings are of no network."""
+    attention_every = settings.attention_every
+    if attention_every is None:
+        attention_every = ATTENTION_EVERY if math.prod(grid) <= MOST_ATTENDED else 0
     return PriorConfig(
         num_codes=num_codes,
         num_classes=num_classes,
         channels=settings.channels,
         num_layers=settings.num_layers,
         kernel_size=settings.kernel_size,
+        attention_every=attention_every,
         dropout=settings.dropout,
         label_dropout=_label_dropout(settings, num_classes),
     )
@@ -152,13 +158,14 @@ def _check_label_dropout(settings: PriorSettings, what: str) -> None:
 
 
 def _started_with(saved: SavedRun | None) -> dict[str, Any] | None:
-    """Return the settings that the run to resume was started with; one from before label dropout had none."""
-    return None if saved is None else {"label_dropout": 0.0, **saved.info.training}
+    """Return the settings that the run to resume was started with; one from before some of them did without."""
+    return None if saved is None else {"label_dropout": 0.0, "attention_every": 0, **saved.info.training}
 
 
 def _info(settings: PriorSettings, config: PriorConfig, codes: CodeDataset, tokenizer: Path | None) -> CheckpointInfo:
     """Return what `config.json` says before the first step; `tokenizer` is the folder that a resumed run needs."""
-    settings = replace(settings, label_dropout=config.label_dropout)  # the number itself, which a resumed run keeps
+    chosen = {"label_dropout": config.label_dropout, "attention_every": config.attention_every}
+    settings = replace(settings, **chosen)  # the numbers themselves, which a resumed run keeps
     return CheckpointInfo(
         kind="prior",
         config=asdict(config),
