@@ -8,21 +8,24 @@ Over a grid this is the arithmetic of one forward pass.
     start_row() -> for each column: features(column) -> logits -> choose -> set_codes(column, codes) -> start_row() ...
 
 A column of few samples is little work, so what counts there is the number of operations. Convolutions are matrix
-products, with positions before samples before channels, so that each tap of the horizontal kernel reads one contiguous
-matrix and nothing is copied; what the horizontal stack sees of earlier columns is one product for all layers together.
-The gate is folded into the weights around it (`folded_gate.py`). That leaves four operations a layer, into buffers that
-are made once.
+products that read and write where the values stay, and nothing is copied:
+
+    vertical      rows are stored with positions before samples before (rows of the kernel, channels): what a column of
+                  the kernel sees of all positions is one contiguous matrix, and the next column's is shifted by one.
+    horizontal    rows are stored with samples before positions: what an output adds to its own position and to those
+                  right of it is one product, added in place to what these positions are to be.
+
+The gate is folded into the weights around it (`folded_gate.py`). That leaves four operations for a layer and a column,
+into buffers that are made once.
 
 Legend: n samples, L layers, W columns of the grid, C channels, K codes, r = k // 2 columns that a kernel reaches left.
 """
-
-from typing import NamedTuple
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from .folded_gate import FoldedGate, double_features, half_gated, output_matrix
+from .folded_gate import FoldedGate, double_features, negated_gate, output_matrix
 from .layers import GatedLayer
 from .model import GatedPixelCNN
 
@@ -44,24 +47,32 @@ class IncrementalPrior:
         layers, like = gated_layers(prior), prior.embedding.weight
         biases = [None if layer.label_bias is None or labels is None else layer.label_bias(labels) for layer in layers]
         self._embeddings = like.detach()
+        self._embedded = like.new_zeros(width, num_samples, prior.config.channels)  # codes of the present row
+        self._columns = self._embedded.unbind()
         self._vertical = [_VerticalStack(layer, num_samples, width, b) for layer, b in zip(layers, biases, strict=True)]
         self._horizontal = _HorizontalStack(layers, like, num_samples, width)
         self._head = [(_taps(layer)[0], _bias(layer)) for layer in head_convolutions(prior)]
-        self._output = like.new_zeros(width, num_samples, 2 * prior.config.channels)  # of each vertical layer in turn
+        self._buffers = like.new_zeros(2, width, num_samples, 2 * prior.config.channels)  # of each vertical layer
         self._started = False
 
     def start_row(self) -> None:
         """Run the vertical stack for the next row, from the codes that were set in the rows above."""
         if self._started:
-            self._vertical[0].push(self._horizontal.row)
+            self._vertical[0].next_row().copy_(self._embedded)
         self._started = True
-        for index, layer in enumerate(self._vertical):
-            output = layer.run(self._output, self._horizontal.from_above[index])
-            if index + 1 < len(self._vertical):
-                self._vertical[index + 1].push(output)
+        output, linked = self._buffers
+        for layer, following, from_above in zip(
+            self._vertical, [*self._vertical[1:], None], self._horizontal.from_above, strict=True
+        ):
+            layer.run(output, linked, from_above)
+            if following is not None:
+                negated_gate(output, out=following.next_row())
 
     def features(self, column: int) -> Tensor:
-        """Return the horizontal stack's output [n,C] at a column, from the codes that were set to its left."""
+        """Return the horizontal stack's output [n,C] at a column, from the codes that were set to its left.
+
+        Columns are asked for in order, once each; the next call overwrites what this one returned.
+        """
         return self._horizontal.run(column)
 
     def logits(self, features: Tensor) -> Tensor:
@@ -70,12 +81,13 @@ class IncrementalPrior:
         return torch.addmm(last_bias, torch.addmm(bias, features.relu(), widen).relu_(), narrow)
 
     def set_codes(self, column: int, codes: Tensor) -> None:
-        """Set the codes [n] of a column of the present row."""
-        torch.index_select(self._embeddings, 0, codes, out=self._horizontal.columns[column].embedded)
+        """Set the codes [n] of a column of the present row, once."""
+        embedded = torch.index_select(self._embeddings, 0, codes, out=self._columns[column])
+        self._horizontal.look_back(column, embedded)
 
     def select(self, samples: Tensor) -> None:
         """Continue, between two rows, with these samples [n], indices of the present ones."""
-        self._horizontal.row.copy_(self._horizontal.row[:, samples])
+        self._embedded.copy_(self._embedded[:, samples])
         for layer in self._vertical:
             layer.select(samples)
 
@@ -83,17 +95,16 @@ class IncrementalPrior:
 class _VerticalStack:
     """Holds the vertical stack of one layer: its weights as matrices, and the last rows of its input.
 
-    The rows are stored as the patches that the kernel sees, so that one product is the whole convolution. They form a
-    ring buffer: the newest row replaces the oldest, and for each place of the oldest there is a copy of the weights
-    shifted by as many rows.
+    The rows form a ring buffer: the newest row replaces the oldest, and for each place of the oldest there is a copy of
+    the weights shifted by as many rows.
     """
 
     def __init__(self, layer: GatedLayer, num_samples: int, width: int, label_bias: Tensor | None) -> None:
         down, link = layer.vertical.conv, layer.vertical_to_horizontal
         channels, (num_rows, num_columns), reach = down.in_channels, down.kernel_size, layer.vertical.reach
-        scale = 1 if layer.first else 2  # of the input, which is half the gated output of the layer before
-        taps = double_features(rearrange(_taps(down) * scale, "(row col) c out -> row (col c) out", row=num_rows))
-        self.shifted_weights = [taps.roll(shift, dims=0).flatten(0, 1) for shift in range(num_rows)]
+        sign = 1 if layer.first else -1  # of the input, which is the negated output of the gate before
+        taps = double_features(rearrange(_taps(down) * sign, "(row col) c out -> col row c out", row=num_rows))
+        self.shifted_weights = [list(taps.roll(shift, dims=1).flatten(1, 2)) for shift in range(num_rows)]
         self.oldest = 0  # the place of the oldest row
         self.link = double_features(_taps(link)[0])
         self.link[:channels] /= 2  # which meet the doubled features
@@ -103,96 +114,76 @@ class _VerticalStack:
             bias, link_bias = bias + above, link_bias + left
         self.bias, self.link_bias = double_features(bias), double_features(link_bias)
 
-        padded_row = down.weight.new_zeros(width + 2 * reach, num_samples, channels)
-        self.row = padded_row[reach : reach + width]
-        self.windows = padded_row.unfold(0, num_columns, 1).movedim(3, 2)  # [W,n,columns,C] of the row, overlapping
-        self.patches = down.weight.new_zeros(width, num_samples, num_rows, num_columns, channels)
-        self.rows, self.flat_patches = self.patches.unbind(2), self.patches.flatten(2).flatten(0, 1)
+        self.padded = down.weight.new_zeros(width + 2 * reach, num_samples, num_rows, channels)
+        self.rows = self.padded[reach : reach + width].unbind(2)
+        self.seen = [self.padded[tap : tap + width].flatten(2).flatten(0, 1) for tap in range(num_columns)]
 
-    def push(self, row: Tensor) -> None:
-        """Take the next row [W,n,C] of the input in place of the oldest."""
-        self.row.copy_(row)
-        self.rows[self.oldest].copy_(self.windows)
+    def next_row(self) -> Tensor:
+        """Return where the next row [W,n,C] of the input is to be written, in place of the oldest."""
+        row = self.rows[self.oldest]
         self.oldest = (self.oldest + 1) % len(self.rows)
+        return row
 
     def select(self, samples: Tensor) -> None:
         """Continue with these samples [n], indices of the present ones."""
-        self.patches.copy_(self.patches[:, samples])
+        self.padded.copy_(self.padded[:, samples])
         self.bias, self.link_bias = self.bias[samples], self.link_bias[samples]
 
-    def run(self, output: Tensor, to_horizontal: Tensor) -> Tensor:
-        """Run over the rows that are kept: fills `to_horizontal` [W,n,2C], overwrites `output` [W,n,2C].
+    def run(self, output: Tensor, linked: Tensor, from_above: Tensor) -> None:
+        """Run over the rows that are kept.
 
-        Returns half the gated output, [W,n,C].
+        Args:
+            output: [W,n,2C], is overwritten with what the gate of this stack takes.
+            linked: [W,n,2C], is overwritten.
+            from_above: [n,W,2C], is overwritten with what the horizontal stack gets, all biases included.
         """
         output.copy_(self.bias)
         flat = output.flatten(0, 1)  # [(W n),2C]
-        flat.addmm_(self.flat_patches, self.shifted_weights[self.oldest])
-        torch.mm(flat, self.link, out=to_horizontal.flatten(0, 1))
-        to_horizontal += self.link_bias
-        return half_gated(output)
-
-
-class _Column(NamedTuple):
-    """What the horizontal stack reads and writes at one column: views, made once."""
-
-    from_above: Tensor  # [L,n,2C]
-    past: list[Tensor]  # [L-1,n,C] for each column that the kernel reaches left
-    first: list[Tensor]  # [n,C], the same of the first layer
-    outputs: list[Tensor]  # [n,C] of each layer
-    embedded: Tensor  # [n,C], the codes that are set here
+        for seen, weights in zip(self.seen, self.shifted_weights[self.oldest], strict=True):
+            flat.addmm_(seen, weights)
+        torch.mm(flat, self.link, out=linked.flatten(0, 1))
+        torch.add(linked.transpose(0, 1), self.link_bias[:, None], out=from_above)
 
 
 class _HorizontalStack:
-    """Holds the horizontal stacks of all layers, and what they compute over one row.
+    """Holds the horizontal stacks of all layers, and what their gates take over one row.
 
     The first layer sees the embedded codes left of a column, and not the column itself; every later one sees the
     outputs of the layer before, those of the same column included.
     """
 
     def __init__(self, layers: list[GatedLayer], like: Tensor, num_samples: int, width: int) -> None:
-        channels, (first_layer, *later_layers) = layers[0].output.in_channels, layers
-        first_reach, reach = first_layer.horizontal.reach, layers[-1].horizontal.reach
-        taps = [double_features(_taps(layer.horizontal.conv)) for layer in later_layers]
-        self.first_taps = list(double_features(_taps(first_layer.horizontal.conv)))
-        self.past_taps = [torch.stack([each[tap] for each in taps]) for tap in range(reach) if taps]
-        self.present_taps = [each[reach] for each in taps]
+        self.weights = [_rightward(layer.horizontal.conv) for layer in layers]  # [C,(columns 2C)]
         self.output_matrices = [output_matrix(layer.output) for layer in layers]
-
-        self.from_above = like.new_zeros(len(layers), width, num_samples, 2 * channels)  # with all biases of the gates
-        embedded = like.new_zeros(first_reach + width, num_samples, channels)
-        self.row = embedded[first_reach:]  # [W,n,C] embedded codes of the present row
-        outputs = like.new_zeros(len(layers), reach + width, num_samples, channels)
-        self.columns = [
-            _Column(
-                from_above=self.from_above[:, column],
-                past=[outputs[:-1, column + tap] for tap in range(len(self.past_taps))],
-                first=[embedded[column + tap] for tap in range(first_reach)],
-                outputs=list(outputs[:, column + reach]),
-                embedded=self.row[column],
-            )
+        channels, reach = layers[0].output.in_channels, max(layer.horizontal.reach for layer in layers)
+        before = like.new_zeros(len(layers), num_samples, width + reach, 2 * channels)  # the gate; past W never read
+        self.from_above = before[:, :, :width].unbind()  # where they begin, with all biases of the gates
+        flat = before.flatten(2)  # [L,n,(columns 2C)]
+        self.before = [list(flat[:, :, 2 * channels * column :][..., : 2 * channels]) for column in range(width)]
+        self.reached = [
+            [
+                each[:, 2 * channels * (column + layer.first) :][:, : weights.shape[1]]
+                for each, layer, weights in zip(flat, layers, self.weights, strict=True)
+            ]
             for column in range(width)
         ]
-        self.before = like.new_zeros(len(layers), num_samples, 2 * channels)  # what the gates take
-        self.first_before, *self.later_before = self.before
         self.gate = FoldedGate(like, num_samples, channels)
+        self.present = like.new_zeros(num_samples, channels)
+
+    def look_back(self, column: int, embedded: Tensor) -> None:
+        """Let the first layer see the embedded codes [n,C] of a column."""
+        self.reached[column][0].addmm_(embedded, self.weights[0])
 
     def run(self, column: int) -> Tensor:
         """Return the last layer's output [n,C] at a column."""
-        here = self.columns[column]
-        self.before.copy_(here.from_above)
-        for past, weights in zip(here.past, self.past_taps, strict=True):
-            self.before[1:].baddbmm_(past, weights)
-        for embedded, weight in zip(here.first, self.first_taps, strict=True):
-            self.first_before.addmm_(embedded, weight)
-        present, *outputs = here.outputs
-        torch.mm(self.gate(self.first_before), self.output_matrices[0], out=present)
-        for before, weight, matrix, output in zip(
-            self.later_before, self.present_taps, self.output_matrices[1:], outputs, strict=True
+        first, *later = self.before[column]
+        torch.mm(self.gate(first), self.output_matrices[0], out=self.present)
+        for before, reached, weights, matrix in zip(
+            later, self.reached[column][1:], self.weights[1:], self.output_matrices[1:], strict=True
         ):
-            gated = self.gate(before.addmm_(present, weight))
-            present = torch.addmm(present, gated, matrix, out=output)
-        return present
+            reached.addmm_(self.present, weights)
+            self.present.addmm_(self.gate(before), matrix)
+        return self.present
 
 
 def gated_layers(prior: GatedPixelCNN) -> list[GatedLayer]:
@@ -219,3 +210,10 @@ def _taps(convolution: nn.Conv2d) -> Tensor:
 def _bias(convolution: nn.Conv2d) -> Tensor:
     assert convolution.bias is not None
     return convolution.bias
+
+
+def _rightward(convolution: nn.Conv2d) -> Tensor:
+    """Return [in,(columns out)]: what a column gives to the nearest column that sees it, to the next one right of that,
+    and so on; what gets it are the outputs before a gate."""
+    taps = double_features(_taps(convolution)).flip(0)  # the last tap is the nearest column
+    return rearrange(taps, "col c out -> c (col out)").contiguous()
