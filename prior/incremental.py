@@ -8,17 +8,12 @@ Over a grid this is the arithmetic of one forward pass.
     start_row() -> for each column: features(column) -> logits -> choose -> set_codes(column, codes) -> start_row() ...
 
 A column of few samples is little work, so what counts there is the number of operations. Convolutions are matrix
-products that read and write where the values stay, and nothing is copied:
+products that read and write where the values stay (`kept_rows.py` for the vertical stack); what an output of the
+horizontal stack adds to its own position and to those right of it is one product. The first layer sees codes, so its
+convolutions look up in tables. The gate is folded into the weights around it (`folded_gate.py`). That leaves four
+operations for a layer and a column, into buffers that are made once.
 
-    vertical      rows are stored with positions before samples before (rows of the kernel, channels): what a column of
-                  the kernel sees of all positions is one contiguous matrix, and the next column's is shifted by one.
-    horizontal    rows are stored with samples before positions: what an output adds to its own position and to those
-                  right of it is one product, added in place to what these positions are to be.
-
-The gate is folded into the weights around it (`folded_gate.py`). That leaves four operations for a layer and a column,
-into buffers that are made once.
-
-Legend: n samples, L layers, W columns of the grid, C channels, K codes, r = k // 2 columns that a kernel reaches left.
+Legend: n samples, L layers, W columns of the grid, C channels, K codes.
 """
 
 import torch
@@ -26,6 +21,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from .folded_gate import FoldedGate, double_features, negated_gate, output_matrix
+from .kept_rows import KeptCodes, KeptRows
 from .layers import GatedLayer
 from .model import GatedPixelCNN
 
@@ -44,29 +40,29 @@ class IncrementalPrior:
     """
 
     def __init__(self, prior: GatedPixelCNN, num_samples: int, width: int, labels: Tensor | None) -> None:
-        layers, like = gated_layers(prior), prior.embedding.weight
+        layers, embeddings = gated_layers(prior), prior.embedding.weight.detach()
         biases = [None if layer.label_bias is None or labels is None else layer.label_bias(labels) for layer in layers]
-        self._embeddings = like.detach()
-        self._embedded = like.new_zeros(width, num_samples, prior.config.channels)  # codes of the present row
-        self._columns = self._embedded.unbind()
-        self._vertical = [_VerticalStack(layer, num_samples, width, b) for layer, b in zip(layers, biases, strict=True)]
-        self._horizontal = _HorizontalStack(layers, like, num_samples, width)
+        self._embeddings = embeddings
+        self._codes = torch.zeros(width, num_samples, dtype=torch.int64, device=embeddings.device)  # of the present row
+        self._columns = self._codes.unbind()
+        self._rows = [_kept_rows(layer, embeddings, num_samples, width) for layer in layers]
+        self._vertical = [_VerticalStack(layer, num_samples, b) for layer, b in zip(layers, biases, strict=True)]
+        self._horizontal = _HorizontalStack(layers, embeddings, num_samples, width)
         self._head = [(_taps(layer)[0], _bias(layer)) for layer in head_convolutions(prior)]
-        self._buffers = like.new_zeros(2, width, num_samples, 2 * prior.config.channels)  # of each vertical layer
+        self._buffers = embeddings.new_zeros(2, width, num_samples, 2 * prior.config.channels)  # of each layer in turn
         self._started = False
 
     def start_row(self) -> None:
         """Run the vertical stack for the next row, from the codes that were set in the rows above."""
+        first, *others = self._rows
         if self._started:
-            self._vertical[0].next_row().copy_(self._embedded)
+            first.next_row().copy_(self._codes if isinstance(first, KeptCodes) else self._embeddings[self._codes])
         self._started = True
         output, linked = self._buffers
-        for layer, following, from_above in zip(
-            self._vertical, [*self._vertical[1:], None], self._horizontal.from_above, strict=True
-        ):
-            layer.run(output, linked, from_above)
-            if following is not None:
-                negated_gate(output, out=following.next_row())
+        for index, layer in enumerate(self._vertical):
+            layer.run(self._rows[index], output, linked, self._horizontal.from_above[index])
+            if index < len(others):
+                negated_gate(output, out=others[index].next_row())
 
     def features(self, column: int) -> Tensor:
         """Return the horizontal stack's output [n,C] at a column, from the codes that were set to its left.
@@ -82,65 +78,46 @@ class IncrementalPrior:
 
     def set_codes(self, column: int, codes: Tensor) -> None:
         """Set the codes [n] of a column of the present row, once."""
-        embedded = torch.index_select(self._embeddings, 0, codes, out=self._columns[column])
-        self._horizontal.look_back(column, embedded)
+        self._columns[column].copy_(codes)
+        self._horizontal.look_back(column, codes)
 
     def select(self, samples: Tensor) -> None:
         """Continue, between two rows, with these samples [n], indices of the present ones."""
-        self._embedded.copy_(self._embedded[:, samples])
-        for layer in self._vertical:
+        self._codes.copy_(self._codes[:, samples])
+        for rows, layer in zip(self._rows, self._vertical, strict=True):
+            rows.select(samples)
             layer.select(samples)
 
 
 class _VerticalStack:
-    """Holds the vertical stack of one layer: its weights as matrices, and the last rows of its input.
+    """Holds the biases of one layer's vertical stack, and its link to the horizontal stack as a matrix."""
 
-    The rows form a ring buffer: the newest row replaces the oldest, and for each place of the oldest there is a copy of
-    the weights shifted by as many rows.
-    """
-
-    def __init__(self, layer: GatedLayer, num_samples: int, width: int, label_bias: Tensor | None) -> None:
+    def __init__(self, layer: GatedLayer, num_samples: int, label_bias: Tensor | None) -> None:
         down, link = layer.vertical.conv, layer.vertical_to_horizontal
-        channels, (num_rows, num_columns), reach = down.in_channels, down.kernel_size, layer.vertical.reach
-        sign = 1 if layer.first else -1  # of the input, which is the negated output of the gate before
-        taps = double_features(rearrange(_taps(down) * sign, "(row col) c out -> col row c out", row=num_rows))
-        self.shifted_weights = [list(taps.roll(shift, dims=1).flatten(1, 2)) for shift in range(num_rows)]
-        self.oldest = 0  # the place of the oldest row
         self.link = double_features(_taps(link)[0])
-        self.link[:channels] /= 2  # which meet the doubled features
+        self.link[: down.in_channels] /= 2  # which meet the doubled features
         bias, link_bias = (x.expand(num_samples, -1) for x in (_bias(down), _bias(layer.horizontal.conv) + _bias(link)))
         if label_bias is not None:
             above, left = label_bias.chunk(2, dim=1)
             bias, link_bias = bias + above, link_bias + left
         self.bias, self.link_bias = double_features(bias), double_features(link_bias)
 
-        self.padded = down.weight.new_zeros(width + 2 * reach, num_samples, num_rows, channels)
-        self.rows = self.padded[reach : reach + width].unbind(2)
-        self.seen = [self.padded[tap : tap + width].flatten(2).flatten(0, 1) for tap in range(num_columns)]
-
-    def next_row(self) -> Tensor:
-        """Return where the next row [W,n,C] of the input is to be written, in place of the oldest."""
-        row = self.rows[self.oldest]
-        self.oldest = (self.oldest + 1) % len(self.rows)
-        return row
-
     def select(self, samples: Tensor) -> None:
         """Continue with these samples [n], indices of the present ones."""
-        self.padded.copy_(self.padded[:, samples])
         self.bias, self.link_bias = self.bias[samples], self.link_bias[samples]
 
-    def run(self, output: Tensor, linked: Tensor, from_above: Tensor) -> None:
+    def run(self, rows: KeptRows | KeptCodes, output: Tensor, linked: Tensor, from_above: Tensor) -> None:
         """Run over the rows that are kept.
 
         Args:
+            rows: the input.
             output: [W,n,2C], is overwritten with what the gate of this stack takes.
             linked: [W,n,2C], is overwritten.
             from_above: [n,W,2C], is overwritten with what the horizontal stack gets, all biases included.
         """
         output.copy_(self.bias)
         flat = output.flatten(0, 1)  # [(W n),2C]
-        for seen, weights in zip(self.seen, self.shifted_weights[self.oldest], strict=True):
-            flat.addmm_(seen, weights)
+        rows.add_to(flat)
         torch.mm(flat, self.link, out=linked.flatten(0, 1))
         torch.add(linked.transpose(0, 1), self.link_bias[:, None], out=from_above)
 
@@ -152,38 +129,37 @@ class _HorizontalStack:
     outputs of the layer before, those of the same column included.
     """
 
-    def __init__(self, layers: list[GatedLayer], like: Tensor, num_samples: int, width: int) -> None:
-        self.weights = [_rightward(layer.horizontal.conv) for layer in layers]  # [C,(columns 2C)]
-        self.output_matrices = [output_matrix(layer.output) for layer in layers]
+    def __init__(self, layers: list[GatedLayer], embeddings: Tensor, num_samples: int, width: int) -> None:
+        first_weights, *weights = [_rightward(layer.horizontal.conv) for layer in layers]
+        self.table = embeddings @ first_weights  # [K,(columns 2C)], what each code gives to the columns right of it
+        self.first_matrix, *matrices = [output_matrix(layer.output) for layer in layers]
         channels, reach = layers[0].output.in_channels, max(layer.horizontal.reach for layer in layers)
-        before = like.new_zeros(len(layers), num_samples, width + reach, 2 * channels)  # the gate; past W never read
-        self.from_above = before[:, :, :width].unbind()  # where they begin, with all biases of the gates
-        flat = before.flatten(2)  # [L,n,(columns 2C)]
-        self.before = [list(flat[:, :, 2 * channels * column :][..., : 2 * channels]) for column in range(width)]
-        self.reached = [
-            [
-                each[:, 2 * channels * (column + layer.first) :][:, : weights.shape[1]]
-                for each, layer, weights in zip(flat, layers, self.weights, strict=True)
-            ]
+        # what the gates take, with samples before positions: what a column gives is one matrix; past W nothing is read
+        before = embeddings.new_zeros(len(layers), num_samples, width + reach, 2 * channels)
+        self.from_above = before[:, :, :width].unbind()  # where it begins, with all biases
+        self.first_before, *later_before = [list(each.unbind(1)) for each in before]
+        first_flat, *flat = before.flatten(2)  # [n,(columns 2C)]
+        size = 2 * channels
+        self.first_reached = first_flat[:, size:].unfold(1, self.table.shape[1], size).unbind(1)
+        reached = [x.unfold(1, w.shape[1], size).unbind(1) for x, w in zip(flat, weights, strict=True)]
+        self.later = [
+            [(b[column], r[column], w, m) for b, r, w, m in zip(later_before, reached, weights, matrices, strict=True)]
             for column in range(width)
         ]
-        self.gate = FoldedGate(like, num_samples, channels)
-        self.present = like.new_zeros(num_samples, channels)
+        self.gate = FoldedGate(embeddings, num_samples, channels)
+        self.present = embeddings.new_zeros(num_samples, channels)
 
-    def look_back(self, column: int, embedded: Tensor) -> None:
-        """Let the first layer see the embedded codes [n,C] of a column."""
-        self.reached[column][0].addmm_(embedded, self.weights[0])
+    def look_back(self, column: int, codes: Tensor) -> None:
+        """Let the first layer see the codes [n] of a column, from the columns right of it."""
+        self.first_reached[column].add_(self.table.index_select(0, codes))
 
     def run(self, column: int) -> Tensor:
         """Return the last layer's output [n,C] at a column."""
-        first, *later = self.before[column]
-        torch.mm(self.gate(first), self.output_matrices[0], out=self.present)
-        for before, reached, weights, matrix in zip(
-            later, self.reached[column][1:], self.weights[1:], self.output_matrices[1:], strict=True
-        ):
-            reached.addmm_(self.present, weights)
-            self.present.addmm_(self.gate(before), matrix)
-        return self.present
+        present = torch.mm(self.gate(self.first_before[column]), self.first_matrix, out=self.present)
+        for before, reached, weights, matrix in self.later[column]:
+            reached.addmm_(present, weights)
+            present.addmm_(self.gate(before), matrix)
+        return present
 
 
 def gated_layers(prior: GatedPixelCNN) -> list[GatedLayer]:
@@ -200,6 +176,17 @@ def head_convolutions(prior: GatedPixelCNN) -> list[nn.Conv2d]:
     if found != [nn.ReLU, nn.Conv2d, nn.ReLU, nn.Conv2d]:
         raise TypeError(f"to_logits: expected ReLU, Conv2d, ReLU, Conv2d, got {[kind.__name__ for kind in found]}")
     return [layer for layer in prior.to_logits if isinstance(layer, nn.Conv2d)]
+
+
+def _kept_rows(layer: GatedLayer, embeddings: Tensor, num_samples: int, width: int) -> KeptRows | KeptCodes:
+    """Return the input of a layer's vertical stack, no row there yet."""
+    convolution = layer.vertical.conv
+    taps = double_features(rearrange(convolution.weight, "out c row col -> row col c out"))
+    if not layer.first:
+        return KeptRows(-taps, num_samples, width)  # which meet the negated output of the gate before
+    if embeddings.device.type == "cpu" and len(embeddings) <= num_samples * width:  # the table costs as much as one row
+        return KeptCodes(embeddings, taps, num_samples, width)
+    return KeptRows(taps, num_samples, width)
 
 
 def _taps(convolution: nn.Conv2d) -> Tensor:
