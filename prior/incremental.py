@@ -34,22 +34,35 @@ class IncrementalPrior:
         num_samples: n.
         width: W.
         labels: [n] on the prior's device, or None.
+        vertical_dtype: in which the vertical stack is computed; None for that of the prior. What it gives the
+            horizontal stack, the residual stream and the logits stay in that of the prior. bfloat16, on
+            processors that multiply in it: 64 grids of 32x32 take 0.76 times the time, one grid 1.1 times.
 
     Raises:
         TypeError: the prior has a layer that is not computed here.
     """
 
-    def __init__(self, prior: GatedPixelCNN, num_samples: int, width: int, labels: Tensor | None) -> None:
+    def __init__(
+        self,
+        prior: GatedPixelCNN,
+        num_samples: int,
+        width: int,
+        labels: Tensor | None,
+        *,
+        vertical_dtype: torch.dtype | None = None,
+    ) -> None:
         layers, embeddings = gated_layers(prior), prior.embedding.weight.detach()
+        dtype = vertical_dtype or embeddings.dtype
         biases = [None if layer.label_bias is None or labels is None else layer.label_bias(labels) for layer in layers]
         self._embeddings = embeddings
         self._codes = torch.zeros(width, num_samples, dtype=torch.int64, device=embeddings.device)  # of the present row
         self._columns = self._codes.unbind()
-        self._rows = [_kept_rows(layer, embeddings, num_samples, width) for layer in layers]
-        self._vertical = [_VerticalStack(layer, num_samples, b) for layer, b in zip(layers, biases, strict=True)]
+        self._rows = [_kept_rows(layer, embeddings, num_samples, width, dtype) for layer in layers]
+        self._vertical = [_VerticalStack(layer, num_samples, b, dtype) for layer, b in zip(layers, biases, strict=True)]
         self._horizontal = _HorizontalStack(layers, embeddings, num_samples, width)
         self._head = [(_taps(layer)[0], _bias(layer)) for layer in head_convolutions(prior)]
-        self._buffers = embeddings.new_zeros(2, width, num_samples, 2 * prior.config.channels)  # of each layer in turn
+        size = (width, num_samples, 2 * prior.config.channels)
+        self._buffers = embeddings.new_zeros(2, *size, dtype=dtype)  # of each layer's vertical stack in turn
         self._started = False
 
     def start_row(self) -> None:
@@ -92,10 +105,11 @@ class IncrementalPrior:
 class _VerticalStack:
     """Holds the biases of one layer's vertical stack, and its link to the horizontal stack as a matrix."""
 
-    def __init__(self, layer: GatedLayer, num_samples: int, label_bias: Tensor | None) -> None:
+    def __init__(self, layer: GatedLayer, num_samples: int, label_bias: Tensor | None, dtype: torch.dtype) -> None:
         down, link = layer.vertical.conv, layer.vertical_to_horizontal
-        self.link = double_features(_taps(link)[0])
-        self.link[: down.in_channels] /= 2  # which meet the doubled features
+        matrix = double_features(_taps(link)[0])
+        matrix[: down.in_channels] /= 2  # which meet the doubled features
+        self.link = matrix.to(dtype)
         bias, link_bias = (x.expand(num_samples, -1) for x in (_bias(down), _bias(layer.horizontal.conv) + _bias(link)))
         if label_bias is not None:
             above, left = label_bias.chunk(2, dim=1)
@@ -178,15 +192,17 @@ def head_convolutions(prior: GatedPixelCNN) -> list[nn.Conv2d]:
     return [layer for layer in prior.to_logits if isinstance(layer, nn.Conv2d)]
 
 
-def _kept_rows(layer: GatedLayer, embeddings: Tensor, num_samples: int, width: int) -> KeptRows | KeptCodes:
+def _kept_rows(
+    layer: GatedLayer, embeddings: Tensor, num_samples: int, width: int, dtype: torch.dtype
+) -> KeptRows | KeptCodes:
     """Return the input of a layer's vertical stack, no row there yet."""
     convolution = layer.vertical.conv
     taps = double_features(rearrange(convolution.weight, "out c row col -> row col c out"))
     if not layer.first:
-        return KeptRows(-taps, num_samples, width)  # which meet the negated output of the gate before
+        return KeptRows(-taps.to(dtype), num_samples, width)  # which meet the negated output of the gate before
     if embeddings.device.type == "cpu" and len(embeddings) <= num_samples * width:  # the table costs as much as one row
         return KeptCodes(embeddings, taps, num_samples, width)
-    return KeptRows(taps, num_samples, width)
+    return KeptRows(taps.to(dtype), num_samples, width)
 
 
 def _taps(convolution: nn.Conv2d) -> Tensor:
