@@ -1,16 +1,15 @@
-"""The gate and the 1x1 convolution after it as one sigmoid, one product and one matrix product.
+"""The gate and the 1x1 convolution after it as one sigmoid, one fused product and one matrix product.
 
 With s the sigmoid, a and b the two halves that come before the gate, W and c the weight and bias of the convolution:
 
     gate(a, b)          = tanh(a) s(b)                          [1, eq. 2]
     tanh(a)             = 2 s(2a) - 1
-    gate(a, b)          = 2 s(2a) s(b) - s(b)
-    W gate(a, b) + c    = 2W (s(2a) s(b))  -  W s(b)  +  c
-                        = [2W, -W, c] [s(2a) s(b); s(b); 1]
+    -gate(a, b)         = s(b) - 2 s(2a) s(b)
+    W gate(a, b) + c    = [-W, c] [-gate(a, b); 1]
 
-So whatever computes a and b gives 2a and b, for which the first half of its outputs is doubled (`double_features`), and
-the convolution becomes one matrix (`output_matrix`) that meets what `FoldedGate` holds. Where the gated values
-themselves are wanted, s(2a) s(b) - s(b) / 2 is half of them (`half_gated`), and the weights they meet are doubled.
+So whatever computes a and b gives 2a and b, for which the first half of its outputs is doubled (`double_features`);
+the weights that meet the gated values are negated; and the convolution becomes one matrix (`output_matrix`) that meets
+what `FoldedGate` holds. A tanh of its own would take longer than the matrix product.
 
 Legend: n samples, C channels.
 
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 
 
 class FoldedGate:
-    """Computes [s(2a) s(b); s(b); 1] of n samples, into a buffer that is made once.
+    """Computes [-gate(a, b); 1] of n samples, into a buffer that is made once.
 
     Args:
         like: a tensor of the type and on the device to compute in.
@@ -31,21 +30,22 @@ class FoldedGate:
     """
 
     def __init__(self, like: Tensor, num_samples: int, channels: int) -> None:
-        self._buffer = like.new_ones(num_samples, 2 * channels + 1)
-        self._sigmoids = self._buffer[:, :-1]
-        self._product, self._gates = self._buffer[:, :channels], self._buffer[:, channels:-1]
+        self._sigmoids = like.new_empty(num_samples, 2 * channels)
+        self._features, self._gates = self._sigmoids.chunk(2, dim=1)
+        self._buffer = like.new_ones(num_samples, channels + 1)
+        self._negated = self._buffer[:, :-1]
 
     def __call__(self, before: Tensor) -> Tensor:
-        """Return [n,2C+1] of `before` [n,2C], which holds 2a and b; the next call overwrites it."""
+        """Return [n,C+1] of `before` [n,2C], which holds 2a and b; the next call overwrites it."""
         torch.sigmoid(before, out=self._sigmoids)
-        self._product.mul_(self._gates)
+        torch.addcmul(self._gates, self._features, self._gates, value=-2, out=self._negated)
         return self._buffer
 
 
-def half_gated(before: Tensor) -> Tensor:
-    """Return gate(a, b) / 2 [...,C] of `before` [...,2C], which holds 2a and b and is overwritten."""
+def negated_gate(before: Tensor, out: Tensor) -> None:
+    """Write -gate(a, b) to `out` [...,C], from `before` [...,2C], which holds 2a and b and is overwritten."""
     features, gates = before.sigmoid_().chunk(2, dim=-1)
-    return features.mul_(gates).sub_(gates, alpha=0.5)
+    torch.addcmul(gates, features, gates, value=-2, out=out)
 
 
 def double_features(outputs: Tensor) -> Tensor:
@@ -55,7 +55,6 @@ def double_features(outputs: Tensor) -> Tensor:
 
 
 def output_matrix(convolution: nn.Conv2d) -> Tensor:
-    """Return the 1x1 convolution after a gate as the matrix [2C+1,C_out] that meets what `FoldedGate` returns."""
+    """Return the 1x1 convolution after a gate as the matrix [C+1,C_out] that meets what `FoldedGate` returns."""
     assert convolution.bias is not None
-    weight = convolution.weight[:, :, 0, 0].T
-    return torch.cat([2 * weight, -weight, convolution.bias[None]])
+    return torch.cat([-convolution.weight[:, :, 0, 0].T, convolution.bias[None]])

@@ -127,8 +127,8 @@ def draw_in_batches(
 def most_at_once(prior: GatedPixelCNN, width: int) -> int:
     """Return how many grids of this width the network can run over at a time, for MOST_ACTIVATIONS in all."""
     config = prior.config
-    patch = (config.kernel_size // 2 + 1) * config.kernel_size  # of the vertical stack's input, that each layer keeps
-    for_each = config.num_layers * width * config.channels * (2 + 1 + patch)
+    rows = config.kernel_size // 2 + 1  # of the vertical stack's input, that each layer keeps
+    for_each = config.num_layers * width * config.channels * (2 + rows)
     return max(1, MOST_ACTIVATIONS // for_each)
 
 

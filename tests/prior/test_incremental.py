@@ -87,6 +87,23 @@ def test_selected_samples_go_on_as_if_there_had_been_no_others(
         torch.testing.assert_close(found, prior(codes, labels)[:, :, row], rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "least", "most"), [(torch.float32, 1e-9, 1e-5), (torch.bfloat16, 1e-4, 0.3), (None, 0, 1e-12)]
+)
+@pytest.mark.parametrize("num_samples", [1, 5])
+@torch.no_grad()
+def test_the_vertical_stack_alone_is_computed_in_its_type(
+    dtype: torch.dtype | None, least: float, most: float, num_samples: int
+) -> None:
+    """The top row of the grid sees no row above, and the type of the bias alone."""
+    prior = tiny_prior()
+    codes = torch.randint(5, (num_samples, 4, 3), generator=generator())
+    rows = rows_of_logits(IncrementalPrior(prior, num_samples, 3, None, vertical_dtype=dtype), codes)
+    error = (torch.stack(rows, dim=2) - prior(codes)).abs()
+    assert rows[0].dtype == torch.float64
+    assert least <= float(error.max()) < most
+
+
 def test_a_layer_that_is_not_known_is_refused_and_not_left_out() -> None:
     class Louder(GatedLayer):
         """Computes something else, and is a GatedLayer by its type."""
