@@ -2,9 +2,7 @@
 
 import math
 import random
-from bisect import bisect_right
 from collections.abc import Callable
-from itertools import accumulate, product
 from typing import Any
 
 import pytest
@@ -14,33 +12,20 @@ from torch import Tensor
 from prior import GatedPixelCNN, complete_codes, raster, sample_codes
 from prior.completion import known_after_unknown
 
+from .filter_oracles import (
+    code_shares,
+    conditional,
+    distance,
+    filtered_slowly,
+    law_of_the_filter,
+    marked,
+    two_sample_tail,
+)
 from .oracles import Grid, all_grids, chi_square_tail, count, generator, tiny_prior
 
 SURE = 1e-3  # as in test_sampling
 LATER: list[dict[tuple[int, int], int]] = [{(1, 0): 1}, {(0, 2): 1}, {(0, 2): 1, (1, 1): 2}, {(0, 1): 2, (1, 0): 2}]
 LATER_IN: list[Grid] = [(2, 2), (1, 3), (2, 3), (3, 2)]
-
-
-def marked(grid: Grid, marks: dict[tuple[int, int], int]) -> Tensor:
-    known = torch.full(grid, -1)
-    for place, code in marks.items():
-        known[place] = code
-    return known
-
-
-def conditional(prior: GatedPixelCNN, known: Tensor, label: Tensor | None = None) -> tuple[Tensor, float]:
-    """p(grid | known) of every grid there is, and p(known)."""
-    grid = (known.shape[0], known.shape[1])
-    everything, joint = all_grids(prior, grid, label)
-    fits = ((everything == known) | (known == -1)).flatten(1).all(dim=1)
-    share = torch.tensor(joint, dtype=torch.float64) * fits
-    return share / share.sum(), float(share.sum())
-
-
-def distance(drawn: Tensor, share: Tensor) -> float:
-    """Total variation between what was drawn and what should be: 0 the same, 1 nothing in common."""
-    counts = torch.tensor(count(drawn, 3), dtype=torch.float64)
-    return float((counts / counts.sum() - share).abs().sum() / 2)
 
 
 # The distribution
@@ -63,29 +48,6 @@ def test_particles_bring_the_samples_to_the_exact_conditional(
     for codes in drawn.values():
         assert ((codes == known) | (known == -1)).all()
         assert codes.min() >= 0
-
-
-@torch.no_grad()
-def law_of_the_filter(prior: GatedPixelCNN, known: Tensor, num_particles: int) -> Tensor:
-    """The probability of every grid when, of m grids drawn independently, one is chosen by its weight, by enumeration.
-
-    It holds where nothing is weighed after a resampling, for systematic resampling alone changes no probability. A
-    weight is the probability of the known codes given what is before them.
-    """
-    grid = (known.shape[0], known.shape[1])
-    everything, joint = all_grids(prior, grid)
-    fits = ((everything == known) | (known == -1)).flatten(1).all(dim=1)
-    logits = prior(everything)
-    each = logits.log_softmax(dim=1).gather(1, everything[:, None])[:, 0]  # log p of each code
-    weights = torch.where(known == -1, 0.0, each).flatten(1).sum(dim=1).exp()
-    drawn = torch.where(known == -1, each, 0.0).flatten(1).sum(dim=1).exp() * fits
-    law = torch.zeros(len(joint), dtype=torch.float64)
-    possible = torch.nonzero(fits)[:, 0].tolist()
-    for particles in product(possible, repeat=num_particles):
-        chance, total = drawn[list(particles)].prod(), weights[list(particles)].sum()
-        for particle in particles:
-            law[particle] += chance * weights[particle] / total
-    return law
 
 
 @pytest.mark.parametrize("num_particles", [2, 3, 4])
@@ -112,36 +74,15 @@ def test_few_particles_have_the_law_that_enumeration_gives(
         assert float((law - share).abs().sum() / 2) > 0.04  # so that the exact conditional is not taken for the law
 
 
-def filtered_slowly(prior: GatedPixelCNN, known: Tensor, num_particles: int, random: random.Random) -> list[list[int]]:
-    """One completion by a particle filter in plain steps, with random numbers of its own."""
-    height, width = known.shape
-    particles, weights = [known.clamp_min(0).tolist() for _ in range(num_particles)], [1.0] * num_particles
-    for row in range(height):
-        shares = [weight / sum(weights) for weight in weights]
-        if row > 0 and 1 / sum(share**2 for share in shares) < num_particles / 2:
-            places, offset = list(accumulate(shares)), random.random()
-            chosen = [bisect_right(places, (i + offset) / num_particles) for i in range(num_particles)]
-            particles = [[list(codes) for codes in particles[min(i, num_particles - 1)]] for i in chosen]
-            weights = [1.0] * num_particles
-        for column in range(width):
-            logits = prior(torch.tensor(particles))[:, :, row, column].double().softmax(dim=1).tolist()
-            for i, shares in enumerate(logits):
-                code = int(known[row, column])
-                if code == -1:
-                    particles[i][row][column] = random.choices(range(len(shares)), shares)[0]
-                else:
-                    weights[i] *= shares[code]
-    return random.choices(particles, weights)[0]
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("num_particles", [2, 4])
 def test_weights_of_several_rows_agree_with_a_slow_filter(num_particles: int) -> None:
-    """Known codes in two rows, the second after a resampling: two samples of the same law, as far as 1500 can tell."""
+    """Known codes in two rows, the second after a resampling: two samples of the same law, as far as 4000 can tell."""
     prior = tiny_prior(num_codes=3, seed=7)
     known = marked((3, 2), {(0, 1): 1, (1, 1): 2})
     source = random.Random(0)
-    slow = torch.tensor([filtered_slowly(prior, known, num_particles, source) for _ in range(1500)])
+    shares = code_shares(prior, (3, 2))
+    slow = torch.tensor([filtered_slowly(shares, known, num_particles, source) for _ in range(4000)])
     fast = complete_codes(prior, known.expand(6000, 3, 2), candidates=num_particles, generator=generator(1))
     for places in ([(0, 0), (1, 0)], [(1, 0), (2, 0)], [(2, 0), (2, 1)]):
         one, other = (
@@ -149,14 +90,6 @@ def test_weights_of_several_rows_agree_with_a_slow_filter(num_particles: int) ->
             for drawn in (slow, fast)
         )
         assert two_sample_tail(one.tolist(), other.tolist()) > SURE
-
-
-def two_sample_tail(one: list[int], other: list[int]) -> float:
-    """How probable it is that two samples of one law differ this much or more: the tail of chi-square, 8 degrees."""
-    assert len(one) == len(other) == 9
-    a, b = sum(one), sum(other)
-    x = sum((i * (b / a) ** 0.5 - j * (a / b) ** 0.5) ** 2 / (i + j) for i, j in zip(one, other, strict=True) if i + j)
-    return math.exp(-x / 2) * sum((x / 2) ** i / math.factorial(i) for i in range(4))
 
 
 @pytest.mark.parametrize("grid", [(2, 3), (3, 2)])

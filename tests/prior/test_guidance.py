@@ -27,14 +27,19 @@ def guided_prior(**fields: Any) -> GatedPixelCNN:
     return tiny_prior(**{"num_classes": 3, "label_dropout": 0.1, **fields})
 
 
-def mild_prior() -> GatedPixelCNN:
-    """Three codes and two labels, whose guided law is still spread at s = 5 and differs between any two s and labels."""
-    prior = guided_prior(num_codes=3, num_classes=2, seed=3)
+def milder_prior(*, seed: int, labels: float, logits: float) -> GatedPixelCNN:
+    """A prior over three codes and two labels, with the effect of the labels, and all logits, scaled down."""
+    prior = guided_prior(num_codes=3, num_classes=2, seed=seed)
     with torch.no_grad():
-        prior.to_logits[-1].weight.mul_(0.25)
+        prior.to_logits[-1].weight.mul_(logits)
         for layer in prior.layers:
-            layer.label_bias.weight.mul_(0.15)
+            layer.label_bias.weight.mul_(labels)
     return prior
+
+
+def mild_prior() -> GatedPixelCNN:
+    """The guided law is still spread at s = 5, and differs between any two s and labels."""
+    return milder_prior(seed=3, labels=0.15, logits=0.25)
 
 
 def sizes_of_networks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -201,9 +206,7 @@ def test_guidance_of_0_is_no_label_in_one_batch(monkeypatch: pytest.MonkeyPatch)
 
 def test_guidance_does_nothing_without_a_label() -> None:
     prior, hidden = guided_prior(), torch.full((4,), NO_LABEL)
-    one, other = (
-        sample_codes(prior, 4, (3, 5), labels=hidden, guidance=s, generator=generator(0)) for s in (1.0, 3.0)
-    )
+    one, other = (sample_codes(prior, 4, (3, 5), labels=hidden, guidance=s, generator=generator(0)) for s in (1.0, 3.0))
     assert torch.equal(one, other)
 
 
