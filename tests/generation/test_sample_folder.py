@@ -13,9 +13,10 @@ from pipeline.errors import InputError
 from pipeline.generation import image_pipeline, sample_folder
 from pipeline.generation.image_pipeline import ImagePipeline, Sampled
 from pipeline.generation.keep_mask import half_mask
-from pipeline.generation.sample_folder import SampleOptions, complete_to_folder, sample_to_folder
+from pipeline.generation.sample_folder import SampleOptions, complete_to_folder, sample_in_batches, sample_to_folder
 from pipeline.images import png_folder
 from pipeline.images.png import GAP, tile
+from pipeline.runtime.progress import Progress
 
 from ..support import HEIGHT, WIDTH, digest_of
 
@@ -82,6 +83,16 @@ def test_an_image_is_the_same_in_any_batch(
         np.testing.assert_array_equal(found, image[0])
     assert len(digest_of(tmp_path / "batches" / "images")) == 7
     assert json.loads((tmp_path / "batches" / "sample.json").read_text("utf-8"))["finished"] == 7
+
+
+def test_without_labels_the_classes_are_taken_in_turn_over_all_batches(
+    labelled: ImagePipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Five of three classes, two at a time."""
+    monkeypatch.setitem(sample_folder.AT_ONCE, "cpu", 2)
+    batches = list(sample_in_batches(labelled, SampleOptions(n=5, seed=4), None, Progress(5, "sampling")))
+    assert [len(batch.codes) for batch in batches] == [2, 2, 1]
+    assert torch.equal(torch.cat([batch.codes for batch in batches]), labelled.sample(5, seed=4).codes)
 
 
 def interrupt_batch(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
