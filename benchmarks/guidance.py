@@ -9,6 +9,7 @@ training part: a default may be chosen by it, no test image is looked at.
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from itertools import product
 from pathlib import Path
 
@@ -86,9 +87,7 @@ def picture_over(pipeline: ImagePipeline, chosen: Sequence[SamplingParameters]) 
 
 
 def _band(pipeline: ImagePipeline, parameters: SamplingParameters) -> Image.Image:
-    images = pipeline.sample(
-        SHOWN, seed=0, guidance=parameters.guidance, temperature=parameters.temperature
-    ).images.numpy()
+    images = pipeline.sample(SHOWN, seed=0, **asdict(parameters)).images.numpy()
     half = SHOWN // 2
     rows = [beside([thumbnail(image) for image in images[start : start + half]]) for start in (0, half)]
     return below([text_line(in_words(parameters)), *rows])

@@ -29,14 +29,21 @@ from pipeline.runtime.device import choose_device
 from pipeline.training.loop import LoopSettings, run_training
 from pipeline.training.prior_stage import PriorStage
 from pipeline.training.recipes import PriorSettings
+from pipeline.training.train_prior import network_config
 from prior import GatedPixelCNN, PriorConfig, sample_codes
 
 from .timing import hardware, paired, ratio
 
 LAYERS = 15  # of the network that speed is measured on: 64 channels, K = 512
+GUIDANCE = 3  # any but 0 and 1 costs the same
 
-
-RECIPES = {"default": PriorSettings(), "adam": PriorSettings(optimizer="adam")}
+RECIPES = {
+    "default": PriorSettings(),
+    "adam": PriorSettings(optimizer="adam"),
+    "no attention": PriorSettings(attention_every=0),
+    "no dropout": PriorSettings(dropout=0),
+    "no label dropout": PriorSettings(label_dropout=0),
+}
 
 
 class Arrays:
@@ -60,36 +67,42 @@ def cli() -> None:
 
 @cli.command()
 @click.option("--device", "device_name", default="auto", show_default=True)
-def speed(device_name: str) -> None:
+@click.option("--attention-every", default=0, show_default=True, help="Layers.")
+def speed(device_name: str, attention_every: int) -> None:
     """Compare sampling with one forward pass of the same batch, and with one for every position, in float32."""
     device = choose_device(device_name)
     torch.manual_seed(0)
-    model = GatedPixelCNN(PriorConfig(num_codes=512, channels=64, num_layers=LAYERS)).to(device).eval()
-    print(
-        "| samples, grid | forward pass | sampling | sampling / forward | full forward at every position / sampling |"
+    config = PriorConfig(
+        num_codes=512, num_classes=10, num_layers=LAYERS, attention_every=attention_every, label_dropout=0.1
     )
-    print("|---|---|---|---|---|")
+    model = GatedPixelCNN(config).to(device).eval()
+    print("| samples, grid | forward pass | sampling | sampling / forward | guided / plain | forwards / sampling |")
+    print("|---|---|---|---|---|---|")
     for count, side in ((64, 8), (64, 32), (1, 32)):
         codes = torch.randint(512, (count, side, side), device=device)
+        labels = torch.arange(count, device=device) % 10
+        draw = partial(sample_codes, model, count, (side, side), labels=labels)
         steps = {
-            "forward": partial(forward, model, codes),
-            "sampling": partial(sample_codes, model, count, (side, side)),
+            "forward": partial(forward, model, codes, labels),
+            "sampling": draw,
+            "guided": partial(draw, guidance=GUIDANCE),
         }
         times = paired(steps, device, burn_in=1, rounds=9 if count * side < 2048 else 5)
         once = statistics.median(times["forward"])
         slow = ratio([side * side * seconds for seconds in times["forward"]], times["sampling"])
         print(
             f"| {count}, {side}x{side} | {once:.3f} s | {statistics.median(times['sampling']):.3f} s "
-            f"| {ratio(times['sampling'], times['forward']):.2f} | {slow:.0f} |",
+            f"| {ratio(times['sampling'], times['forward']):.2f} | {ratio(times['guided'], times['sampling']):.2f} "
+            f"| {slow:.0f} |",
             flush=True,
         )
     print("the last column is computed: one forward pass for each position, as measured, over the time of sampling")
 
 
 @torch.inference_mode()
-def forward(model: GatedPixelCNN, codes: Tensor) -> Tensor:
+def forward(model: GatedPixelCNN, codes: Tensor, labels: Tensor) -> Tensor:
     """Run one teacher-forced pass over the batch."""
-    return model(codes)
+    return model(codes, labels)
 
 
 @cli.command("prior")
@@ -108,14 +121,8 @@ def prior_command(path: Path, recipes: list[str], steps: int, threads: int | Non
     print("| recipe | steps | minutes | bits per code, test split | parameters |\n|---|---|---|---|---|")
     for name in recipes:
         settings = replace(RECIPES[name], steps=steps)
-        config = PriorConfig(
-            num_codes=int(train.codes.max()) + 1,
-            num_classes=int(train.labels.max()) + 1,
-            channels=settings.channels,
-            num_layers=settings.num_layers,
-            kernel_size=settings.kernel_size,
-            dropout=settings.dropout,
-        )
+        counts = {"num_codes": int(train.codes.max()) + 1, "num_classes": int(train.labels.max()) + 1}
+        config = network_config(settings, **counts, grid=(train.codes.shape[1], train.codes.shape[2]))
         torch.manual_seed(settings.seed)
         model = GatedPixelCNN(config).to(device)
         stage = PriorStage(model, train, held_out([str(i) for i in range(len(train.codes))]))

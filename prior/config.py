@@ -16,7 +16,7 @@ class PriorConfig:
     channels: int = 64  # width of each of the two stacks
     num_layers: int = 6  # gated layers, the first (type A) included
     kernel_size: int = 3  # of every layer after the first; odd
-    first_kernel_size: int = 3  # of the type A layer; odd, 3 or more
+    first_kernel_size: int = 7  # of the type A layer; odd, 3 or more
     attention_every: int = 0  # causal attention after every this many layers, counted from the second; 0 for none
     output_channels: int = 256  # between the two 1x1 layers that end in K logits
     dropout: float = 0.0  # share of the activations dropped after each gate of the horizontal stack, in training

@@ -21,6 +21,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from .folded_gate import FoldedGate, double_features, negated_gate, output_matrix
+from .incremental_attention import IncrementalAttention
 from .kept_rows import KeptCodes, KeptRows
 from .layers import GatedLayer
 from .model import GatedPixelCNN
@@ -59,7 +60,12 @@ class IncrementalPrior:
         self._columns = self._codes.unbind()
         self._rows = [_kept_rows(layer, embeddings, num_samples, width, dtype) for layer in layers]
         self._vertical = [_VerticalStack(layer, num_samples, b, dtype) for layer, b in zip(layers, biases, strict=True)]
-        self._horizontal = _HorizontalStack(layers, embeddings, num_samples, width)
+        attention = [
+            None if layer.attention is None else IncrementalAttention(layer.attention, embeddings, num_samples, width)
+            for layer in layers
+        ]
+        self._attending = [each for each in attention if each is not None]
+        self._horizontal = _HorizontalStack(layers, attention, embeddings, num_samples, width)
         self._head = [(_taps(layer)[0], _bias(layer)) for layer in head_convolutions(prior)]
         size = (width, num_samples, 2 * prior.config.channels)
         self._buffers = embeddings.new_zeros(2, *size, dtype=dtype)  # of each layer's vertical stack in turn
@@ -76,6 +82,8 @@ class IncrementalPrior:
             layer.run(self._rows[index], output, linked, self._horizontal.from_above[index])
             if index < len(others):
                 negated_gate(output, out=others[index].next_row())
+        for attention in self._attending:
+            attention.start_row()
 
     def features(self, column: int) -> Tensor:
         """Return the horizontal stack's output [n,C] at a column, from the codes that were set to its left.
@@ -93,6 +101,8 @@ class IncrementalPrior:
         """Set the codes [n] of a column of the present row, once."""
         self._columns[column].copy_(codes)
         self._horizontal.look_back(column, codes)
+        for attention in self._attending:
+            attention.set_codes(column, codes)
 
     def select(self, samples: Tensor) -> None:
         """Continue, between two rows, with these samples [n], indices of the present ones."""
@@ -100,6 +110,8 @@ class IncrementalPrior:
         for rows, layer in zip(self._rows, self._vertical, strict=True):
             rows.select(samples)
             layer.select(samples)
+        for attention in self._attending:
+            attention.select(samples)
 
 
 class _VerticalStack:
@@ -143,7 +155,14 @@ class _HorizontalStack:
     outputs of the layer before, those of the same column included.
     """
 
-    def __init__(self, layers: list[GatedLayer], embeddings: Tensor, num_samples: int, width: int) -> None:
+    def __init__(
+        self,
+        layers: list[GatedLayer],
+        attention: list[IncrementalAttention | None],
+        embeddings: Tensor,
+        num_samples: int,
+        width: int,
+    ) -> None:
         first_weights, *weights = [_rightward(layer.horizontal.conv) for layer in layers]
         self.table = embeddings @ first_weights  # [K,(columns 2C)], what each code gives to the columns right of it
         self.first_matrix, *matrices = [output_matrix(layer.output) for layer in layers]
@@ -156,10 +175,8 @@ class _HorizontalStack:
         size = 2 * channels
         self.first_reached = first_flat[:, size:].unfold(1, self.table.shape[1], size).unbind(1)
         reached = [x.unfold(1, w.shape[1], size).unbind(1) for x, w in zip(flat, weights, strict=True)]
-        self.later = [
-            [(b[column], r[column], w, m) for b, r, w, m in zip(later_before, reached, weights, matrices, strict=True)]
-            for column in range(width)
-        ]
+        layered = list(zip(later_before, reached, weights, matrices, attention[1:], strict=True))
+        self.later = [[(b[column], r[column], w, m, a) for b, r, w, m, a in layered] for column in range(width)]
         self.gate = FoldedGate(embeddings, num_samples, channels)
         self.present = embeddings.new_zeros(num_samples, channels)
 
@@ -170,9 +187,11 @@ class _HorizontalStack:
     def run(self, column: int) -> Tensor:
         """Return the last layer's output [n,C] at a column."""
         present = torch.mm(self.gate(self.first_before[column]), self.first_matrix, out=self.present)
-        for before, reached, weights, matrix in self.later[column]:
+        for before, reached, weights, matrix, attention in self.later[column]:
             reached.addmm_(present, weights)
             present.addmm_(self.gate(before), matrix)
+            if attention is not None:
+                attention.add_to(column, present)
         return present
 
 

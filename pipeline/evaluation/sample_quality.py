@@ -140,11 +140,14 @@ class SampleQuality:
 
     def columns(self) -> dict[str, Pictures]:
         """Return the pictures of each column."""
-        test = self.comparison.test_images()
-        tokenizer = self.pipeline.trained_tokenizer
-        images = reconstruct_images(tokenizer.model, test.images, folder=tokenizer.folder, progress=True)
-        reconstructions = Pictures(images=images, labels=test.labels)
+        test, reconstructions = self.comparison.test_images(), self.reconstructions()
         return {"test": test, "reconstructions": reconstructions, "samples": self.samples()}
+
+    def reconstructions(self) -> Pictures:
+        """Return the pictures of the second column alone: what the tokenizer makes of the test images."""
+        test, tokenizer = self.comparison.test_images(), self.pipeline.trained_tokenizer
+        images = reconstruct_images(tokenizer.model, test.images, folder=tokenizer.folder, progress=True)
+        return Pictures(images=images, labels=test.labels)
 
     def _compared(
         self, reference: Seen, seen: dict[str, Seen], columns: dict[str, Pictures]

@@ -11,6 +11,7 @@ from .settings import CHANGEABLE, PATH, check_shared
 MOST_CODES = 2**24  # K; the codebook, and the embedding and the logits of a prior, have a row for each
 LABEL_DROPOUT = 0.1  # of a prior whose grids all have a label
 ATTENTION_EVERY = 2  # layers of a prior
+FIRST_KERNEL = 3  # of a prior with attention, which reaches everything; without, it is that of `PriorConfig`, 7
 MOST_ATTENDED = 1024  # codes of a grid; attention's cost grows with their square, and beyond 32x32 is above all else's
 LARGEST_SIDE = 2**14  # pixels; models/loading.py, which imports torch, loads no tokenizer of larger images
 
@@ -77,7 +78,7 @@ class PriorSettings:
     num_layers: int = 6
     kernel_size: int = 3
     attention_every: int | None = None  # None becomes ATTENTION_EVERY for grids of up to MOST_ATTENDED codes, else 0
-    dropout: float = 0.0
+    dropout: float = 0.1
     label_dropout: float | None = None  # None becomes LABEL_DROPOUT where every grid has a label, and 0 elsewhere
 
     def __post_init__(self) -> None:

@@ -27,7 +27,7 @@ from ..runtime.folder_lock import only_writer
 from ..runtime.schema import short
 from .loop import LoopSettings, run_training
 from .prior_stage import PriorStage, sample_preview
-from .recipes import ATTENTION_EVERY, LABEL_DROPOUT, MOST_ATTENDED, MOST_CODES, PriorSettings
+from .recipes import ATTENTION_EVERY, FIRST_KERNEL, LABEL_DROPOUT, MOST_ATTENDED, MOST_CODES, PriorSettings
 from .run_folder import CODES, RunFolder, check_run_folder, prepare_run_folder, saved_run
 from .settings import recorded, resolve
 from .split_summary import split_summary
@@ -55,7 +55,9 @@ def _train(run: RunFolder, overrides: Mapping[str, Any], default_tokenizer: Path
     """Train, while nobody else writes into the folder."""
     saved = saved_run(run, "prior")
     settings = resolve(PriorSettings, overrides, _started_with(saved))
-    _config(settings, num_codes=2, num_classes=1, grid=(1, 1))  # refuses impossible settings before codes are exported
+    network_config(
+        settings, num_codes=2, num_classes=1, grid=(1, 1)
+    )  # refuses impossible settings before codes are exported
     device = choose_device(run.device)
     check_run_folder(run, saved)
     tokenizer_folder = Path(settings.tokenizer) if settings.tokenizer is not None else default_tokenizer
@@ -100,7 +102,7 @@ def config_for(settings: PriorSettings, codes: CodeDataset) -> PriorConfig:
     if not labelled:
         _check_label_dropout(settings, f"codes in {codes.location}")
     num_classes = len(manifest.class_names) if labelled else 0
-    return _config(settings, num_codes=manifest.num_codes, num_classes=num_classes, grid=manifest.grid)
+    return network_config(settings, num_codes=manifest.num_codes, num_classes=num_classes, grid=manifest.grid)
 
 
 def _config_of(run: RunFolder, saved: SavedRun, codes: CodeDataset) -> PriorConfig:
@@ -123,7 +125,7 @@ def _config_of(run: RunFolder, saved: SavedRun, codes: CodeDataset) -> PriorConf
     return config
 
 
-def _config(settings: PriorSettings, *, num_codes: int, num_classes: int, grid: tuple[int, int]) -> PriorConfig:
+def network_config(settings: PriorSettings, *, num_codes: int, num_classes: int, grid: tuple[int, int]) -> PriorConfig:
     """Return the configuration of the model. Raise ValueError if the settings are of no network."""
     attention_every = settings.attention_every
     if attention_every is None:
@@ -135,6 +137,7 @@ def _config(settings: PriorSettings, *, num_codes: int, num_classes: int, grid: 
         num_layers=settings.num_layers,
         kernel_size=settings.kernel_size,
         attention_every=attention_every,
+        first_kernel_size=FIRST_KERNEL if attention_every else PriorConfig.first_kernel_size,
         dropout=settings.dropout,
         label_dropout=_label_dropout(settings, num_classes),
     )
@@ -164,8 +167,8 @@ def _started_with(saved: SavedRun | None) -> dict[str, Any] | None:
 
 def _info(settings: PriorSettings, config: PriorConfig, codes: CodeDataset, tokenizer: Path | None) -> CheckpointInfo:
     """Return what `config.json` says before the first step; `tokenizer` is the folder that a resumed run needs."""
-    chosen = {"label_dropout": config.label_dropout, "attention_every": config.attention_every}
-    settings = replace(settings, **chosen)  # the numbers themselves, which a resumed run keeps
+    # the numbers themselves, which a resumed run keeps
+    settings = replace(settings, label_dropout=config.label_dropout, attention_every=config.attention_every)
     return CheckpointInfo(
         kind="prior",
         config=asdict(config),

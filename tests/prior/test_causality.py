@@ -117,6 +117,17 @@ def test_the_documented_prior_sees_110_past_and_0_future_positions() -> None:
     assert int(from_output[position:].sum()) == 0
 
 
+@pytest.mark.parametrize("layers", [3, 6])
+def test_a_prior_with_attention_sees_110_past_and_0_future_positions_whatever_its_depth(layers: int) -> None:
+    config = PriorConfig(
+        num_codes=5, channels=4, output_channels=6, num_layers=layers, first_kernel_size=3, attention_every=2
+    )
+    position = 8 * 13 + 6
+    from_output = seen(positive_(GatedPixelCNN(config).double()), (10, 13))[position]
+    assert int(from_output[:position].sum()) == 110
+    assert int(from_output[position:].sum()) == 0
+
+
 def test_changed_codes_change_later_logits_and_no_others() -> None:
     """The same by way of the integers, without gradients: change each position in turn."""
     grid, prior = (4, 6), deep_prior(num_layers=6)

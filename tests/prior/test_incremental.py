@@ -66,14 +66,29 @@ def test_logits_are_those_of_the_forward_pass_with_any_kernels(first: int, kerne
                 torch.testing.assert_close(found, prior(codes, labels), rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize(("layers", "every"), [(2, 1), (5, 2), (4, 3), (3, 1)])
+@pytest.mark.parametrize("channels", [4, 6, 3])
+@torch.no_grad()
+def test_logits_are_those_of_the_forward_pass_with_attention(channels: int, layers: int, every: int) -> None:
+    prior = tiny_prior(channels=channels, num_layers=layers, attention_every=every, num_classes=2)
+    for grid in (*GRIDS, (2, 3), (3, 2)):
+        for num_samples in (1, 5):
+            codes = torch.randint(5, (num_samples, *grid), generator=generator())
+            labels = torch.arange(num_samples) % 2
+            found, expected = logits_column_by_column(prior, codes, labels), prior(codes, labels)
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-12 * float(expected.abs().max()))
+
+
 @pytest.mark.parametrize(("first", "kernel", "layers"), [(3, 3, 1), (7, 3, 3), (3, 5, 2), (5, 1, 2)])
 @pytest.mark.parametrize("after", [0, 1, 3])
+@pytest.mark.parametrize("every", [0, 1])
 @torch.no_grad()
 def test_selected_samples_go_on_as_if_there_had_been_no_others(
-    after: int, first: int, kernel: int, layers: int
+    every: int, after: int, first: int, kernel: int, layers: int
 ) -> None:
     """Some twice, some never, in another order, each with its label; twice, the second time one row later."""
-    prior = tiny_prior(first_kernel_size=first, kernel_size=kernel, num_layers=layers, num_classes=4)
+    shape = {"first_kernel_size": first, "kernel_size": kernel, "num_layers": layers, "attention_every": every}
+    prior = tiny_prior(num_classes=4, **shape)
     codes, labels = torch.randint(5, (4, 5, 6), generator=generator(1)), torch.arange(4)
     network = IncrementalPrior(prior, 4, 6, labels)
     rows_of_logits(network, codes[:, :after])
@@ -83,8 +98,9 @@ def test_selected_samples_go_on_as_if_there_had_been_no_others(
         alone = IncrementalPrior(prior, 4, 6, labels)
         rows_of_logits(alone, codes[:, :row])
         (found,), (expected,) = (rows_of_logits(n, codes[:, row : row + 1]) for n in (network, alone))
-        torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
-        torch.testing.assert_close(found, prior(codes, labels)[:, :, row], rtol=0, atol=1e-12)
+        error = 1e-12 * float(expected.abs().max())
+        torch.testing.assert_close(found, expected, rtol=0, atol=error)
+        torch.testing.assert_close(found, prior(codes, labels)[:, :, row], rtol=0, atol=error)
 
 
 @pytest.mark.parametrize(

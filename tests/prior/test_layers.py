@@ -99,7 +99,7 @@ def test_a_layer_is_figure_2_of_the_paper(first: bool, num_classes: int) -> None
     gated = [torch.tanh(x[:, :channels]) * torch.sigmoid(x[:, channels:]) for x in (above, both)]
     update = convolve_slowly(gated[1], output.weight, output.bias, rows=range(1), columns=range(1))
 
-    found_vertical, found_horizontal = layer(vertical, horizontal, labels)
+    found_vertical, found_horizontal = layer(vertical, horizontal, vertical, labels)
     torch.testing.assert_close(found_vertical, gated[0])
     torch.testing.assert_close(found_horizontal, update if first else horizontal + update)
 
@@ -111,8 +111,8 @@ def test_dropout_acts_in_training_on_the_horizontal_update_alone() -> None:
     vertical, horizontal = numbers(2, 4, 5, 8), numbers(2, 4, 5, 8, seed=1)
     torch.nn.init.eye_(layer.output.weight[:, :, 0, 0])
     torch.nn.init.zeros_(layer.output.bias)
-    trained_vertical, trained = layer.train()(vertical, horizontal, None)
-    evaluated_vertical, evaluated = layer.eval()(vertical, horizontal, None)
+    trained_vertical, trained = layer.train()(vertical, horizontal, vertical, None)
+    evaluated_vertical, evaluated = layer.eval()(vertical, horizontal, vertical, None)
     assert torch.equal(trained_vertical, evaluated_vertical)
     ratio = (trained - horizontal) / (evaluated - horizontal)  # 0 where dropped, 1 / (1 - 0.5) where kept
     dropped = ratio.abs() < 1e-9
