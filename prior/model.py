@@ -43,11 +43,6 @@ class GatedPixelCNN(nn.Module):
             nn.Conv2d(config.output_channels, config.num_codes, kernel_size=1),
         )
 
-    @property
-    def output_layer(self) -> nn.Module:
-        """The layer that ends in logits, which an optimizer of hidden matrices leaves alone."""
-        return self.to_logits[-1]
-
     def forward(self, codes: Tensor, labels: Tensor | None = None) -> Tensor:
         """Return the logits [B,K,H,W] of every position, given the codes [B,H,W] before it and the labels [B].
 

@@ -129,15 +129,10 @@ class Optimizers:
 
 
 def hidden_matrices(model: nn.Module) -> list[Tensor]:
-    """Return the weights of convolutions and linear layers that have at least SMALLEST_SIDE rows and columns.
-
-    That of the model's `output_layer`, if it names one, is not hidden: what ends in the logits is left to Adam [1].
-    """
-    last = getattr(model, "output_layer", None)
+    """Return the weights of convolutions and linear layers that have at least SMALLEST_SIDE rows and columns."""
     return [
         module.weight
         for module in model.modules()
         if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d, nn.Linear))
-        and module is not last
         and min(module.weight.shape[0], module.weight[0].numel()) >= SMALLEST_SIDE
     ]

@@ -69,7 +69,7 @@ class PriorSettings:
     tokenizer: str | None = field(default=None, metadata=CHANGEABLE)  # its fingerprint is what must stay
     steps: int = field(default=2000, metadata=CHANGEABLE)
     batch_size: int = 32
-    lr: float = 4e-3
+    lr: float = 6e-3
     seed: int = 0
     precision: str = field(default="auto", metadata=CHANGEABLE)
     optimizer: str = "muon"

@@ -103,15 +103,6 @@ def test_which_weights_are_matrices() -> None:
     assert [tuple(weight.shape) for weight in hidden_matrices(model)] == [(16, 2, 3, 3), (17, 16, 1, 1)]
 
 
-def test_the_output_layer_that_a_model_names_is_left_to_adam() -> None:
-    model = network()
-    model.output_layer = model[1]
-    assert [tuple(weight.shape) for weight in hidden_matrices(model)] == [(16, 2, 3, 3)]
-    optimizers = Optimizers(model, "muon", 0.1)
-    by_adam = {id(p) for group in optimizers.members["adam"].param_groups for p in group["params"]}
-    assert id(model[1].weight) in by_adam
-
-
 @pytest.mark.parametrize("name", ["muon", "adam"])
 def test_every_parameter_is_stepped_once(name: str) -> None:
     model = network()
