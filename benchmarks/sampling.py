@@ -28,7 +28,7 @@ from pipeline.models.loading import load_prior
 from pipeline.runtime.device import choose_device
 from pipeline.training.loop import LoopSettings, run_training
 from pipeline.training.prior_stage import PriorStage
-from pipeline.training.recipes import PriorSettings
+from pipeline.training.recipes import LARGE_PRIOR, PriorSettings
 from pipeline.training.train_prior import network_config
 from prior import GatedPixelCNN, PriorConfig, sample_codes
 
@@ -43,6 +43,7 @@ RECIPES = {
     "no attention": PriorSettings(attention_every=0),
     "no dropout": PriorSettings(dropout=0),
     "no label dropout": PriorSettings(label_dropout=0),
+    "large": LARGE_PRIOR,
 }
 
 
