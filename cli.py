@@ -168,6 +168,13 @@ choice_options = options(
 )
 sampling_options = options(
     choice_options,
+    click.option(
+        "--precision",
+        type=click.Choice(["fp32", "bf16"]),
+        default="fp32",
+        show_default=True,
+        help="Of the prior; bf16 is faster for many images where the processor has it.",
+    ),
     tokenizer_option,
     click.option("--prior", type=PathType(), default=PRIOR, show_default=True, help="Folder that train-prior wrote."),
     device_option,

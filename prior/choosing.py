@@ -25,6 +25,7 @@ class SamplingParameters:
     top_k: int | None = None  # keep the k most likely codes
     top_p: float | None = None  # keep the fewest most likely codes that hold this much probability; in (0, 1]
     guidance: float = 1.0  # how far to follow the label, as in `guided_logits`: 1 as the prior does, 0 not at all
+    precision: str = "fp32"  # "bf16" computes the vertical stack, most of the arithmetic, in bfloat16
 
     def __post_init__(self) -> None:
         if not self.temperature >= 0:
@@ -35,6 +36,8 @@ class SamplingParameters:
             raise ValueError(f"top_p: expected above 0 and at most 1, got {self.top_p}")
         if not 0 <= self.guidance < math.inf:
             raise ValueError(f"guidance: expected a finite number of 0 or more, got {self.guidance}")
+        if self.precision not in ("fp32", "bf16"):
+            raise ValueError(f"precision: expected fp32 or bf16, got {self.precision}")
 
     @property
     def predictions(self) -> int:

@@ -42,6 +42,7 @@ def complete_codes(
     top_k: int | None = None,
     top_p: float | None = None,
     guidance: float = 1.0,
+    precision: str = "fp32",
     generator: torch.Generator | None = None,
     first: int = 0,
     on_row: Callable[[int], None] | None = None,
@@ -59,6 +60,7 @@ def complete_codes(
         guidance: as in `sample_codes`. It makes another distribution p_s of whole grids, the product over the positions
             of the softmax of their guided logits; the weights are its probabilities, so that what is drawn comes close
             to p_s given the known codes.
+        precision: as in `sample_codes`.
         generator: the source of randomness, a CPU generator; torch's own by default.
         first: the index of the first grid, as in `sample_codes`.
         on_row: as in `sample_codes`.
@@ -66,7 +68,9 @@ def complete_codes(
     Raises:
         ValueError: an argument out of its range, or labels or `known` that do not fit.
     """
-    parameters = SamplingParameters(temperature=temperature, top_k=top_k, top_p=top_p, guidance=guidance)
+    parameters = SamplingParameters(
+        temperature=temperature, top_k=top_k, top_p=top_p, guidance=guidance, precision=precision
+    )
     if candidates < 1:
         raise ValueError(f"candidates: expected at least 1, got {candidates}")
     if known.ndim != 3:

@@ -55,7 +55,11 @@ class Raster:
         self.guided = parameters.predictions == 2
         labels = labels_of_predictions(labels, parameters.guidance)
         self.network = IncrementalPrior(
-            prior, count * parameters.predictions, self.width, None if labels is None else labels.to(device)
+            prior,
+            count * parameters.predictions,
+            self.width,
+            None if labels is None else labels.to(device),
+            vertical_dtype=torch.bfloat16 if parameters.precision == "bf16" else None,
         )
 
     def draw_row(self, row: int) -> None:

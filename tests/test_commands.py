@@ -81,7 +81,7 @@ def check_samples(samples: Path, checkpoints: Path, n: int) -> None:
     assert record["seed"] == 0
     assert record["options"] == {
         **{"n": n, "temperature": 1.0, "top_k": None, "top_p": None},
-        **{"guidance": DEFAULT_GUIDANCE, "keep_best": 1.0},
+        **{"guidance": DEFAULT_GUIDANCE, "precision": "fp32", "keep_best": 1.0},
     }
     assert record["finished"] == n
     assert record["versions"] == read_info(checkpoints / "prior", "prior").versions
@@ -220,7 +220,7 @@ def test_a_run_folder_holds_config_seed_versions_and_metrics(trained: Trained) -
 def test_sampling_options_and_labels_act(tmp_path: Path, trained: Trained, codegrid: Codegrid) -> None:
     both = ["--tokenizer", trained.tokenizer, "--prior", trained.prior]
     options = ["--temperature", 0.5, "--top-k", 3, "--top-p", 0.8, "--seed", 11, "--label", "line", "--label", 0]
-    options += ["--guidance", 3, "--keep-best", 0.5]
+    options += ["--guidance", 3, "--keep-best", 0.5, "--precision", "bf16"]
     assert codegrid("sample", *both, "--n", 4, "--out", tmp_path / "a", *options).status == 0
     record = json.loads((tmp_path / "a" / "sample.json").read_text("utf-8"))
     assert record["labels"] == [1, 0, 1, 0]
@@ -228,7 +228,7 @@ def test_sampling_options_and_labels_act(tmp_path: Path, trained: Trained, codeg
     assert record["seed"] == 11
     assert record["options"] == {
         **{"n": 4, "temperature": 0.5, "top_k": 3, "top_p": 0.8},
-        **{"guidance": 3.0, "keep_best": 0.5},
+        **{"guidance": 3.0, "precision": "bf16", "keep_best": 0.5},
     }
     codes = {}
     for name, changed in {"seed": ["--seed", 12], "greedy": ["--temperature", 0], "k": ["--top-k", 1]}.items():
@@ -269,7 +269,8 @@ def test_complete_writes_what_it_says(
     assert record["class_names"] == ["line"] * n
     assert (record["seed"], record["finished"]) == (11, n)
     assert record["options"] == {
-        **{"n": n, "temperature": 1.0, "top_k": 3, "top_p": None, "guidance": DEFAULT_GUIDANCE, "keep_best": 1.0},
+        **{"n": n, "temperature": 1.0, "top_k": 3, "top_p": None},
+        **{"guidance": DEFAULT_GUIDANCE, "precision": "fp32", "keep_best": 1.0},
         **{"image": str(picture), "keep": "left", "candidates": 5},
     }
     original = np.asarray(Image.open(picture))

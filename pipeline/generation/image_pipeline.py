@@ -93,6 +93,7 @@ class ImagePipeline:
         top_k: int | None = None,
         top_p: float | None = None,
         guidance: float = 1.0,
+        precision: str = "fp32",
         keep_best: float = 1.0,
         first: int = 0,
         on_row: Callable[[int], None] | None = None,
@@ -108,6 +109,7 @@ class ImagePipeline:
             top_p: keep the fewest most likely codes that hold this much probability.
             guidance: 1 is the plain prior, more makes images more typical of their label and less varied, 0 samples
                 without a label; other than 1 for a prior with label dropout alone (`prior/choosing.py`).
+            precision: of the prior, fp32 or bf16 (`sample_codes`).
             keep_best: in (0, 1], the share of the candidates that are kept, by their labels (`keep_best.py`). They cost
                 a sample each, and where there are several a forward pass for each class as well.
             first: the index of the first image: 4 and then 4 more with `first=4` are the 8 images of one call, if
@@ -119,7 +121,9 @@ class ImagePipeline:
                 `keep_best` below 1 without labels, or a decoder that gives NaN or infinity.
             ValueError: another argument out of its range.
         """
-        parameters = SamplingParameters(temperature=temperature, top_k=top_k, top_p=top_p, guidance=guidance)
+        parameters = SamplingParameters(
+            temperature=temperature, top_k=top_k, top_p=top_p, guidance=guidance, precision=precision
+        )
         wanted, candidates = self.labels_for(n, labels, guidance), Candidates(first, n, keep_best)
         check_kept_by_label(keep_best, wanted, "samples without them")
         codes = sample_codes(
@@ -147,6 +151,7 @@ class ImagePipeline:
         top_k: int | None = None,
         top_p: float | None = None,
         guidance: float = 1.0,
+        precision: str = "fp32",
         keep_best: float = 1.0,
         on_row: Callable[[int], None] | None = None,
     ) -> Sampled:
@@ -166,6 +171,7 @@ class ImagePipeline:
             top_k: see there.
             top_p: see there.
             guidance: as in `sample`; with an open class it is that of each particle's own.
+            precision: as in `sample`.
             keep_best: as in `sample`, of several completions of each image; needs labels.
             on_row: see there.
 
@@ -173,7 +179,9 @@ class ImagePipeline:
             InputError: images or a mask of the wrong shape, or what `sample` does not take either.
             ValueError: another argument out of its range.
         """
-        parameters = SamplingParameters(temperature=temperature, top_k=top_k, top_p=top_p, guidance=guidance)
+        parameters = SamplingParameters(
+            temperature=temperature, top_k=top_k, top_p=top_p, guidance=guidance, precision=precision
+        )
         size, count = self.tokenizer_info.preprocessing, len(images)
         shape = (size["channels"], size["height"], size["width"])
         masks = (shape[1:], (count, *shape[1:]))

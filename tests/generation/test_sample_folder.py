@@ -276,7 +276,15 @@ def test_what_a_folder_of_completions_holds(
     record = json.loads((out / "complete.json").read_text("utf-8"))
     assert (record["labels"], record["class_names"], record["seed"], record["finished"]) == (None, None, 4, n)
     assert record["options"] == {
-        **{"n": n, "temperature": 1.0, "top_k": 5, "top_p": None, "guidance": 1.0, "keep_best": 1.0},
+        **{
+            "n": n,
+            "temperature": 1.0,
+            "top_k": 5,
+            "top_p": None,
+            "guidance": 1.0,
+            "precision": "fp32",
+            "keep_best": 1.0,
+        },
         **{"image": str(picture), "keep": keep, "candidates": 6},
     }
     assert record["fingerprints"]["prior"] == colour.prior_info.fingerprint

@@ -109,9 +109,9 @@ def test_one_particle_is_used_where_all_known_codes_come_first(monkeypatch: pyte
     sizes = []
     network = raster.IncrementalPrior
 
-    def spy(prior: GatedPixelCNN, num_samples: int, *more: Any) -> Any:
+    def spy(prior: GatedPixelCNN, num_samples: int, *more: Any, **named: Any) -> Any:
         sizes.append(num_samples)
-        return network(prior, num_samples, *more)
+        return network(prior, num_samples, *more, **named)
 
     monkeypatch.setattr(raster, "IncrementalPrior", spy)
     known = torch.full((3, 2, 2), -1)

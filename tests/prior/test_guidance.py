@@ -47,9 +47,9 @@ def sizes_of_networks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     sizes: list[int] = []
     network = raster.IncrementalPrior
 
-    def spy(prior: GatedPixelCNN, num_samples: int, *more: Any) -> IncrementalPrior:
+    def spy(prior: GatedPixelCNN, num_samples: int, *more: Any, **named: Any) -> IncrementalPrior:
         sizes.append(num_samples)
-        return network(prior, num_samples, *more)
+        return network(prior, num_samples, *more, **named)
 
     monkeypatch.setattr(raster, "IncrementalPrior", spy)
     return sizes
