@@ -75,7 +75,7 @@ def test_a_float32_prior_draws_what_the_slow_sampler_draws() -> None:
 def test_bf16_draws_with_the_same_joint_probability() -> None:
     """Nearly: what 4,000 grids cannot tell from it. The second row sees the first through bfloat16."""
     prior = tiny_prior(num_codes=3, seed=39).float()
-    everything, joint = all_grids(prior, (2, 1))
+    _, joint = all_grids(prior, (2, 1))
     counts = count(sample_codes(prior, 4000, (2, 1), precision="bf16", generator=generator(0)), 3)
     assert chi_square_tail(counts, joint) > SURE
 
