@@ -356,7 +356,7 @@ def decode_codes(codes: Path, tokenizer: Path, out: Path, **chosen: Any) -> None
     "--attention-every",
     type=click.IntRange(0, MOST_LAYERS),
     help=f"Attend to all codes before, after every this many layers; 0 never.  [default: {ATTENTION_EVERY}, 0 for "
-    f"grids of more than {MOST_ATTENDED:,} codes]",
+    f"grids of more than {MOST_ATTENDED:,} codes and for {ATTENTION_EVERY} layers or fewer]",
 )
 @setting("dropout", FiniteRange(0, 1, max_open=True), "In training.", STAGE_TWO)
 @click.option(

@@ -59,7 +59,8 @@ class CausalAttention(nn.Module):
         no_position = repeat(self.no_position, "kv n d -> kv b n 1 d", b=batch)
         key, value = torch.cat([no_position.to(at_positions.dtype), at_positions], dim=3)
         mask = self.bias(torch.arange(height, device=features.device), (height, width)).to(query.dtype)
-        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        # torch holds all scores [B,n,P,1+P] if heads are strided, or the mask has no batch dimension or has a gradient
+        attended = F.scaled_dot_product_attention(query.contiguous(), key, value, attn_mask=mask[None])
         return self.output(rearrange(attended, "b n (h w) d -> b (n d) h w", h=height))
 
     def bias(self, rows: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -92,7 +92,7 @@ def complete_codes(
 
     with evaluating(prior), torch.inference_mode():
         for chosen, m in ((~filtered, 1), (filtered, candidates)):
-            at_once = max(1, most_at_once(prior, width) // (m * parameters.predictions))
+            at_once = max(1, most_at_once(prior, (height, width)) // (m * parameters.predictions))
             draw_in_batches(partial(begin, num_particles=m), codes, torch.nonzero(chosen)[:, 0], at_once, finished_rows)
     return codes.to(next(prior.parameters()).device)
 

@@ -46,6 +46,11 @@ class PriorConfig:
         """Return whether the layer of this index, counted from 0, ends in attention."""
         return self.attention_every > 0 and layer > 0 and layer % self.attention_every == 0
 
+    @property
+    def num_attending(self) -> int:
+        """How many layers end in attention."""
+        return sum(map(self.attends, range(self.num_layers)))
+
 
 def _require(holds: bool, config: PriorConfig, field: str, allowed: str) -> None:
     if not holds:

@@ -44,7 +44,7 @@ class IncrementalAttention:
         row = self._entries.new_zeros(num_samples, NUM_HEADS, width, self._entries.shape[3])
         self._first, self._entries = self._entries.shape[2], torch.cat([self._entries, row], dim=2)
         present = torch.tensor([self._row], device=row.device)
-        self._scores = self._layer.bias(present, (self._row + 1, width))  # [n,W,1+P]
+        self._scores = self._layer.bias(present, (self._row + 1, width))[None]  # [1,n,W,1+P]
 
     def add_to(self, column: int, features: Tensor) -> None:
         """Add what a position attends to, to its features [S,C], in place."""
@@ -57,7 +57,7 @@ class IncrementalAttention:
             rearrange(query, "s 1 (n d) -> s n 1 d", n=NUM_HEADS),
             key,
             value,
-            attn_mask=self._scores[:, column : column + 1, :here],
+            attn_mask=self._scores[:, :, column : column + 1, :here],
         )
         features.addmm_(attended.view(num_samples, self._inner), self._output).add_(self._output_bias)
 

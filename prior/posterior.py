@@ -11,6 +11,7 @@ Legend: n grids, C classes, H W grid, K codes; a pair is one grid under one labe
 import torch
 from torch import Tensor
 
+from .attention import NUM_HEADS
 from .model import GatedPixelCNN
 from .objective import code_nats
 from .sampling import evaluating
@@ -49,7 +50,10 @@ def pairs_at_once(prior: GatedPixelCNN, num_positions: int) -> int:
     """Return how many pairs a forward pass may run over, so that about MOST_VALUES are held, and at least 1.
 
     At a position these are the logits, their logarithms and copies, 3 K; and the stacks of a layer, 12 of its width.
+    With attention its scores and their softmax as well, which torch holds where it cannot fuse them.
     """
     config = prior.config
     for_each = 3 * config.num_codes + config.output_channels + 12 * config.channels
+    if config.num_attending:
+        for_each += 2 * NUM_HEADS * (num_positions + 1)
     return max(1, MOST_VALUES // (num_positions * for_each))

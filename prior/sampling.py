@@ -81,7 +81,7 @@ def sample_codes(
 
     labels = None if labels is None else labels.cpu()
     with evaluating(prior), torch.inference_mode():
-        at_once = max(1, most_at_once(prior, grid[1]) // parameters.predictions)
+        at_once = max(1, most_at_once(prior, grid) // parameters.predictions)
         draw_in_batches(begin, codes, torch.arange(num_samples), at_once, FinishedRows(codes, on_row))
     return codes.to(next(prior.parameters()).device)
 
@@ -130,11 +130,13 @@ def draw_in_batches(
         codes[batch] = drawing.result().cpu()
 
 
-def most_at_once(prior: GatedPixelCNN, width: int) -> int:
-    """Return how many grids of this width the network can run over at a time, for MOST_ACTIVATIONS in all."""
-    config = prior.config
+def most_at_once(prior: GatedPixelCNN, grid: tuple[int, int]) -> int:
+    """Return how many grids (H, W) the network can run over at a time, for MOST_ACTIVATIONS in all."""
+    config, (height, width) = prior.config, grid
     rows = config.kernel_size // 2 + 1  # of the vertical stack's input, that each layer keeps
     for_each = config.num_layers * width * config.channels * (2 + rows)
+    if config.num_attending:  # keys and values of all positions, of one layer twice while a row is added
+        for_each += (config.num_attending + 1) * height * width * 2 * config.channels
     return max(1, MOST_ACTIVATIONS // for_each)
 
 

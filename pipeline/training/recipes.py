@@ -77,7 +77,7 @@ class PriorSettings:
     channels: int = 64
     num_layers: int = 6
     kernel_size: int = 3
-    attention_every: int | None = None  # None becomes ATTENTION_EVERY for grids of up to MOST_ATTENDED codes, else 0
+    attention_every: int | None = None  # None: ATTENTION_EVERY for up to MOST_ATTENDED codes and enough layers, else 0
     dropout: float = 0.1
     label_dropout: float | None = None  # None becomes LABEL_DROPOUT where every grid has a label, and 0 elsewhere
 

@@ -55,9 +55,8 @@ def _train(run: RunFolder, overrides: Mapping[str, Any], default_tokenizer: Path
     """Train, while nobody else writes into the folder."""
     saved = saved_run(run, "prior")
     settings = resolve(PriorSettings, overrides, _started_with(saved))
-    network_config(
-        settings, num_codes=2, num_classes=1, grid=(1, 1)
-    )  # refuses impossible settings before codes are exported
+    # refuses impossible settings before codes are exported
+    network_config(settings, num_codes=2, num_classes=1, grid=(1, 1))
     device = choose_device(run.device)
     check_run_folder(run, saved)
     tokenizer_folder = Path(settings.tokenizer) if settings.tokenizer is not None else default_tokenizer
@@ -127,9 +126,7 @@ def _config_of(run: RunFolder, saved: SavedRun, codes: CodeDataset) -> PriorConf
 
 def network_config(settings: PriorSettings, *, num_codes: int, num_classes: int, grid: tuple[int, int]) -> PriorConfig:
     """Return the configuration of the model. Raise ValueError if the settings are of no network."""
-    attention_every = settings.attention_every
-    if attention_every is None:
-        attention_every = ATTENTION_EVERY if math.prod(grid) <= MOST_ATTENDED else 0
+    attention_every = _attention_every(settings, grid)
     return PriorConfig(
         num_codes=num_codes,
         num_classes=num_classes,
@@ -141,6 +138,19 @@ def network_config(settings: PriorSettings, *, num_codes: int, num_classes: int,
         dropout=settings.dropout,
         label_dropout=_label_dropout(settings, num_classes),
     )
+
+
+def _attention_every(settings: PriorSettings, grid: tuple[int, int]) -> int:
+    """Return after every how many layers the network attends; 0 for never. Raise ValueError if it has too few layers.
+
+    The first layer never attends, so a network that does has more layers than this.
+    """
+    every, most = settings.attention_every, settings.num_layers - 1
+    if every is None:
+        return ATTENTION_EVERY if most >= ATTENTION_EVERY and math.prod(grid) <= MOST_ATTENDED else 0
+    if every > max(0, most):
+        raise ValueError(f"attention_every: expected less than num_layers, which is {most + 1}, or 0, got {every}")
+    return every
 
 
 def _label_dropout(settings: PriorSettings, num_classes: int) -> float:

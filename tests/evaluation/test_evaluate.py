@@ -230,6 +230,18 @@ def test_bits_per_code_against_one_probability_at_a_time() -> None:
 
 
 @pytest.mark.parametrize("num_classes", [0, 3])
+def test_large_batches_are_run_over_in_parts_that_fit_memory(num_classes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, sizes = tiny_prior(num_classes=num_classes), []
+    codes, labels = torch.randint(LEVELS, (5, *GRID)), torch.tensor([0, 1, 2, 0, 1])
+    expected = measure_prior(model, [(codes, labels)])
+    model.register_forward_hook(lambda module, given, logits: sizes.append(len(logits)))
+    monkeypatch.setattr(likelihood, "pairs_at_once", lambda prior, positions: 2 if positions == codes[0].numel() else 5)
+    assert measure_prior(model, [(codes, labels)]) == pytest.approx(expected, rel=1e-6)
+    assert code_bits(model, codes.numpy(), labels.numpy()).mean() == pytest.approx(expected, rel=1e-6)
+    assert sizes == [2, 2, 1] * 2
+
+
+@pytest.mark.parametrize("num_classes", [0, 3])
 def test_the_bits_of_each_code_against_one_probability_at_a_time(
     num_classes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,10 +1,12 @@
 """Causal attention against a slow oracle: one position, one head, one sum at a time."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from prior import attention
 from prior.attention import NUM_HEADS, REACH, CausalAttention
@@ -102,3 +104,28 @@ def test_a_new_layer_returns_zeros_and_learns() -> None:
     update.sum().backward()
     assert layer.output.weight.grad is not None
     assert bool(layer.output.weight.grad.any())
+
+
+class LargestResult(TorchDispatchMode):
+    """Records the most numbers that one operation returns in one tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numbers = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        returned = result if isinstance(result, (tuple, list)) else [result]
+        self.numbers = max(self.numbers, *(each.numel() for each in returned if isinstance(each, Tensor)), 0)
+        return result
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_without_gradients_the_scores_of_all_positions_are_never_held_together(layout: torch.memory_format) -> None:
+    """The most that is held is the mask, once for all grids."""
+    torch.manual_seed(0)
+    layer, x = CausalAttention(8), [tensor.to(memory_format=layout) for tensor in torch.randn(2, 16, 8, 12, 9)]
+    with torch.no_grad(), LargestResult() as largest:
+        layer(*x)
+    mask, scores = (batch * NUM_HEADS * 108 * 109 for batch in (1, 16))
+    assert mask <= largest.numbers < scores / 4

@@ -236,7 +236,7 @@ def test_drawing_in_parts_draws_the_same_codes(parts: int, monkeypatch: pytest.M
     choice["known"] = torch.randint(-1, 5, (8, 3, 5), generator=generator(1))
     expected = sample_codes(prior, 8, (3, 5), generator=generator(0), **choice)
     sizes = sizes_of_networks(monkeypatch)
-    one = sampling.MOST_ACTIVATIONS // most_at_once(prior, 5)
+    one = sampling.MOST_ACTIVATIONS // most_at_once(prior, (3, 5))
     monkeypatch.setattr(sampling, "MOST_ACTIVATIONS", one * 2 * parts + one // 2)
     assert torch.equal(sample_codes(prior, 8, (3, 5), generator=generator(0), **choice), expected)
     assert sizes == [2 * min(parts, 8 - start) for start in range(0, 8, parts)]

@@ -207,7 +207,7 @@ def test_drawing_in_parts_draws_the_same_codes(parts: int, monkeypatch: pytest.M
     choice: dict[str, Any] = {"candidates": 4, "labels": torch.arange(5) % 3, "guidance": 2.5}
     expected = complete_codes(prior, known_later(5), generator=generator(0), **choice)
     sizes = sizes_of_networks(monkeypatch)
-    one = sampling.MOST_ACTIVATIONS // most_at_once(prior, 4)
+    one = sampling.MOST_ACTIVATIONS // most_at_once(prior, (3, 4))
     monkeypatch.setattr(sampling, "MOST_ACTIVATIONS", one * 8 * parts + one // 2)
     assert torch.equal(complete_codes(prior, known_later(5), generator=generator(0), **choice), expected)
     assert sizes == [8 * min(parts, 5 - start) for start in range(0, 5, parts)]

@@ -53,6 +53,13 @@ def test_blocks_are_of_bounded_memory() -> None:
     assert pairs_at_once(prior, 10**9) == 1
 
 
+def test_blocks_count_the_scores_of_attention() -> None:
+    """Of each of 4 heads from every position to every other and to none, before and after the softmax."""
+    prior = tiny_prior(num_codes=512, channels=64, output_channels=256, num_classes=3, attention_every=2)
+    held = pairs_at_once(prior, 1024) * 1024 * (3 * 512 + 256 + 12 * 64 + 2 * 4 * 1025)
+    assert 0.8 * posterior.MOST_VALUES < held <= posterior.MOST_VALUES
+
+
 def test_the_size_of_the_blocks_follows_from_the_grid(monkeypatch: pytest.MonkeyPatch) -> None:
     prior, sizes = tiny_prior(num_classes=3), []
     prior.register_forward_hook(lambda module, given, logits: sizes.append(len(logits)))

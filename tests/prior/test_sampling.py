@@ -230,7 +230,7 @@ def test_drawing_in_parts_draws_the_same_codes(parts: int, monkeypatch: pytest.M
         return network(prior, num_samples, *more, **named)
 
     monkeypatch.setattr(raster, "IncrementalPrior", spy)
-    one = sampling.MOST_ACTIVATIONS // most_at_once(prior, 5)
+    one = sampling.MOST_ACTIVATIONS // most_at_once(prior, (3, 5))
     monkeypatch.setattr(sampling, "MOST_ACTIVATIONS", one * parts + one // 2)
     assert torch.equal(sample_codes(prior, 8, (3, 5), generator=generator(0), **choice), expected)
     assert sizes == [min(parts, 8 - start) for start in range(0, 8, parts)]
@@ -250,7 +250,20 @@ def test_what_a_network_keeps_is_about_what_is_counted(fields: dict[str, Any], w
     """The tensors of one network against the share of MOST_ACTIVATIONS that one sample is given."""
     prior = tiny_prior(**{"num_layers": 4, "channels": 8, **fields})
     fewer, more = (elements_in(IncrementalPrior(prior, n, width, None)) for n in (64, 128))
-    assert 0.5 < (more - fewer) / 64 * most_at_once(prior, width) / sampling.MOST_ACTIVATIONS < 2.5
+    assert 0.5 < (more - fewer) / 64 * most_at_once(prior, (9, width)) / sampling.MOST_ACTIVATIONS < 2.5
+
+
+@pytest.mark.parametrize(("every", "grid"), [(1, (9, 3)), (2, (5, 16)), (3, (2, 4))])
+@torch.no_grad()
+def test_what_a_network_with_attention_keeps_in_the_last_row_is_about_what_is_counted(every: int, grid: Grid) -> None:
+    """The keys and values of all positions, which are more than all else in a high grid."""
+    prior = tiny_prior(num_layers=4, channels=8, attention_every=every)
+    networks = [IncrementalPrior(prior, n, grid[1], None) for n in (64, 128)]
+    for network in networks:
+        for _ in range(grid[0]):
+            network.start_row()
+    fewer, more = map(elements_in, networks)
+    assert 0.5 < (more - fewer) / 64 * most_at_once(prior, grid) / sampling.MOST_ACTIVATIONS < 2
 
 
 def elements_in(network: IncrementalPrior) -> int:
@@ -357,7 +370,7 @@ def test_rows_are_reported_once_each(grid: Grid, fill: int) -> None:
 @pytest.mark.parametrize(("at_once", "told"), [(1, [0, 0, 1, 1, 1, 2, 2, 2, 3]), (2, [0, 1, 2, 2, 2, 3])])
 def test_rows_of_parts_are_reported_as_the_mean(at_once: int, told: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Three samples of three rows."""
-    monkeypatch.setattr(sampling, "most_at_once", lambda prior, width: at_once)
+    monkeypatch.setattr(sampling, "most_at_once", lambda prior, grid: at_once)
     rows: list[int] = []
     sample_codes(tiny_prior(), 3, (3, 2), on_row=rows.append)
     assert rows == told
@@ -368,7 +381,7 @@ def test_rows_of_parts_are_reported_as_the_mean(at_once: int, told: list[int], m
 def test_the_report_never_falls_and_ends_at_the_height(
     height: int, at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sampling, "most_at_once", lambda prior, width: at_once)
+    monkeypatch.setattr(sampling, "most_at_once", lambda prior, grid: at_once)
     rows: list[int] = []
     sample_codes(tiny_prior(num_layers=1), 10, (height, 2), on_row=rows.append)
     assert rows == sorted(rows)

@@ -132,7 +132,7 @@ def test_one_grid_without_a_label_is_enough_to_refuse() -> None:
         labels = np.array([0, 1, -1])
 
     class Manifest:
-        class_names, num_codes, grid = ("a", "b"), 16, (2, 3)
+        class_names, num_codes, grid = ("a", "b"), 16, (3, 5)
 
     class Codes:
         manifest, location = Manifest(), "here"
