@@ -35,6 +35,7 @@ from prior import GatedPixelCNN, PriorConfig, sample_codes
 from .timing import hardware, paired, ratio
 
 LAYERS = 15  # of the network that speed is measured on: 64 channels, K = 512
+ONE_PIXEL = {"height": 1, "width": 1, "channels": 1}  # of images that nobody has: a checkpoint names their size
 GUIDANCE = 3  # any but 0 and 1 costs the same
 
 RECIPES = {
@@ -139,7 +140,7 @@ def prior_command(path: Path, recipes: list[str], steps: int, threads: int | Non
 def run(stage: PriorStage, config: PriorConfig, settings: PriorSettings, folder: Path, device: torch.device) -> None:
     """Train as `train-prior` does; the weights that were best on held-out rows are saved in `folder`."""
     info = CheckpointInfo(
-        kind="prior", config=asdict(config), step=0, class_names=[], preprocessing={}, training=asdict(settings)
+        kind="prior", config=asdict(config), step=0, class_names=[], preprocessing=ONE_PIXEL, training=asdict(settings)
     )
     loop = LoopSettings.from_settings(settings, device, keep_best=True)
     run_training(stage, info, loop, folder)
