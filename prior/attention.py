@@ -47,7 +47,8 @@ class CausalAttention(nn.Module):
         self.output = nn.Conv2d(inner, channels, kernel_size=1)
         nn.init.zeros_(self.output.weight)
         nn.init.zeros_(self.output.bias)  # type: ignore[arg-type]  # which a convolution with a bias has
-        self.no_position = nn.Parameter(0.1 * torch.randn(2, NUM_HEADS, self.head_width))  # its key and its value
+        self.no_position = nn.Parameter(torch.empty(2, NUM_HEADS, self.head_width))  # its key and its value
+        nn.init.normal_(self.no_position, std=0.1)
         self.row_bias = nn.Parameter(torch.zeros(NUM_HEADS, REACH + 1))  # by rows up
         self.column_bias = nn.Parameter(torch.zeros(NUM_HEADS, 2 * REACH + 1))  # by columns, from REACH to the right
 

@@ -90,6 +90,14 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         for name in ("kl_weight", "commitment_weight", "ema_decay", "revival_threshold", "data_variance")
         for value in ([0.1], "0.1", None, -1, 10**400, "<infinity>", float("nan"), False)
     },
+    **{
+        f"prior attention_every {value}": ("prior", {"config__attention_every": value})
+        for value in (1, -1, True, 2.0, "3", None, [3], {})
+    },
+    **{
+        f"prior label_dropout {value}": ("prior", {"config__label_dropout": value})
+        for value in (0.1, 1, -1, 10**400, True, "0.1", None, [0.1], "<infinity>", float("nan"))
+    },
     "as many layers as tensors are possible": ("prior", {"config__num_layers": 4_000}),
     "a kernel larger than any memory": ("prior", {"config__kernel_size": 65_535, "config__channels": 65_536}),
     "classes without names": ("prior", {"config__num_classes": 2**31}),

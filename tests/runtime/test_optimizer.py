@@ -120,6 +120,18 @@ def test_every_parameter_is_stepped_once(name: str) -> None:
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+def test_the_type_of_the_products_reaches_muon() -> None:
+    models = network(), network(), network()
+    for model, dtype in zip(models, (torch.bfloat16, torch.float32, None), strict=True):
+        optimizers = Optimizers(model, "muon", 0.1, dtype=dtype)
+        give_gradients(model, 1)
+        optimizers.step(0.1)
+    rounded, single, default = (hidden_matrices(model)[0].detach() for model in models)
+    assert torch.equal(single, default)
+    assert not torch.equal(rounded, single)
+    torch.testing.assert_close(rounded, single, rtol=0, atol=0.05)
+
+
 @pytest.mark.parametrize("name", ["muon", "adam"])
 def test_a_step_after_loading_is_the_step_without_saving(name: str) -> None:
     model, copy = network(), network()

@@ -69,7 +69,9 @@ def test_a_run_from_before_resumes_without_attention(tmp_path: Path, trained: Tr
     content = json.loads((before / "config.json").read_text("utf-8"))
     del content["config"]["attention_every"], content["training"]["attention_every"], content["checksum"]
     (before / "config.json").write_text(json.dumps(content), encoding="utf-8")
-    outcome = codegrid(*command, "--steps", 3, "--out", before, "--resume")
+    refused = codegrid(*command, "--steps", 3, "--out", before, "--resume", "--attention-every", 2)
+    assert "--resume with attention-every 0, as the run was started, got 2" in refused.error_lines[0]
+    outcome = codegrid(*command, "--steps", 3, "--out", before, "--resume", "--attention-every", 0)
     assert (outcome.status, outcome.error_lines) == (0, [])
     assert codegrid(*command, "--attention-every", 0, "--steps", 3, "--out", new).status == 0
     assert load_prior(before).config.attention_every == 0
