@@ -48,7 +48,7 @@ class IncrementalAttention:
 
     def add_to(self, column: int, features: Tensor) -> None:
         """Add what a position attends to, to its features [S,C], in place."""
-        num_samples, here = len(features), self._first + column
+        here = self._first + column
         found = torch.addmm(self._bias, features, self._weight)
         query, entry = found[:, None, : self._inner], found[:, self._inner :]
         self._entries[:, :, here] = rearrange(entry, "s (n e) -> s n e", n=NUM_HEADS)  # its code comes in `set_codes`
@@ -59,7 +59,7 @@ class IncrementalAttention:
             value,
             attn_mask=self._scores[:, :, column : column + 1, :here],
         )
-        features.addmm_(attended.view(num_samples, self._inner), self._output).add_(self._output_bias)
+        features.addmm_(rearrange(attended, "s n 1 d -> s (n d)"), self._output).add_(self._output_bias)
 
     def set_codes(self, column: int, codes: Tensor) -> None:
         """Set the codes [S] of a column of the present row, once."""
