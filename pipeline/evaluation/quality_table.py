@@ -48,9 +48,10 @@ def blame(metrics: PictureMetrics) -> str:
         return "the samples are nearer to the training images than real test images are; --nearest shows copies"
     decoder, prior = reconstructed - floor, sampled - reconstructed
     worse = "prior" if prior > decoder else "tokenizer"
+    last = f"the prior {prior:.3g}" if prior >= 0 else f"the prior takes {-prior:.3g} of that away"
     return (
         f"of the samples' Frechet distance of {sampled:.3g} the floor is {floor:.3g}, the tokenizer adds {decoder:.3g} "
-        f"and the prior {prior:.3g}: the {worse} costs more"
+        f"and {last}: the {worse} costs more"
     )
 
 

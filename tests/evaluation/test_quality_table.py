@@ -32,6 +32,7 @@ def metrics(floor: float, reconstructed: float, sampled: float) -> PictureMetric
         ((1.0, 3.0, 10.0), "distance of 10 the floor is 1, the tokenizer adds 2 and the prior 7: the prior costs more"),
         ((1.0, 8.0, 10.0), "distance of 10 the floor is 1, the tokenizer adds 7 and the prior 2: the tokenizer costs"),
         ((1.0, 0.5, 2.0), "distance of 2 the floor is 1, the tokenizer adds -0.5 and the prior 1.5: the prior costs"),
+        ((1.0, 3.0, 2.0), "the tokenizer adds 2 and the prior takes 1 of that away: the tokenizer costs more"),
         ((1.0, 3.0, 0.5), "nearer to the training images than real test images are; --nearest shows copies"),
     ],
 )
