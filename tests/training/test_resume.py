@@ -87,7 +87,7 @@ def test_a_tokenizer_resumes_as_it_was_started_or_not_at_all(
         ["--lr", 0.5],
         ["--channels", 5],
         ["--num-layers", 3],
-        ["--dropout", 0.1],
+        ["--dropout", 0.2],
         ["--codes", "elsewhere"],
         ["--optimizer", "adam"],
     ],

@@ -18,8 +18,9 @@ CHANGEABLE = {"steps", "precision", "compile", "data_root", "tokenizer"}
 def another(name: str, value: Any) -> Any:
     """Return another value of a setting than `value`."""
     others = {"precision": "bf16", "optimizer": "adam", "image_size": (8, 12)}
-    if name in others or (name in ("channels", "label_dropout") and value is None):
-        return others.get(name, 3 if name == "channels" else 0.25)
+    numbers = {"channels": 3, "label_dropout": 0.25, "attention_every": 3}
+    if name in others or (name in numbers and value is None):
+        return (others | numbers)[name]
     return {bool: lambda: not value, int: lambda: value + 1, float: lambda: value + 0.5}.get(
         type(value), lambda: "another"
     )()
@@ -106,7 +107,15 @@ def test_the_help_shows_the_default_of_every_setting(command: str) -> None:
         elif default is not None:
             assert value == default, name
         else:
-            assert name in ("data_root", "image_size", "channels", "codes", "tokenizer", "label_dropout")
+            assert name in (
+                "data_root",
+                "image_size",
+                "channels",
+                "codes",
+                "tokenizer",
+                "label_dropout",
+                "attention_every",
+            )
 
 
 # Recipes

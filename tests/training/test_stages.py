@@ -210,7 +210,8 @@ def shared_fields(settings: Any, config: Any) -> tuple[dict[str, Any], dict[str,
 
 
 def test_every_setting_of_a_prior_reaches_the_model(trained: Trained) -> None:
-    numbers = {"channels": 10, "num_layers": 3, "kernel_size": 5, "dropout": 0.5, "label_dropout": 0.25}
+    numbers = {"channels": 10, "num_layers": 3, "kernel_size": 5, "dropout": 0.5}
+    numbers |= {"attention_every": 1, "label_dropout": 0.25}
     settings = PriorSettings(**numbers)  # type: ignore[arg-type]
     chosen, found = shared_fields(settings, prior_config_for(settings, CodeDataset(trained.codes)))
     assert found == chosen == numbers
