@@ -140,7 +140,12 @@ def prior_command(path: Path, recipes: list[str], steps: int, threads: int | Non
 def run(stage: PriorStage, config: PriorConfig, settings: PriorSettings, folder: Path, device: torch.device) -> None:
     """Train as `train-prior` does; the weights that were best on held-out rows are saved in `folder`."""
     info = CheckpointInfo(
-        kind="prior", config=asdict(config), step=0, class_names=[], preprocessing=ONE_PIXEL, training=asdict(settings)
+        kind="prior",
+        config=asdict(config),
+        step=0,
+        class_names=[str(label) for label in range(config.num_classes)],
+        preprocessing=ONE_PIXEL,
+        training=asdict(settings),
     )
     loop = LoopSettings.from_settings(settings, device, keep_best=True)
     run_training(stage, info, loop, folder)
