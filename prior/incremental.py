@@ -36,8 +36,8 @@ class IncrementalPrior:
         width: W.
         labels: [n] on the prior's device, or None.
         vertical_dtype: in which the vertical stack is computed; None for that of the prior. What it gives the
-            horizontal stack, the residual stream and the logits stay in that of the prior. bfloat16, on
-            processors that multiply in it: 64 grids of 32x32 take 0.76 times the time, one grid 1.1 times.
+            horizontal stack, the residual stream and the logits stay in that of the prior. bfloat16 is faster for many
+            grids, on processors that multiply in it, and slower for one (benchmarks/README.md).
 
     Raises:
         TypeError: the prior has a layer that is not computed here.

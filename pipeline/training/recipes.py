@@ -86,4 +86,4 @@ class PriorSettings:
 
 
 LARGE_TOKENIZER = TokenizerSettings(num_residual_layers=6, residual_channels=64)  # the lower error, at half the speed
-LARGE_PRIOR = PriorSettings(channels=96, dropout=0.2)  # for an hour and more
+LARGE_PRIOR = PriorSettings(channels=96, dropout=0.2)  # meant for an hour and more, and not measured to the end

@@ -8,10 +8,12 @@ from collections.abc import Sequence
 from itertools import accumulate, product
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
-from prior import GatedPixelCNN, PriorConfig
+from prior import GatedPixelCNN, PriorConfig, raster
+from prior.incremental import IncrementalPrior
 from prior.objective import grid_bits
 from prior.uniforms import draw_seed, draw_uniforms
 
@@ -50,6 +52,19 @@ class Given(nn.Module):
 
     def forward(self, codes: Tensor) -> Tensor:
         return self.vectors
+
+
+def sizes_of_networks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The list that the number of grids of each network is added to, from here on."""
+    sizes: list[int] = []
+    network = raster.IncrementalPrior
+
+    def spy(prior: GatedPixelCNN, num_samples: int, *more: Any, **named: Any) -> IncrementalPrior:
+        sizes.append(num_samples)
+        return network(prior, num_samples, *more, **named)
+
+    monkeypatch.setattr(raster, "IncrementalPrior", spy)
+    return sizes
 
 
 def reach(config: PriorConfig, grid: Grid) -> Tensor:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from prior import GatedPixelCNN, complete_codes, raster, sample_codes
+from prior import complete_codes, sample_codes
 from prior.completion import known_after_unknown
 
 from .filter_oracles import (
@@ -21,7 +21,7 @@ from .filter_oracles import (
     marked,
     two_sample_tail,
 )
-from .oracles import Grid, all_grids, chi_square_tail, count, generator, tiny_prior
+from .oracles import Grid, all_grids, chi_square_tail, count, generator, sizes_of_networks, tiny_prior
 
 SURE = 1e-3  # as in test_sampling
 LATER: list[dict[tuple[int, int], int]] = [{(1, 0): 1}, {(0, 2): 1}, {(0, 2): 1, (1, 1): 2}, {(0, 1): 2, (1, 0): 2}]
@@ -106,14 +106,7 @@ def test_what_is_known_first_is_kept_and_the_rest_drawn_as_sampling_draws_it(gri
 
 
 def test_one_particle_is_used_where_all_known_codes_come_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes = []
-    network = raster.IncrementalPrior
-
-    def spy(prior: GatedPixelCNN, num_samples: int, *more: Any, **named: Any) -> Any:
-        sizes.append(num_samples)
-        return network(prior, num_samples, *more, **named)
-
-    monkeypatch.setattr(raster, "IncrementalPrior", spy)
+    sizes = sizes_of_networks(monkeypatch)
     known = torch.full((3, 2, 2), -1)
     known[:, 0] = 1
     complete_codes(tiny_prior(), known, candidates=7)

@@ -11,13 +11,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from prior import GatedPixelCNN, SamplingParameters, raster, sample_codes, sampling
+from prior import GatedPixelCNN, SamplingParameters, sample_codes, sampling
 from prior.choosing import guided_logits
-from prior.incremental import IncrementalPrior
 from prior.model import NO_LABEL
 from prior.sampling import most_at_once
 
-from .oracles import Grid, all_grids, count, generator, sample_slowly, tail_of_common_grids, tiny_prior
+from .oracles import (
+    Grid,
+    all_grids,
+    count,
+    generator,
+    sample_slowly,
+    sizes_of_networks,
+    tail_of_common_grids,
+    tiny_prior,
+)
 
 SURE = 1e-3  # as in test_sampling
 GUIDANCE = [0.0, 0.5, 1.5, 3.0, 5.0]
@@ -40,19 +48,6 @@ def milder_prior(*, seed: int, labels: float, logits: float) -> GatedPixelCNN:
 def mild_prior() -> GatedPixelCNN:
     """The guided law is still spread at s = 5, and differs between any two s and labels."""
     return milder_prior(seed=3, labels=0.15, logits=0.25)
-
-
-def sizes_of_networks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The list that the number of grids of each network is added to, from here on."""
-    sizes: list[int] = []
-    network = raster.IncrementalPrior
-
-    def spy(prior: GatedPixelCNN, num_samples: int, *more: Any, **named: Any) -> IncrementalPrior:
-        sizes.append(num_samples)
-        return network(prior, num_samples, *more, **named)
-
-    monkeypatch.setattr(raster, "IncrementalPrior", spy)
-    return sizes
 
 
 # The mixture of logits

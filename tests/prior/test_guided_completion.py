@@ -24,8 +24,8 @@ from .filter_oracles import (
     marked,
     two_sample_tail,
 )
-from .oracles import Grid, all_grids, chi_square_tail, count, generator, tail_of_common_grids
-from .test_guidance import GUIDANCE, guided_prior, mild_prior, milder_prior, sizes_of_networks
+from .oracles import Grid, all_grids, chi_square_tail, count, generator, sizes_of_networks, tail_of_common_grids
+from .test_guidance import GUIDANCE, guided_prior, mild_prior, milder_prior
 
 SURE = 1e-3  # as in test_sampling
 LABEL = torch.tensor(1)

@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from prior import GatedPixelCNN, complete_codes, raster, sample_codes, sampling
+from prior import complete_codes, raster, sample_codes, sampling
 from prior.choosing import choose_codes
 from prior.incremental import IncrementalPrior
 from prior.sampling import most_at_once
 
-from .oracles import Grid, all_grids, chi_square_tail, count, generator, sample_slowly, tiny_prior
+from .oracles import Grid, all_grids, chi_square_tail, count, generator, sample_slowly, sizes_of_networks, tiny_prior
 
 SURE = 1e-3  # a test of a distribution fails one seed in a thousand; the seeds here are fixed
 
@@ -222,14 +222,7 @@ def test_drawing_in_parts_draws_the_same_codes(parts: int, monkeypatch: pytest.M
     known = torch.randint(-1, 5, (8, 3, 5), generator=generator(1))
     choice: dict[str, Any] = {"labels": labels, "known": known, "first": 5}
     expected = sample_codes(prior, 8, (3, 5), generator=generator(0), **choice)
-    sizes = []
-    network = raster.IncrementalPrior
-
-    def spy(prior: GatedPixelCNN, num_samples: int, *more: Any, **named: Any) -> IncrementalPrior:
-        sizes.append(num_samples)
-        return network(prior, num_samples, *more, **named)
-
-    monkeypatch.setattr(raster, "IncrementalPrior", spy)
+    sizes = sizes_of_networks(monkeypatch)
     one = sampling.MOST_ACTIVATIONS // most_at_once(prior, (3, 5))
     monkeypatch.setattr(sampling, "MOST_ACTIVATIONS", one * parts + one // 2)
     assert torch.equal(sample_codes(prior, 8, (3, 5), generator=generator(0), **choice), expected)
