@@ -24,6 +24,8 @@ from pipeline.training.recipes import (
     LABEL_DROPOUT,
     MOST_ATTENDED,
     MOST_CODES,
+    SHARPENING_SHARE,
+    DecoderSettings,
     PriorSettings,
     TokenizerSettings,
 )
@@ -32,11 +34,16 @@ from pipeline.training.settings import LARGEST_BATCH
 if TYPE_CHECKING:
     from pipeline.models.checkpoint import CheckpointInfo
 
+Settings = TokenizerSettings | PriorSettings | DecoderSettings
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 TOKENIZER = Path("checkpoints/tokenizer")
 PRIOR = Path("checkpoints/prior")
-STAGE_ONE, STAGE_TWO = TokenizerSettings(), PriorSettings()  # the defaults, for the help texts
+STAGE_ONE, STAGE_TWO, DECODER = (
+    TokenizerSettings(),
+    PriorSettings(),
+    DecoderSettings(),
+)  # the defaults, for the help texts
 # Beyond these a number is a slip; before, memory is the limit.
 MOST_IMAGES, LARGEST_WIDTH, MOST_LAYERS = 10**6, 2**16, 1000
 DATA_HELP = "glyphs, a torchvision name (mnist, cifar10, ...), or a folder of images."
@@ -73,16 +80,14 @@ class PathType(click.Path):
         super().__init__(path_type=Path)
 
 
-def default_of(name: str, *recipes: TokenizerSettings | PriorSettings) -> str:
-    """Return the default of a setting as a help text shows it: of one stage, or of both where they differ."""
+def default_of(name: str, *recipes: Settings) -> str:
+    """Return the default of a setting as a help text shows it: of one training, or of both stages where they differ."""
     values = [getattr(recipe, name) for recipe in recipes]
     shown = [f"{value:g}" if isinstance(value, float) else str(value) for value in values]
     return shown[0] if len(set(shown)) == 1 else f"{shown[0]} in stage one, {shown[1]} in two"
 
 
-def setting(
-    name: str, value_type: click.ParamType, text: str, *recipes: TokenizerSettings | PriorSettings
-) -> Callable[[Command], Command]:
+def setting(name: str, value_type: click.ParamType, text: str, *recipes: Settings) -> Callable[[Command], Command]:
     """Return the option of a training setting: None if it is not given, its default shown from the recipes."""
     text = f"{text}  [default: {default_of(name, *recipes)}]".lstrip()
     return click.option(f"--{name.replace('_', '-')}", type=value_type, help=text)
@@ -126,23 +131,30 @@ picture_option = click.option(
 )
 replace_json_option = click.option("--force", is_flag=True, help="Replace the file that --json names.")
 measured_prior_option = click.option("--prior", type=PathType(), help="Also measure this prior.")
-training_options = options(
-    setting("steps", click.IntRange(min=1), "In all.", STAGE_ONE, STAGE_TWO),
-    setting("batch_size", click.IntRange(1, LARGEST_BATCH), "Items a step.", STAGE_ONE, STAGE_TWO),
-    setting("lr", FiniteRange(min=0, min_open=True), "Learning rate.", STAGE_ONE, STAGE_TWO),
-    setting("seed", click.IntRange(min=0), "Seed of everything random.", STAGE_ONE, STAGE_TWO),
-    setting(
-        "precision",
-        click.Choice(["auto", "fp32", "bf16"]),
-        "Of the networks; auto is bf16 where the processor has it.",
-        STAGE_ONE,
-        STAGE_TWO,
-    ),
-    setting("optimizer", click.Choice(["muon", "adam"]), "", STAGE_ONE, STAGE_TWO),
-    click.option("--compile", is_flag=True, default=None, help="Compile the networks: a slow start, faster steps."),
+
+
+def loop_options(*recipes: Settings) -> Callable[[Command], Command]:
+    """Return the options of a training loop, with the defaults of these recipes."""
+    precisions = click.Choice(["auto", "fp32", "bf16"])
+    return options(
+        setting("batch_size", click.IntRange(1, LARGEST_BATCH), "Items a step.", *recipes),
+        setting("lr", FiniteRange(min=0, min_open=True), "Learning rate.", *recipes),
+        setting("seed", click.IntRange(min=0), "Seed of everything random.", *recipes),
+        setting("precision", precisions, "Of the networks; auto is bf16 where the processor has it.", *recipes),
+        setting("optimizer", click.Choice(["muon", "adam"]), "", *recipes),
+    )
+
+
+run_options = options(
     device_option,
     click.option("--resume", is_flag=True, help="Continue the run in --out, if there is one."),
     force_option,
+)
+training_options = options(
+    setting("steps", click.IntRange(min=1), "In all.", STAGE_ONE, STAGE_TWO),
+    loop_options(STAGE_ONE, STAGE_TWO),
+    click.option("--compile", is_flag=True, default=None, help="Compile the networks: a slow start, faster steps."),
+    run_options,
 )
 choice_options = options(
     click.option(
@@ -265,17 +277,47 @@ def cli(ctx: click.Context, debug: bool) -> None:
     f"{default_of('kl_weight', STAGE_ONE)}, with --likelihood bernoulli "
     f"{default_of('kl_weight', TokenizerSettings(likelihood='bernoulli'))}]",
 )
+@click.option(
+    "--sharp", is_flag=True, default=None, help="At the end also train a sharp decoder, as train-decoder does."
+)
 @training_options
 def train_tokenizer(out: Path, device: str, resume: bool, force: bool, **overrides: Any) -> None:
     """Stage one: images to grids of codes, and back."""
     from pipeline.training.run_folder import RunFolder
+    from pipeline.training.train_decoder import sharpen
     from pipeline.training.train_tokenizer import train_tokenizer as run
 
     overrides |= {name: int(overrides[name]) for name in ("channels", "downsample") if overrides[name] is not None}
-    info = run(RunFolder(out=out, resume=resume, force=force, device=device), overrides)
+    folder = RunFolder(out=out, resume=resume, force=force, device=device)
+    info = run(folder, overrides)
     say(done_line(info), written_line(out))
+    if info.training["sharp"]:
+        say(*decoder_lines(sharpen(folder, info), out))
     if info.config.get("bottleneck", "vq") == "vq":
         say(f"next: {command_line('train-prior', tokenizer=out)}")
+
+
+@cli.command("train-decoder")
+@tokenizer_option
+@data_options
+@click.option("--out", type=PathType(), help="Folder to write.  [default: that of --tokenizer]")
+@click.option(
+    "--steps", type=click.IntRange(min=1), help=f"In all.  [default: {SHARPENING_SHARE:g} times those of the tokenizer]"
+)
+@loop_options(DECODER)
+@run_options
+def train_decoder(tokenizer: Path, out: Path | None, device: str, resume: bool, force: bool, **overrides: Any) -> None:
+    """A sharper decoder for the same codes: squared error, and a discriminator that tells drawn from real.
+
+    Encoder and codebook do not change: exported codes and priors stay valid. The plain decoder stays, too: --decoder of
+    other commands chooses. The sharp one invents detail that is likely and not true, so its error is a little higher.
+    """
+    from pipeline.training.run_folder import RunFolder
+    from pipeline.training.train_decoder import train_decoder as run
+
+    out = tokenizer if out is None else out
+    info = run(RunFolder(out=out, resume=resume, force=force, device=device), overrides, tokenizer)
+    say(*decoder_lines(info, out))
 
 
 @cli.command("export-codes")
@@ -562,6 +604,14 @@ def done_line(info: "CheckpointInfo") -> str:
     saved = "" if info.step == steps else f", the best of them {info.step:,}"
     numbers = ", ".join(f"{name} {value:.4g}" for name, value in info.metrics.items() if name != "step")
     return f"done: {steps:,} steps{saved}; {numbers}"
+
+
+def decoder_lines(info: "CheckpointInfo", out: Path) -> list[str]:
+    """Return what the training of a sharp decoder reached, in lines."""
+    lines = [done_line(info), written_line(out / "decoder")]
+    if info.step > 0:
+        return [*lines, f"{info.kind} {info.fingerprint} for the codes of the tokenizer {info.tokenizer_fingerprint}"]
+    return [*lines, "note: none was better than the plain decoder, which is therefore the one that was written"]
 
 
 def written_line(out: Path) -> str:

@@ -60,6 +60,10 @@ class Encoder(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         return self.layers(images - 0.5)
 
+    def features(self, images: Tensor) -> Tensor:
+        """Return what the last layer sees, [B,hidden_channels,H,W], of images [B,C,H',W'] in [0,1]."""
+        return self.layers[:-1](images - 0.5)
+
 
 class Decoder(nn.Module):
     """Maps vectors [B,D,H,W] to images [B,C,H',W'], about [0,1] but not clamped to it."""
@@ -76,6 +80,11 @@ class Decoder(nn.Module):
                 nn.SiLU(),
             ]
         self.layers = nn.Sequential(*layers[:-1])  # no SiLU on the pixels
+
+    @property
+    def last_layer(self) -> Tensor:
+        """The weight of the layer that the pixels come from."""
+        return self.layers[-1].get_parameter("weight")
 
     def forward(self, vectors: Tensor) -> Tensor:
         return self.layers(vectors) + 0.5

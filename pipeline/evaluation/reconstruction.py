@@ -27,6 +27,11 @@ class ReconstructionNumbers:
     psnr: float  # dB, of that mean error
     nmse: float  # mse / variance of all pixels of the training images
 
+    @classmethod
+    def of(cls, mse: float, data_variance: float) -> "ReconstructionNumbers":
+        """Return the numbers of a mean squared error."""
+        return cls(mse=mse, psnr=psnr_of(mse), nmse=mse / data_variance)
+
 
 def measure_reconstruction(
     model: VQVAE | Baseline,
@@ -64,7 +69,7 @@ def measure_reconstruction(
             if on_codes is not None:
                 on_codes(batch)
     mse = squared_error / (len(rows) * math.prod(split.images.shape[1:]))
-    numbers = ReconstructionNumbers(mse=mse, psnr=psnr_of(mse), nmse=mse / model.config.data_variance)
+    numbers = ReconstructionNumbers.of(mse, model.config.data_variance)
     return numbers, codebook_health(histogram) if isinstance(model, VQVAE) else None
 
 

@@ -37,5 +37,5 @@ def reconstruct_to_file(
     images = to_uint8(chosen.batch(np.arange(min(n, len(chosen)))))
     columns = min(8, len(images))
     reconstructed = reconstruct_images(trained.model, images, folder=tokenizer_folder)
-    save_grid(above_and_below(images, reconstructed, columns), out, columns=columns)
+    save_grid(above_and_below(images, reconstructed, columns=columns), out, columns=columns)
     return out

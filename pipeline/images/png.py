@@ -80,10 +80,10 @@ def enlarge(sheet: Tensor, image_width: int) -> Tensor:
     return sheet.repeat_interleave(times, dim=1).repeat_interleave(times, dim=2)
 
 
-def above_and_below(originals: Tensor, reconstructions: Tensor, columns: int) -> Tensor:
-    """Order two equally long sets of images [n,...] so that rows of `columns` show originals above reconstructions."""
+def above_and_below(*sets: Tensor, columns: int) -> Tensor:
+    """Order equally long sets of images [n,...] so that rows of `columns` show each set above the next."""
     import torch  # here, so that sources of images can use `to_pillow` without it
 
-    blank = originals.new_full((-len(originals) % columns, *originals.shape[1:]), 255)
-    above, below = (torch.cat([images, blank]).split(columns) for images in (originals, reconstructions))
-    return torch.cat([row for pair in zip(above, below, strict=True) for row in pair])
+    blank = sets[0].new_full((-len(sets[0]) % columns, *sets[0].shape[1:]), 255)
+    rows = [torch.cat([images, blank]).split(columns) for images in sets]
+    return torch.cat([row for above in zip(*rows, strict=True) for row in above])

@@ -14,7 +14,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -33,7 +33,12 @@ from .tensor_file import Outline, parse_metadata, parse_tensors, read_tensor_fil
 FORMAT_VERSION = 2  # 2: Muon, the encoder without its 3x3 convolution
 MODEL, CONFIG, TRAINING = "model.safetensors", "config.json", "training.safetensors"
 PREVIOUS = "previous"  # subfolder of the save before the last
-TRAIN_COMMAND = {"tokenizer": "train-tokenizer", "prior": "train-prior", "judge": "evaluate --samples"}
+TRAIN_COMMAND = {
+    "tokenizer": "train-tokenizer",
+    "decoder": "train-decoder",
+    "prior": "train-prior",
+    "judge": "evaluate --samples",
+}
 LARGEST_CONFIG = 2**24  # bytes
 ATTEMPTS = 5  # to read config and weights of one save, while a training run replaces both
 
@@ -117,6 +122,26 @@ def save_checkpoint(
     keeps = keep_previous and is_intact(folder, info.kind)
     write_together(folder, files, keep=PREVIOUS if keeps else None)
     return info
+
+
+def copy_checkpoint(source: Path, target: Path, kind: str, fingerprint: str) -> None:
+    """Make `target` a checkpoint with the weights of `source`, byte for byte, to use and not to resume.
+
+    Nothing is written if it has them already.
+
+    Raises:
+        InputError: the source no longer has the weights with this fingerprint, or the files cannot be written.
+    """
+    if has_checkpoint(target) and read_info(target, kind).fingerprint == fingerprint:
+        return
+    info, weights = read_checkpoint(source, kind, _anything)
+    if info.fingerprint != fingerprint:
+        raise InputError(
+            expected=f"the {kind} {short(fingerprint)} in {source}",
+            got=f"another by now, {short(info.fingerprint)}",
+            do="wait until its training has ended, and run the command again",
+        )
+    write_together(target, {MODEL: weights, CONFIG: sealed(asdict(replace(info, training_sha256="")))})
 
 
 def is_intact(folder: Path, kind: str) -> bool:

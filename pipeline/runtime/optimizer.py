@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 MOMENTUM = 0.95
 SMALLEST_SIDE = 16  # of a matrix; with fewer rows or columns there is little to equalise
@@ -129,10 +130,17 @@ class Optimizers:
 
 
 def hidden_matrices(model: nn.Module) -> list[Tensor]:
-    """Return the weights of convolutions and linear layers that have at least SMALLEST_SIDE rows and columns."""
-    return [
-        module.weight
-        for module in model.modules()
-        if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d, nn.Linear))
-        and min(module.weight.shape[0], module.weight[0].numel()) >= SMALLEST_SIDE
-    ]
+    """Return the weights of convolutions and linear layers that have at least SMALLEST_SIDE rows and columns.
+
+    Where the weight that a layer computes with is a function of another, such as that divided by its spectral norm,
+    the other is the parameter.
+    """
+    layers = (nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
+    weights = [_parameter_of(module) for module in model.modules() if isinstance(module, layers)]
+    return [weight for weight in weights if min(weight.shape[0], weight[0].numel()) >= SMALLEST_SIDE]
+
+
+def _parameter_of(layer: nn.Module) -> Tensor:
+    """Return the parameter behind the weight of a layer."""
+    parametrized = is_parametrized(layer, "weight")
+    return layer.get_parameter("parametrizations.weight.original" if parametrized else "weight")

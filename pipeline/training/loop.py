@@ -27,7 +27,7 @@ from ..runtime.progress import Progress
 from .cost import CostEstimate
 from .divergence import DivergedError, Divergence
 from .metrics_log import MetricsLog, RunningMeans
-from .recipes import PriorSettings, TokenizerSettings
+from .recipes import DecoderSettings, PriorSettings, TokenizerSettings
 from .run_folder import PICTURES
 from .run_state import Interval, Position, collect_state, copy_of, load_state
 from .schedule import DataOrder, learning_rate_at
@@ -53,12 +53,13 @@ class LoopSettings:
     optimizer: str = "muon"  # or "adam"
     evaluations: int = 8  # over the whole run, the last at its end
     keep_best: bool = False  # model.safetensors holds the weights of the best evaluation, not the last weights
+    evaluate_first: bool = False  # also evaluate before the first step, so that nothing worse is ever the best
 
     @classmethod
     def from_settings(
-        cls, settings: TokenizerSettings | PriorSettings, device: torch.device, **extra: Any
+        cls, settings: TokenizerSettings | PriorSettings | DecoderSettings, device: torch.device, **extra: Any
     ) -> "LoopSettings":
-        """Return the loop settings of a stage: what the user chose, and `extra`, which the user does not choose."""
+        """Return the loop settings of a training: what the user chose, and `extra`, which the user does not choose."""
         shared = {name: getattr(settings, name) for name in ("steps", "batch_size", "seed", "precision", "optimizer")}
         return cls(**shared, learning_rate=settings.lr, device=device, **extra)
 
@@ -116,18 +117,19 @@ class _Trainer:
         self.optimizers = Optimizers(stage.model, settings.optimizer, settings.learning_rate, dtype=dtype)
         self.log = MetricsLog(folder / "metrics.jsonl")
         self.means = RunningMeans()
-        item = "image" if info.kind == "tokenizer" else "grid"
+        item = "grid" if info.kind == "prior" else "image"
         self.bar = Progress(settings.steps, unit="step", batch_size=settings.batch_size, item=item)
         self.cost = CostEstimate(settings.steps)
         self.saved_at = time.monotonic()
         self.beginning: TrainingState | None = None  # to return to until the folder holds a save of this run
+        self.best_at_beginning: Mapping[str, Tensor] | None = None  # the weights of the evaluation that it records
         self.divergence = Divergence(stage, self.order, settings.learning_rate, settings.device)
         self.warned: set[str] = set()
 
     def start(self, saved: SavedRun | None) -> None:
         """Begin at step 0, or where the run was saved."""
         if saved is None:
-            self.beginning = copy_of(self._state())
+            self._begin()
             return
         self.restore(saved)
         self._note_saved()
@@ -137,6 +139,13 @@ class _Trainer:
         self.info = saved.info
         if saved.is_previous:
             self.save()  # in the place of the damaged one
+
+    def _begin(self) -> None:
+        """Begin at step 0."""
+        if self.settings.evaluate_first:
+            self._evaluate()
+        self.beginning = copy_of(self._state())
+        self.best_at_beginning = self.best_weights
 
     def advance(self) -> None:
         """Take one step of the optimizer, and do what is due after it."""
@@ -189,7 +198,7 @@ class _Trainer:
         """
         state = self._state()
         self.divergence.check_state(state.tensors, self.step)
-        weights, step = self.stage.model.state_dict(), self.step
+        weights, step = self.stage.weights(), self.step
         if self.best_weights is not None:
             weights, step = self.best_weights, int(self.best["step"])
             self.divergence.check_state({f"best weights/{k}": tensor for k, tensor in weights.items()}, self.step)
@@ -217,7 +226,7 @@ class _Trainer:
         if self.beginning is None:
             self.restore(read_run(self.folder, self.info.kind))
         else:
-            self._load_state(self.beginning, {})
+            self._load_state(self.beginning, self.best_at_beginning or {})
         self.learning_rate_scale = LOWER_RATE
         self.divergence.forget()
         say(f"{error.got}: back to step {self.step:,}, this once, with {LOWER_RATE:g} times the learning rate")
@@ -228,7 +237,7 @@ class _Trainer:
         self.step, self.best = position.step, dict(position.best)
         self.best_weights = None
         if self.settings.keep_best and self.best:
-            check_outlines(outlines_of(self.stage.model.state_dict()), outlines_of(best_weights))
+            check_outlines(outlines_of(self.stage.weights()), outlines_of(best_weights))
             self.best_weights = dict(best_weights)
         self.learning_rate_scale = position.learning_rate_scale
         with self._unharmed_by("the log"):
@@ -272,7 +281,7 @@ class _Trainer:
         """Record this evaluation for the checkpoint and, where the best weights are kept, the present weights."""
         self.best = {"step": self.step, **evaluation.numbers}
         if self.settings.keep_best:
-            self.best_weights = {k: v.detach().clone() for k, v in self.stage.model.state_dict().items()}
+            self.best_weights = {name: tensor.detach().clone() for name, tensor in self.stage.weights().items()}
 
     def _report(self, losses: Mapping[str, Tensor], rate: float) -> None:
         """Log the mean losses since the last line; show them in the progress bar. Raise DivergedError unless finite."""

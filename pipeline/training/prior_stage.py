@@ -66,6 +66,9 @@ class PriorStage:
         self.train_rows, self.held_out_rows = split_rows(held_out_mask)
         self.num_items = len(self.train_rows)
 
+    def weights(self) -> dict[str, Tensor]:
+        return self.model.state_dict()
+
     def losses(self, indices: np.ndarray) -> dict[str, Tensor]:
         config = self.model.config
         codes, labels = self.grids.batch(self.train_rows[indices])

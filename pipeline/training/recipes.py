@@ -13,6 +13,7 @@ LABEL_DROPOUT = 0.1  # of a prior whose grids all have a label
 ATTENTION_EVERY = 2  # layers of a prior
 FIRST_KERNEL = 3  # of a prior with attention, which reaches everything; without, it is that of `PriorConfig`, 7
 MOST_ATTENDED = 256  # codes of a grid: at 16x16 a step takes 1.7 times as long with attention, at 32x32 three times
+SHARPENING_SHARE = 0.25  # steps of a decoder's training, as a share of the tokenizer's; a third of its time
 LARGEST_SIDE = 2**14  # pixels; models/loading.py, which imports torch, loads no tokenizer of larger images
 
 
@@ -35,6 +36,7 @@ class TokenizerSettings:
     precision: str = field(default="auto", metadata=CHANGEABLE)
     optimizer: str = "muon"
     compile: bool = field(default=False, metadata=CHANGEABLE)
+    sharp: bool = field(default=False, metadata=CHANGEABLE)  # whether a sharp decoder is trained as the last phase
     num_codes: int = 512
     code_dim: int = 8
     downsample: int = 4
@@ -80,6 +82,27 @@ class PriorSettings:
     attention_every: int | None = None  # None: ATTENTION_EVERY for up to MOST_ATTENDED codes and enough layers, else 0
     dropout: float = 0.1
     label_dropout: float | None = None  # None becomes LABEL_DROPOUT where every grid has a label, and 0 elsewhere
+
+    def __post_init__(self) -> None:
+        check_shared(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderSettings:
+    """Holds what a user can choose about the training of a sharp decoder.
+
+    Raises:
+        ValueError: a setting is out of its range.
+    """
+
+    data: str | None = field(default=None, metadata=PATH)  # None: what the tokenizer was trained on
+    data_root: str | None = field(default=None, metadata=CHANGEABLE)
+    steps: int | None = field(default=None, metadata=CHANGEABLE)  # None: SHARPENING_SHARE of the tokenizer's
+    batch_size: int = 32
+    lr: float = 1e-3
+    seed: int = 0
+    precision: str = field(default="auto", metadata=CHANGEABLE)
+    optimizer: str = "muon"
 
     def __post_init__(self) -> None:
         check_shared(self)

@@ -6,15 +6,23 @@ from pathlib import Path
 
 from ..codes.unfinished import holds_only_an_export
 from ..errors import InputError
-from ..models.checkpoint import CONFIG, MODEL, PREVIOUS, TRAINING, SavedRun, has_checkpoint, read_run
+from ..models.checkpoint import CONFIG, MODEL, PREVIOUS, TRAINING, SavedRun, has_checkpoint, read_info, read_run
 from ..runtime.atomic_files import COMMIT, committed
-from ..runtime.filesystem import check_only_files, check_subfolder, check_writable, make_folder, names_in
+from ..runtime.filesystem import (
+    check_only_files,
+    check_subfolder,
+    check_writable,
+    make_folder,
+    names_in,
+    remove_if_empty,
+)
 from ..runtime.folder_lock import LOCK
 from ..runtime.output_paths import check_output_folder, remove_files
 
 LOG = "metrics.jsonl"
 PICTURES = "pictures"  # subfolder of the previews
 CODES = "codes"  # subfolder of the codes that train-prior exports
+DECODER = "decoder"  # subfolder of a tokenizer's folder: the run folder of its sharp decoder
 CHECKPOINT = (MODEL, CONFIG, TRAINING)
 LOGS = re.compile(rf"{re.escape(LOG)}|{PICTURES}/step-([0-9]{{7}}|[1-9][0-9]{{7,}})(-codebook)?\.png")
 
@@ -78,8 +86,29 @@ def prepare_run_folder(run: RunFolder, saved: SavedRun | None) -> None:
     """
     make_folder(run.out)
     if saved is None:
-        remove_files(run.out, LOGS.fullmatch, subfolder=PICTURES)
-        remove_files(run.out, {f"{PREVIOUS}/{name}" for name in CHECKPOINT}.__contains__, subfolder=PREVIOUS)
+        _remove_logs(run.out)
+
+
+def remove_decoder(tokenizer_folder: Path) -> None:
+    """Remove the sharp decoder of an earlier tokenizer, if the folder holds one; other files stay where they are.
+
+    Raises:
+        InputError: a file cannot be removed.
+    """
+    folder = tokenizer_folder / DECODER
+    try:
+        read_info(folder, "decoder")
+    except InputError:
+        return
+    _remove_logs(folder)
+    remove_files(folder, {*CHECKPOINT}.__contains__, subfolder="")
+    remove_if_empty([folder / PREVIOUS, folder / PICTURES, folder])
+
+
+def _remove_logs(folder: Path) -> None:
+    """Remove what a run logged, and its save before the last."""
+    remove_files(folder, LOGS.fullmatch, subfolder=PICTURES)
+    remove_files(folder, {f"{PREVIOUS}/{name}" for name in CHECKPOINT}.__contains__, subfolder=PREVIOUS)
 
 
 def _holds_only_codes(folder: Path) -> bool:

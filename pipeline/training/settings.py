@@ -76,8 +76,8 @@ def _recorded_before(settings_class: type, started_with: Mapping[str, Any]) -> d
 
 
 def check_shared(settings: Any) -> None:
-    """Raise ValueError if a setting that both stages have is out of its range; the message names it."""
-    _require(settings.steps >= 1, settings, "steps", "at least 1")
+    """Raise ValueError if a setting that all trainings have is out of its range; the message names it."""
+    _require(settings.steps is None or settings.steps >= 1, settings, "steps", "at least 1")
     _require(1 <= settings.batch_size <= LARGEST_BATCH, settings, "batch_size", f"from 1 to {LARGEST_BATCH:,}")
     _require(0 < settings.lr < math.inf, settings, "lr", "a finite number above 0")
     _require(settings.seed >= 0, settings, "seed", "0 or more")

@@ -42,6 +42,9 @@ class BaselineStage:
         self.train_rows, self.held_out_rows = split_rows(held_out(images.names))
         self.num_items = len(self.train_rows)
 
+    def weights(self) -> dict[str, Tensor]:
+        return self.model.state_dict()
+
     def losses(self, indices: np.ndarray) -> dict[str, Tensor]:
         result = self.model(self.images.batch(self.train_rows[indices]).to(self.device))
         return {"loss": result.loss, "reconstruction": result.reconstruction_loss, "kl": result.kl}
@@ -81,6 +84,9 @@ class TokenizerStage:
         self.recent = torch.zeros(model.config.num_codes, dtype=torch.int64, device=self.device)  # [K] since `status`
         self.revived = torch.tensor(0)  # the quantizer's count at the last `status`
         self.codes: Tensor | None = None  # [n,H,W] of the first held-out images at the last evaluation
+
+    def weights(self) -> dict[str, Tensor]:
+        return self.model.state_dict()
 
     def losses(self, indices: np.ndarray) -> dict[str, Tensor]:
         result = self.model(self.images.batch(self.train_rows[indices]).to(self.device))
@@ -151,4 +157,4 @@ def preview_reconstructions(model: VQVAE | Baseline, images: Tensor, path: Path)
     images = images.to(next(model.parameters()).device)
     reconstructed = model.decode(model.encode(images))
     columns = min(8, len(images))
-    save_grid(above_and_below(to_uint8(images), to_uint8(reconstructed), columns), path, columns=columns)
+    save_grid(above_and_below(to_uint8(images), to_uint8(reconstructed), columns=columns), path, columns=columns)

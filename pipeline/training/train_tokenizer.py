@@ -19,7 +19,7 @@ from ..runtime.device import choose_device, compile_networks, manual_seed
 from ..runtime.folder_lock import only_writer
 from .loop import LoopSettings, run_training
 from .recipes import TokenizerSettings
-from .run_folder import RunFolder, check_run_folder, prepare_run_folder, saved_run
+from .run_folder import RunFolder, check_run_folder, prepare_run_folder, remove_decoder, saved_run
 from .settings import recorded, resolve
 from .split_summary import split_summary
 from .tokenizer_stage import BaselineStage, TokenizerStage, stage_for
@@ -28,6 +28,7 @@ OPTIONS_OF_ONE_BOTTLENECK = {
     "num_codes": "vq",
     "codebook_update": "vq",
     "commitment_weight": "vq",
+    "sharp": "vq",
     "likelihood": "vae",
     "kl_weight": "vae",
 }
@@ -66,6 +67,8 @@ def _train(run: RunFolder, overrides: Mapping[str, Any]) -> CheckpointInfo:
         compile_networks(model.encoder, model.decoder)
     stage = stage_for(model, images.train)
     prepare_run_folder(run, saved)
+    if saved is None:
+        remove_decoder(run.out)
     say(*explanation(stage, images, run.out))
     loop = LoopSettings.from_settings(settings, device)
     return run_training(stage, _info(settings, config, images), loop, run.out, resume=saved)

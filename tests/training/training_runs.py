@@ -42,6 +42,9 @@ class Toy:
     def weight(self) -> float:
         return self.model.weight.item()
 
+    def weights(self) -> dict[str, Tensor]:
+        return self.model.state_dict()
+
     def losses(self, indices: np.ndarray) -> dict[str, Tensor]:
         assert self.model.training
         self.seen.append(indices.tolist())

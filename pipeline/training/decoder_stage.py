@@ -1,0 +1,116 @@
+"""A sharp decoder as the training loop sees it: the codes of the images are fixed, its decoder and opponent learn.
+
+Legend: N images, B in a batch, C channels, H' W' image, H W grid of codes, D code dimension.
+"""
+
+import copy
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from tokenizer import VQVAE
+from tokenizer.adversarial import sharpening_losses
+from tokenizer.discriminator import Discriminator
+from tokenizer.networks import Decoder
+
+from ..codes.manifest import code_dtype
+from ..evaluation.decoder_distance import DecoderDistance
+from ..images.holdout import held_out, split_rows
+from ..images.image_set import ImageSplit
+from ..images.png import above_and_below, save_grid
+from ..images.preprocessing import to_uint8
+from ..models.inference import encode_images
+from ..models.tensor_file import check_outlines, outlines_of
+from ..runtime.progress import with_progress
+from .stage import Evaluation
+from .tokenizer_stage import PREVIEW_IMAGES
+
+AVERAGING = 0.99  # decay of the moving average of the decoder's weights, which is what is measured and used
+MODULE = "module."  # what the names of the averaged weights begin with
+
+
+class DecoderStage:
+    """A decoder in training with its discriminator, for the frozen codes of a tokenizer.
+
+    It logs `loss`, of no meaning of its own; `reconstruction`, squared error / data variance; `discriminator`, its
+    hinge loss, 2 if it cannot tell real pictures from drawn ones; and `weight`, of its term in the decoder's loss.
+
+    Args:
+        tokenizer: on the device to train on, in `eval()` mode; its decoder is where the training starts.
+        images: the training split of an image set, of which some are held out.
+    """
+
+    def __init__(self, tokenizer: VQVAE, images: ImageSplit) -> None:
+        self.tokenizer, self.images = tokenizer.requires_grad_(False), images
+        self.device = next(tokenizer.parameters()).device
+        self.train_rows, self.held_out_rows = split_rows(held_out(images.names))
+        self.num_items = len(self.train_rows)
+        self.decoder = copy.deepcopy(tokenizer.decoder).requires_grad_(True)
+        self.discriminator = Discriminator(tokenizer.config).to(self.device)
+        self.model = nn.ModuleDict({"decoder": self.decoder, "discriminator": self.discriminator})
+        self.average = AveragedModel(self.decoder, multi_avg_fn=get_ema_multi_avg_fn(AVERAGING))
+        self.codes = _codes_of(tokenizer, images)
+        self.distance = DecoderDistance(tokenizer, images, self.held_out_rows)
+        self.plain = self.distance.measure(tokenizer.decoder)
+
+    def weights(self) -> dict[str, Tensor]:
+        return self._averaged().state_dict()
+
+    def losses(self, indices: np.ndarray) -> dict[str, Tensor]:
+        self.average.update_parameters(self.decoder)  # with the weights that the last step led to
+        rows = self.train_rows[indices]
+        images = self.images.batch(rows).to(self.device)
+        variance = self.tokenizer.config.data_variance
+        found = sharpening_losses(self.decoder, self.discriminator, self._vectors(rows), images, variance)
+        numbers = {"reconstruction": found.error, "discriminator": found.discriminator, "weight": found.weight}
+        return {"loss": found.loss, **numbers}
+
+    def names(self, indices: np.ndarray) -> list[str]:
+        return [self.images.names[row] for row in self.train_rows[indices]]
+
+    def status(self) -> dict[str, float]:
+        return {}
+
+    def evaluate(self) -> Evaluation:
+        found, plain = self.distance.measure(self._averaged()), self.plain
+        numbers = {"distance": found.distance, **asdict(found.error)}
+        summary = f"of the plain decoder: distance {plain.distance:.4g}, nmse {plain.error.nmse:.4g}"
+        return Evaluation(numbers=numbers, score_name="distance", summary=summary)
+
+    def preview(self, path: Path, evaluation: Evaluation) -> None:
+        """Write images above what the plain decoder and the sharp one make of their codes."""
+        rows = self.held_out_rows[:PREVIEW_IMAGES]
+        vectors, columns = self._vectors(rows), min(8, len(rows))
+        decoded = [decoder(vectors).clamp(0, 1).cpu() for decoder in (self.tokenizer.decoder, self._averaged())]
+        shown = [to_uint8(images) for images in (self.images.batch(rows), *decoded)]
+        save_grid(above_and_below(*shown, columns=columns), path, columns=columns)
+
+    def state(self) -> dict[str, Tensor]:
+        return {f"average/{name}": tensor for name, tensor in self.average.state_dict().items()}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        check_outlines(outlines_of(self.state()), outlines_of(state))
+        self.average.load_state_dict({name.removeprefix("average/"): tensor for name, tensor in state.items()})
+
+    def _averaged(self) -> Decoder:
+        """Return the decoder with the moving average of the weights."""
+        averaged = self.average.module
+        assert isinstance(averaged, Decoder)
+        return averaged
+
+    def _vectors(self, rows: np.ndarray) -> Tensor:
+        """Return the codebook's vectors [B,D,H,W] of the codes of the images at `rows` [B]."""
+        with torch.no_grad():
+            return self.tokenizer.quantizer.lookup(torch.from_numpy(self.codes[rows].astype(np.int64)).to(self.device))
+
+
+def _codes_of(tokenizer: VQVAE, images: ImageSplit) -> np.ndarray:
+    """Return the codes [N,H,W] of all images, in the smallest type that holds them."""
+    dtype = code_dtype(tokenizer.config.num_codes)
+    batches = encode_images(tokenizer, lambda start, stop: images.batch(np.arange(start, stop)), len(images))
+    shown = with_progress(batches, len(images), "encoding", size=len)
+    return np.concatenate([codes.numpy().astype(dtype) for codes in shown])

@@ -1,0 +1,158 @@
+"""A sharp decoder for the codes of a tokenizer, trained after it into the folder `decoder` inside the tokenizer's.
+
+Encoder and codebook do not change, so code data sets and priors stay valid, and the plain decoder stays where it is.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from ..images.image_set import ImageSet
+from ..models.checkpoint import (
+    CheckpointInfo,
+    DamagedError,
+    SavedRun,
+    check_same_tokenizer,
+    copy_checkpoint,
+    has_checkpoint,
+    read_info,
+)
+from ..models.loading import TrainedTokenizer, images_of, load_trained_tokenizer
+from ..runtime.console import say
+from ..runtime.device import choose_device, manual_seed
+from ..runtime.folder_lock import only_writer
+from ..runtime.output_paths import check_output_folder
+from .decoder_stage import DecoderStage
+from .loop import LoopSettings, run_training
+from .recipes import SHARPENING_SHARE, DecoderSettings
+from .run_folder import DECODER, RunFolder, check_run_folder, prepare_run_folder, saved_run
+from .settings import recorded, resolve
+from .split_summary import split_summary
+
+
+def train_decoder(run: RunFolder, overrides: Mapping[str, Any], tokenizer_folder: Path) -> CheckpointInfo:
+    """Train a sharp decoder for the tokenizer in `tokenizer_folder`.
+
+    Args:
+        run: where to write: the tokenizer's own folder, or another, which becomes a copy of the tokenizer first.
+        overrides: fields of `DecoderSettings`; None, or a field that is missing, takes the default.
+        tokenizer_folder: what train-tokenizer wrote; if it is `run.out`, nothing but its folder `decoder` changes.
+
+    Returns:
+        The info of the decoder's checkpoint; its step is 0, and its weights are those of the plain decoder, if no
+        evaluation was better than that.
+
+    Raises:
+        InputError: the tokenizer, the images, a setting or the folder cannot be used, another run writes into it, or a
+            loss is not finite for the second time, which leaves the best decoder so far.
+        ValueError: a setting is out of its range.
+    """
+    with only_writer(run.out, "training run"):
+        return _train(run, overrides, tokenizer_folder)
+
+
+def sharpen(run: RunFolder, tokenizer: CheckpointInfo) -> CheckpointInfo:
+    """Train a sharp decoder for the tokenizer that was trained into `run.out` with `sharp`: its last phase.
+
+    A decoder that was begun for these weights is resumed; one for earlier weights is replaced.
+
+    Args:
+        run: the folder of the tokenizer.
+        tokenizer: its info.
+
+    Raises:
+        InputError, ValueError: as `train_decoder`.
+    """
+    shared = {name: tokenizer.training.get(name) for name in ("data_root", "batch_size", "seed", "precision")}
+    resumes = _was_begun(run.out / DECODER, tokenizer.fingerprint)
+    overrides = {"data_root": shared["data_root"], "steps": default_steps(tokenizer)} if resumes else shared
+    return train_decoder(replace(run, resume=resumes, force=not resumes), overrides, run.out)
+
+
+def default_steps(tokenizer: CheckpointInfo) -> int:
+    """Return the steps of a decoder's training: a share of those behind the tokenizer."""
+    return max(1, round(SHARPENING_SHARE * tokenizer.step))
+
+
+def _train(run: RunFolder, overrides: Mapping[str, Any], tokenizer_folder: Path) -> CheckpointInfo:
+    """Train, while nobody else writes into the folder."""
+    decoder_run = replace(run, out=run.out / DECODER)
+    saved = saved_run(decoder_run, "decoder")
+    settings = resolve(DecoderSettings, overrides, None if saved is None else saved.info.training)
+    device = choose_device(run.device)
+    tokenizer = load_trained_tokenizer(tokenizer_folder, device)
+    _check_place(run, tokenizer)
+    if saved is not None:
+        _check_resumable(saved, tokenizer, decoder_run.out)
+    check_run_folder(decoder_run, saved)
+    images = images_of(tokenizer.info, data=settings.data, data_root=settings.data_root)
+    manual_seed(settings.seed)
+    stage = DecoderStage(tokenizer.model, images.train)
+    settings = replace(settings, steps=settings.steps or default_steps(tokenizer.info), data=images.source)
+    if not _is_same_folder(run.out, tokenizer_folder):
+        copy_checkpoint(tokenizer_folder, run.out, "tokenizer", tokenizer.info.fingerprint)
+    prepare_run_folder(decoder_run, saved)
+    say(*_explanation(stage, images, tokenizer_folder, decoder_run.out))
+    loop = LoopSettings.from_settings(settings, device, keep_best=True, evaluate_first=True)
+    return run_training(stage, _info(settings, tokenizer, images), loop, decoder_run.out, resume=saved)
+
+
+def _check_place(run: RunFolder, tokenizer: TrainedTokenizer) -> None:
+    """Raise InputError unless `run.out` is the tokenizer's folder, holds a copy of it, or may become one."""
+    if _is_same_folder(run.out, tokenizer.folder):
+        return
+    if not has_checkpoint(run.out):
+        check_output_folder(run.out, force=run.force)
+        return
+    found = read_info(run.out, "tokenizer").fingerprint
+    check_same_tokenizer(tokenizer.info.fingerprint, found, f"a copy of it in --out {run.out}", "name another --out")
+
+
+def _check_resumable(saved: SavedRun, tokenizer: TrainedTokenizer, folder: Path) -> None:
+    """Raise InputError unless the decoder in `folder` was trained for the tokenizer's codes."""
+    expected, found = tokenizer.info.fingerprint, saved.info.tokenizer_fingerprint
+    check_same_tokenizer(expected, found, f"a decoder in {folder}", "train another with --force")
+
+
+def _is_same_folder(one: Path, other: Path) -> bool:
+    return os.path.realpath(one) == os.path.realpath(other)
+
+
+def _was_begun(folder: Path, fingerprint: str) -> bool:
+    """Return whether `folder` holds a decoder for the tokenizer with this fingerprint, or nothing that was saved."""
+    try:
+        saved = saved_run(RunFolder(out=folder, resume=True), "decoder")
+    except DamagedError:
+        return False
+    return saved is None or saved.info.tokenizer_fingerprint == fingerprint
+
+
+def _info(settings: DecoderSettings, tokenizer: TrainedTokenizer, images: ImageSet) -> CheckpointInfo:
+    """Return what `config.json` says before the first step."""
+    return CheckpointInfo(
+        kind="decoder",
+        config=asdict(tokenizer.model.config),
+        step=0,
+        class_names=tokenizer.info.class_names,
+        preprocessing=tokenizer.info.preprocessing,
+        training={**recorded(settings), "data_root": images.data_root},
+        tokenizer_fingerprint=tokenizer.info.fingerprint,
+    )
+
+
+def _explanation(stage: DecoderStage, images: ImageSet, tokenizer_folder: Path, out: Path) -> list[str]:
+    """Return what the run is about to do, in lines of words."""
+    split = split_summary(
+        "image",
+        to_learn=len(stage.train_rows),
+        held_out=len(images.train) - len(stage.train_rows),
+        measured=len(stage.distance.rows),
+    )
+    return [
+        f"a sharper decoder for the codes of the tokenizer in {tokenizer_folder}, into {out}",
+        f"{split}; the codes do not change, so priors and exported codes stay valid",
+        "distance is how far decoded images are from real ones in the encoder's features; what a decoder adds to come "
+        "near them it invents, so nmse rises a little",
+    ]

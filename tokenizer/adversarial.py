@@ -1,0 +1,136 @@
+"""The losses that sharpen a decoder: squared error, and what a discriminator says, in balance [1].
+
+    decoder        squared error / data variance - w * mean of the logits of its pictures
+    discriminator  mean of max(0, 1 - logit) of real ones + mean of max(0, 1 + logit) of the decoder's (hinge [2])
+
+w makes the two terms pull the decoder's last layer with comparable force: MAX_WEIGHT times the ratio of the norms of
+their gradients there, the ratio at most 1 (`balance_weight`). Without the bound, a discriminator that is fooled, and
+whose gradient vanishes, would be given any weight, and its noise would wreck the decoder.
+
+Departure from [1]: no perceptual loss, so no foreign weights; the discriminator sees real and drawn pictures with the
+same flips and shifts (`Augmentation`).
+
+Legend: B batch, C image channels, H' W' image, H W grid of codes.
+
+[1] Esser et al. 2021, Taming transformers for high-resolution image synthesis, arXiv:2012.09841, eq. 5 to 7
+[2] Lim, Ye 2017, Geometric GAN, arXiv:1705.02894, section 3
+[3] Zhao et al. 2020, Differentiable augmentation for data-efficient GAN training, arXiv:2006.10738, section 3.2
+"""
+
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange
+from torch import Tensor
+from torch.nn import functional as F
+
+from .discriminator import Discriminator
+from .networks import Decoder
+from .objective import reconstruction_loss
+
+MAX_WEIGHT = 0.8  # of the discriminator's term, once its gradient is no smaller than that of the squared error
+LARGEST_SHIFT = 1 / 8  # of a side
+
+
+def hinge_loss(real: Tensor, drawn: Tensor) -> Tensor:
+    """Return the loss of a discriminator [2], a scalar in float32; 2 if it cannot tell, 0 if it is sure of all.
+
+    Args:
+        real: logits [B,H,W] of real images.
+        drawn: logits [B,H,W] of what the decoder drew.
+    """
+    return F.relu(1 - _wide(real)).mean() + F.relu(1 + _wide(drawn)).mean()
+
+
+def balance_weight(decoded: Tensor, of_error: Tensor, of_logits: Tensor, last_layer: Tensor) -> Tensor:
+    """Return w >= 0, a scalar: MAX_WEIGHT * min(1, |gradient of the error| / |gradient of the logits|) [1, eq. 7].
+
+    The gradients are those of the decoder's last layer. Costs two backward passes through that layer alone.
+
+    Args:
+        decoded: [B,C,H',W'], a function of `last_layer` among others; its graph is kept.
+        of_error: [B,C,H',W'], the gradient of the first term with respect to `decoded`.
+        of_logits: [B,C,H',W'], that of the second term.
+        last_layer: the weight of the layer that `decoded` comes from.
+    """
+    error, logits = (
+        torch.autograd.grad(decoded, last_layer, gradient, retain_graph=True)[0].norm()
+        for gradient in (of_error, of_logits)
+    )
+    return MAX_WEIGHT * torch.where(error < logits, error / logits.clamp_min(torch.finfo(logits.dtype).tiny), 1.0)
+
+
+@dataclass(frozen=True)
+class SharpeningLosses:
+    loss: Tensor  # scalar to minimise; its gradient for each network is that of the network's own loss
+    error: Tensor  # scalar, squared error / data variance
+    discriminator: Tensor  # scalar, the hinge loss: 2 if the discriminator cannot tell, 0 if it is sure of all
+    weight: Tensor  # scalar w
+
+
+def sharpening_losses(
+    decoder: Decoder, discriminator: Discriminator, vectors: Tensor, images: Tensor, data_variance: float
+) -> SharpeningLosses:
+    """Return the losses of both networks on a batch, for one backward pass and one step of both.
+
+    The discriminator's term enters the loss as its linearisation at the decoded images: the same gradient for the
+    decoder, none for the discriminator, which is traversed once.
+
+    Args:
+        decoder: to be sharpened.
+        discriminator: its opponent.
+        vectors: [B,D,H,W], of the codes of the images; constant.
+        images: [B,C,H',W'] in [0,1].
+        data_variance: above 0, of the training pixels.
+    """
+    decoded = _wide(decoder(vectors))
+    error = reconstruction_loss(decoded, images, data_variance)
+    augment = Augmentation.draw(len(images), (images.shape[2], images.shape[3]), images.device)
+    constant = decoded.detach().requires_grad_()
+    drawn, real = discriminator(augment(constant), vectors), discriminator(augment(images), vectors)
+    (of_logits,) = torch.autograd.grad(-_wide(drawn).mean(), constant, retain_graph=True)
+    (of_error,) = torch.autograd.grad(error, decoded, retain_graph=True)
+    weight = balance_weight(decoded, of_error, of_logits, decoder.last_layer)
+    hinge = hinge_loss(real, drawn)
+    loss = error + weight * (decoded * of_logits).sum() + hinge
+    return SharpeningLosses(loss=loss, error=error.detach(), discriminator=hinge.detach(), weight=weight)
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Flips and shifts of B images, drawn once and applied alike to real images and to those of a decoder [3].
+
+    So the discriminator learns nothing about the edges or the side that a picture shows, and has more images to learn
+    from. It is differentiable: pixels are only moved, those beyond an edge are mirrored.
+    """
+
+    flips: Tensor  # bool [B], mirrored left to right
+    down: Tensor  # int64 [B], pixels
+    right: Tensor  # int64 [B], pixels
+
+    @classmethod
+    def draw(cls, count: int, size: tuple[int, int], device: torch.device) -> "Augmentation":
+        """Draw it for `count` images of this height and width, from torch's global CPU generator."""
+        down, right = (torch.randint(-limit, limit + 1, (count,)) for limit in (int(s * LARGEST_SHIFT) for s in size))
+        flips = torch.rand(count) < 0.5
+        return cls(flips=flips.to(device), down=down.to(device), right=right.to(device))
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Return images [B,C,H',W'] flipped and shifted."""
+        count, _, height, width = images.shape
+        rows, columns = _mirrored(self.down, height), _mirrored(self.right, width)
+        columns = torch.where(self.flips[:, None], columns.flip(1), columns)
+        image = torch.arange(count, device=images.device)[:, None, None]
+        moved = rearrange(images, "b c h w -> b h w c")[image, rows[:, :, None], columns[:, None, :]]
+        return rearrange(moved, "b h w c -> b c h w")
+
+
+def _mirrored(shifts: Tensor, side: int) -> Tensor:
+    """Return which of `side` pixels come where after shifts [B]: [B,side]; beyond an edge they are mirrored."""
+    positions = (torch.arange(side, device=shifts.device) - shifts[:, None]).abs()
+    return torch.minimum(positions, 2 * (side - 1) - positions)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """Return a tensor in float32, or in its own type if that is wider."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
