@@ -29,8 +29,8 @@ DecoderChoice = Literal["auto", "plain", "sharp"]
 
 FOLDER = "decoder"  # in that of the tokenizer
 INVENTS_DETAIL = (
-    "the sharp decoder invents likely detail where the codes leave it open, so the error is a little larger, and the "
-    "PSNR lower, than with --decoder plain"
+    "the sharp decoder invents likely detail where the codes leave it open, which costs a little error and PSNR; "
+    "--decoder plain invents none"
 )
 
 
