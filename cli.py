@@ -33,6 +33,7 @@ from pipeline.training.settings import LARGEST_BATCH
 
 if TYPE_CHECKING:
     from pipeline.models.checkpoint import CheckpointInfo
+    from pipeline.models.decoders import DecoderChoice
 
 Settings = TokenizerSettings | PriorSettings | DecoderSettings
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -119,6 +120,22 @@ split_option = click.option(
 tokenizer_option = click.option(
     "--tokenizer", type=PathType(), default=TOKENIZER, show_default=True, help="Folder that train-tokenizer wrote."
 )
+DECODERS = click.Choice(["auto", "plain", "sharp"])
+decoder_option = click.option(
+    "--decoder",
+    type=DECODERS,
+    default="auto",
+    show_default=True,
+    help="Which one draws: plain, or sharp, what train-decoder wrote; auto is sharp if there is one.",
+)
+measured_decoder_option = click.option(
+    "--decoder",
+    type=DECODERS,
+    default="auto",
+    show_default=True,
+    help="Whose error is measured: plain, or sharp, what train-decoder wrote; auto is plain, and says so if there is "
+    "a sharp one.",
+)
 json_option = click.option("--json", "json_file", type=PathType(), help="Also write the numbers to this file.")
 replace_evaluation_option = click.option(
     "--force", is_flag=True, help="Replace the files that --json, --picture and --nearest name."
@@ -189,6 +206,7 @@ sampling_options = options(
     ),
     tokenizer_option,
     click.option("--prior", type=PathType(), default=PRIOR, show_default=True, help="Folder that train-prior wrote."),
+    decoder_option,
     device_option,
     force_option,
 )
@@ -373,6 +391,7 @@ def verify_codes(codes: Path, tokenizer: Path | None, data: str | None, data_roo
 @click.option("--out", type=PathType(), default=Path("decoded"), show_default=True, help="Folder, or FILE.png|.npy.")
 @click.option("--start", type=click.IntRange(min=0), default=0, show_default=True, help="First row.")
 @click.option("--n", type=click.IntRange(min=1), help="How many.  [default: all; in one picture 64]")
+@decoder_option
 @device_option
 @force_option
 def decode_codes(codes: Path, tokenizer: Path, out: Path, **chosen: Any) -> None:
@@ -424,7 +443,9 @@ def train_prior(out: Path, device: str, resume: bool, force: bool, **overrides: 
 @click.option("--n", type=click.IntRange(1, MOST_IMAGES), default=64, show_default=True, help="How many images.")
 @click.option("--out", type=PathType(), default=Path("samples"), show_default=True, help="Folder to write.")
 @sampling_options
-def sample(out: Path, tokenizer: Path, prior: Path, device: str, force: bool, **chosen: Any) -> None:
+def sample(
+    out: Path, tokenizer: Path, prior: Path, decoder: "DecoderChoice", device: str, force: bool, **chosen: Any
+) -> None:
     """Sample new images.
 
     Writes grid.png, images/, codes.npy and sample.json. Ctrl-C keeps the images that are finished.
@@ -435,7 +456,7 @@ def sample(out: Path, tokenizer: Path, prior: Path, device: str, force: bool, **
 
     with only_run_in(out, SAMPLE, chosen["n"], force=force):
         pass  # whatever refuses it does so before the models are loaded
-    images = ImagePipeline.from_pretrained(tokenizer, prior, device)
+    images = ImagePipeline.from_pretrained(tokenizer, prior, device, decoder=decoder)
     picture = sample_to_folder(images, SampleOptions.of(**chosen), out, force=force)
     say(f"{chosen['n']} new images: {picture}")
 
@@ -456,6 +477,7 @@ def complete(
     out: Path,
     tokenizer: Path,
     prior: Path,
+    decoder: "DecoderChoice",
     device: str,
     force: bool,
     **chosen: Any,
@@ -473,7 +495,7 @@ def complete(
 
     with only_run_in(out, COMPLETION, chosen["n"], force=force):
         pass  # whatever refuses it does so before the models are loaded
-    pipeline = ImagePipeline.from_pretrained(tokenizer, prior, device)
+    pipeline = ImagePipeline.from_pretrained(tokenizer, prior, device, decoder=decoder)
     options = SampleOptions.of(**chosen)
     picture = complete_to_folder(pipeline, image, keep, options, out, candidates=candidates, force=force)
     say(f"the picture, what is kept, and {chosen['n']} completions: {picture}")
@@ -485,10 +507,15 @@ def complete(
 @split_option
 @click.option("--n", type=click.IntRange(min=1), default=16, show_default=True, help="How many images.")
 @click.option("--out", type=PathType(), default=Path("reconstructions.png"), show_default=True, help="PNG to write.")
+@decoder_option
 @device_option
 @force_option
 def reconstruct(tokenizer: Path, out: Path, **chosen: Any) -> None:
-    """Show originals above their reconstructions, in one PNG."""
+    """Show originals above their reconstructions, in one PNG.
+
+    A sharp decoder, which auto takes if there is one, invents likely detail: its error is a little larger than that of
+    the plain one.
+    """
     from pipeline.evaluation.reconstruction_picture import reconstruct_to_file
 
     say(f"originals above reconstructions: {reconstruct_to_file(tokenizer, out, **chosen)}")
@@ -503,6 +530,7 @@ def reconstruct(tokenizer: Path, out: Path, **chosen: Any) -> None:
 @choice_options
 @json_option
 @picture_option
+@measured_decoder_option
 @device_option
 @replace_evaluation_option
 @click.pass_context
@@ -521,6 +549,9 @@ def evaluate(
     The bits of a prior are shown beside what simple predictors reach on the same codes. Samples are shown beside test
     images and their reconstructions, each compared with as many training images, by a judge that is trained once on the
     training part: so one sees which stage to blame. docs/metrics.md says what the numbers mean.
+
+    With a sharp decoder in the folder, mse, psnr and nmse are of the plain one and those of the sharp one stand beside
+    them; the reconstructions and samples of --samples are by the sharp one. --decoder takes one for all.
     """
     check_given_with_samples(ctx, samples, prior)
     check_two_files(ctx, picture, chosen["nearest"])
@@ -563,10 +594,14 @@ def evaluate(
 )
 @click.option("--n", type=click.IntRange(min=1), help="Measure this many of each, chosen at random.  [default: all]")
 @json_option
+@measured_decoder_option
 @device_option
 @replace_json_option
 def measure_rate(tokenizer: Path, prior: Path | None, json_file: Path | None, force: bool, **chosen: Any) -> None:
-    """Measure the bytes an image costs as codes, next to PNG, and to JPEG of the same PSNR."""
+    """Measure the bytes an image costs as codes, next to PNG, and to JPEG of the same PSNR.
+
+    The PSNR is that of the plain decoder: a sharp one invents likely detail, and has a little less.
+    """
     from pipeline.compression.rate import measure_rate as run
     from pipeline.compression.rate import rate_table
     from pipeline.runtime.atomic_files import to_json, write_atomic

@@ -5,6 +5,7 @@ Legend: B batch, C image channels, H' W' image, H W grid of codes, K codes, D co
 [1] van den Oord et al. 2017, Neural Discrete Representation Learning, arXiv:1711.00937
 """
 
+from copy import copy
 from dataclasses import dataclass
 
 import torch
@@ -120,6 +121,16 @@ class VQVAE(Autoencoder):
         if codes.ndim != 3:
             raise ValueError(f"decode: expected codes [B,H,W], got the shape {list(codes.shape)}")
         return self.decoder(self.quantizer.lookup(codes)).clamp(0, 1)
+
+    def with_decoder(self, decoder: nn.Module) -> "VQVAE":
+        """Return a tokenizer with the same encoder and codebook, not copies of them, and another decoder.
+
+        Args:
+            decoder: vectors [B,D,H,W] -> images [B,C,H*downsample,W*downsample], about [0,1]; on the same device.
+        """
+        other = copy(self)
+        other._modules = {**self._modules, "decoder": decoder.train(self.training)}
+        return other
 
 
 class Baseline(Autoencoder):

@@ -2,7 +2,8 @@
 
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import MISSING, asdict, dataclass, fields, replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
@@ -13,8 +14,9 @@ from torch import Tensor
 from ..errors import InputError
 from ..images.png import save_grid
 from ..images.png_folder import ImageFolder, is_count, read_record, written_count
+from ..models.decoders import DecoderChoice, check_choice
 from ..models.inference import decode_codes as decode
-from ..models.loading import load_trained_tokenizer
+from ..models.loading import TrainedTokenizer, load_trained_tokenizer
 from ..runtime.atomic_files import open_atomic, to_json
 from ..runtime.filesystem import looks_like_file
 from ..runtime.folder_lock import only_writer
@@ -35,6 +37,7 @@ class DecodeRecord:
     n: int  # rows to decode
     finished: int  # rows of them that are written; 0 until the run ends
     tokenizer_fingerprint: str  # of the tokenizer that made the codes and decoded them
+    decoder_fingerprint: str | None = None  # of the sharp decoder, if that decoded them; older versions do not say
 
 
 def decode_codes(
@@ -45,6 +48,7 @@ def decode_codes(
     start: int = 0,
     n: int | None = None,
     device: str = "auto",
+    decoder: DecoderChoice = "auto",
     force: bool = False,
 ) -> int:
     """Write the images of rows start .. start + n - 1 of a code data set, in their order; return how many.
@@ -57,40 +61,50 @@ def decode_codes(
         start: first row.
         n: how many; by default all to the end, and for a contact sheet at most SHEET_IMAGES.
         device: where to compute.
+        decoder: "plain", "sharp", or "auto", the sharp one if there is one.
         force: replace the file, or in a folder what its record names; a file that it does not name is kept, and
             refused if it is in the way.
 
     Raises:
-        InputError: the codes, the tokenizer, the rows or `out` cannot be used, another run writes into the folder, the
-            decoder gives NaN or infinity, or an image cannot be written; in a folder, those before it are kept.
+        InputError: the codes, the tokenizer, its decoder, the rows or `out` cannot be used, another run writes into the
+            folder, the decoder gives NaN or infinity, or an image cannot be written; in a folder, those before it are
+            kept.
+        ValueError: another `decoder`, or `n` below 1.
     """
+    check_choice(decoder)
     codes = CodeDataset(folder)
     _check_start(codes, start)
     suffix, remaining = out.suffix.lower(), len(codes) - start
     n = min(remaining, n if n is not None else SHEET_IMAGES if suffix == ".png" else remaining)
     if n < 1:
         raise ValueError(f"n: expected at least 1 image, got {n}")
+    load = partial(load_trained_tokenizer, tokenizer_folder, device, decoder=decoder)  # once `out` is checked
     if suffix in (".png", ".npy"):
         check_output_file(out, force=force)
-        _decode(codes, tokenizer_folder, out, start, n, device)
+        _decode(codes, load(), out, start, n)
         return n
     _check_folder_name(out)
     with only_writer(out, "decoding run"):  # what the folder holds is checked where no other run can change it
         check_output_folder(out, force=force, written=_files(start, n), earlier=_earlier(out))
-        _decode(codes, tokenizer_folder, out, start, n, device)
+        _decode(codes, load(), out, start, n)
     return n
 
 
-def _decode(codes: CodeDataset, tokenizer_folder: Path, out: Path, start: int, n: int, device: str) -> None:
+def _decode(codes: CodeDataset, tokenizer: TrainedTokenizer, out: Path, start: int, n: int) -> None:
     """Write the images, to a place that was checked."""
-    tokenizer = load_trained_tokenizer(tokenizer_folder, device)
     check_made_by(codes, tokenizer, "name the tokenizer that made them")
 
     def rows(first: int, last: int) -> Tensor:
         return codes.batch(np.arange(start + first, start + last))[0]
 
-    record = DecodeRecord(start=start, n=n, finished=0, tokenizer_fingerprint=tokenizer.info.fingerprint)
-    decoded = decode(tokenizer.model, rows, n, folder=tokenizer_folder)
+    record = DecodeRecord(
+        start=start,
+        n=n,
+        finished=0,
+        tokenizer_fingerprint=tokenizer.info.fingerprint,
+        decoder_fingerprint=None if tokenizer.decoder_info is None else tokenizer.decoder_info.fingerprint,
+    )
+    decoded = decode(tokenizer.model, rows, n, folder=tokenizer.decoder_folder)
     with closing(with_progress(decoded, n, "decoding", size=len)) as images:
         if out.suffix.lower() == ".png":
             save_grid(torch.cat(list(images)), out)
@@ -153,7 +167,8 @@ def _files(start: int, n: int) -> OutputFiles:
 def _earlier(folder: Path) -> list[OutputFiles]:
     """Return what an earlier run wrote into `folder`, if its record is there."""
     content = read_record(folder / RECORD)
-    if content is None or not {field.name for field in fields(DecodeRecord)} <= content.keys():
+    required = {field.name for field in fields(DecodeRecord) if field.default is MISSING}
+    if content is None or not required <= content.keys():
         return []
     start, count = content["start"], written_count(content["finished"], content["n"])
     return [_files(start, count)] if is_count(start) and count is not None else []

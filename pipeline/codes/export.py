@@ -74,7 +74,7 @@ def export_codes(
         group.run_on_all(lambda: check_table(to))
         chosen = group.run_on_all(lambda: choose_device(group.device(device)))
         with _locked(out, group):
-            trained = group.run_on_all(lambda: load_trained_tokenizer(tokenizer_folder, chosen))
+            trained = group.run_on_all(lambda: load_trained_tokenizer(tokenizer_folder, chosen, decoder="plain"))
             info, tokenizer = trained.info, trained.model
             source = group.run_on_all(lambda: source_name(own_images(info)[0] if data is None else data))
             known = _known_before_images(info, tokenizer, source, split=split, flips=flips, shard_size=shard_size)

@@ -33,12 +33,14 @@ from ..errors import InputError
 from ..evaluation.evaluate import check_finite
 from ..evaluation.likelihood import code_batches, measure_prior
 from ..images.image_set import ImageSet, ImageSplit
+from ..models.decoders import INVENTS_DETAIL, DecoderChoice, DecoderName, check_choice, has_sharp_decoder
 from ..models.inference import decode_codes, encode_images
 from ..models.labels import match_labels
 from ..models.loading import TrainedPrior, TrainedTokenizer, images_of, load_pair, load_trained_tokenizer
 from ..runtime.progress import with_progress
 from .image_formats import jpeg_at_psnr, mean_png_bytes, psnr_of_uint8, squared_error
 
+SHARP_NOT_MEASURED = "the PSNR is that of the plain decoder; --decoder sharp takes the sharp one, which invents detail"
 SEED = 0  # for choosing images, if not all are measured
 
 
@@ -50,7 +52,8 @@ class SplitRate:
     image: tuple[int, ...]  # [C,H',W']
     grid: tuple[int, ...]  # [H,W]
     num_codes: int  # K
-    psnr: float  # dB, of the codes
+    decoder: DecoderName  # of the codes
+    psnr: float  # dB, of the codes, decoded by that
     jpeg_psnr: float  # dB; the same, unless no quality of JPEG reaches it, which gives a warning
     jpeg_quality: float  # 1 to 100, where that PSNR is met
     jpeg_subsampling: str  # 4:2:0 or 4:4:4
@@ -85,6 +88,7 @@ def measure_rate(
     splits: Sequence[str] = ("train", "test"),
     n: int | None = None,
     device: str = "auto",
+    decoder: DecoderChoice = "auto",
 ) -> Rate:
     """Measure the bytes of an image of `data` (by default the tokenizer's) as codes, PNG and JPEG, for each split.
 
@@ -96,12 +100,16 @@ def measure_rate(
         splits: "train", "test" or both; one without images is omitted if the other has some.
         n: how many images of each split, chosen at random but always the same; by default all.
         device: auto, cpu, cuda, cuda:1 or mps.
+        decoder: whose PSNR a JPEG is to have, "plain" or "sharp"; "auto" is the plain one, with a warning if there is a
+            sharp one, too.
 
     Raises:
-        InputError: a checkpoint or the images cannot be used, the tokenizer has no codes, the prior was trained on
-            another tokenizer's codes, or a number is NaN or infinite.
+        InputError: a checkpoint or the images cannot be used, the tokenizer has no codes or no such decoder, the prior
+            was trained on another tokenizer's codes, or a number is NaN or infinite.
+        ValueError: another `decoder`.
     """
-    tokenizer, prior = _load(tokenizer_folder, prior_folder, device)
+    check_choice(decoder)
+    tokenizer, prior = _load(tokenizer_folder, prior_folder, device, "sharp" if decoder == "sharp" else "plain")
     images = images_of(tokenizer.info, data=data, data_root=data_root)
     chosen = _splits_with_images(images, splits, n)
     if prior is not None:
@@ -111,6 +119,10 @@ def measure_rate(
         }
     rates = {name: _measure_split(tokenizer, prior, split) for name, split in chosen.items()}
     warnings = [f"{name}: {line}" for name in dict.fromkeys(splits) for line in _warnings(rates.get(name))]
+    if decoder == "sharp":
+        warnings.append(INVENTS_DETAIL)
+    elif decoder == "auto" and has_sharp_decoder(tokenizer_folder):
+        warnings.append(SHARP_NOT_MEASURED)
     return Rate(data=images.source, splits=rates, warnings=warnings)
 
 
@@ -119,7 +131,7 @@ def rate_table(rate: SplitRate) -> str:
     shape, grid = ("x".join(map(str, size)) for size in (rate.image, rate.grid))
     lines = [
         f"{rate.images:,} images of {shape}, {grid} codes of {rate.num_codes:,}",
-        f"PSNR {rate.psnr:.2f} dB, JPEG {rate.jpeg_psnr:.2f} dB"
+        f"PSNR {rate.psnr:.2f} dB ({rate.decoder} decoder), JPEG {rate.jpeg_psnr:.2f} dB"
         f" at quality {rate.jpeg_quality:.1f} ({rate.jpeg_subsampling})",
         f"{'':<9}  bytes per image  bits per code",
     ]
@@ -130,11 +142,11 @@ def rate_table(rate: SplitRate) -> str:
 
 
 def _load(
-    tokenizer_folder: Path, prior_folder: Path | None, device: str
+    tokenizer_folder: Path, prior_folder: Path | None, device: str, decoder: DecoderName
 ) -> tuple[TrainedTokenizer, TrainedPrior | None]:
     if prior_folder is None:
-        return load_trained_tokenizer(tokenizer_folder, device), None
-    return load_pair(tokenizer_folder, prior_folder, device)
+        return load_trained_tokenizer(tokenizer_folder, device, decoder=decoder), None
+    return load_pair(tokenizer_folder, prior_folder, device, decoder=decoder)
 
 
 def _splits_with_images(images: ImageSet, names: Sequence[str], n: int | None) -> dict[str, ImageSplit]:
@@ -180,6 +192,7 @@ def _measure_split(tokenizer: TrainedTokenizer, prior: TrainedPrior | None, spli
         image=split.images.shape[1:],
         grid=codes.shape[1:],
         num_codes=num_codes,
+        decoder=tokenizer.decoder,
         psnr=psnr,
         jpeg_psnr=jpeg.psnr,
         jpeg_quality=jpeg.quality,
@@ -220,7 +233,7 @@ def _psnr_of_codes(tokenizer: TrainedTokenizer, codes: np.ndarray, images: np.nd
         tokenizer.model,
         lambda first, last: torch.from_numpy(codes[first:last]).long(),
         len(codes),
-        folder=tokenizer.folder,
+        folder=tokenizer.decoder_folder,
     )
     for batch in with_progress(decoded, len(codes), "decoding", size=len):
         error += squared_error(batch.numpy(), images[start : start + len(batch)])

@@ -22,7 +22,7 @@ from ..images.image_set import ImageSplit
 from ..images.rows import evenly_spaced
 from ..models.inference import run_in_blocks
 from .distances import frechet_distance
-from .reconstruction import ReconstructionNumbers
+from .reconstruction import ReconstructionNumbers, numbers_of
 
 MOST_POSITIONS = 2**16  # rows of features: 1,024 grids of 8x8
 SMALLEST_DEVIATION = 1e-6  # of a feature, which may be the same everywhere
@@ -62,7 +62,7 @@ class DecoderDistance:
             return tokenizer.encoder.features(decoded), (decoded - block).square().mean(dim=(1, 2, 3), keepdim=True)
 
         features, errors = self._over_images(compute)
-        error = ReconstructionNumbers.of(float(errors.double().mean()), tokenizer.config.data_variance)
+        error = numbers_of(float(errors.double().mean()), tokenizer.config.data_variance)
         return DecoderNumbers(distance=frechet_distance(self.real, features / self.scale), error=error)
 
     def _over_images(self, compute: Callable[[Tensor], tuple[Tensor, ...]]) -> list[Tensor]:

@@ -14,10 +14,13 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from tokenizer import VQVAE
+
 from ..codes.manifest import code_dtype
 from ..errors import InputError
 from ..generation.image_pipeline import ImagePipeline
 from ..images.image_set import ImageSet, ImageSplit, split_of
+from ..models.decoders import DecoderChoice, DecoderName
 from ..models.labels import match_labels
 from ..models.loading import (
     TrainedAutoencoder,
@@ -32,7 +35,7 @@ from .evaluation_picture import PriorInput, evaluation_picture
 from .picture_metrics import PictureMetrics
 from .prior_numbers import Likelihood, measure_likelihood, measure_simple_predictors
 from .quality_table import quality_table
-from .reconstruction import ReconstructionNumbers, measure_reconstruction
+from .reconstruction import ReconstructionNumbers, measure_decoders
 from .sample_quality import QualityOptions, SampleQuality
 
 
@@ -43,16 +46,20 @@ class Evaluation:
     data: str  # the image source
     split: str  # "train" or "test"
     images: int  # their number
-    reconstruction: ReconstructionNumbers
+    reconstruction: ReconstructionNumbers  # of `decoder`
     codebook: CodebookHealth | None  # None for a model without codes
     likelihood: Likelihood | None  # None if no prior was measured
     picture: Image.Image | None = field(default=None, repr=False, compare=False)  # None if none was asked for
     quality: PictureMetrics | None = None  # None if no samples were measured
+    decoder: DecoderName = "plain"  # that reconstructed the images
+    sharp: ReconstructionNumbers | None = None  # of the sharp decoder, beside those of the plain one
 
     def to_json(self) -> dict[str, Any]:
         """Return the numbers as one flat object, without those that were not measured."""
         numbers: dict[str, Any] = {"data": self.data, "split": self.split, "images": self.images}
-        numbers |= asdict(self.reconstruction)
+        numbers |= {"decoder": self.decoder, **asdict(self.reconstruction)}
+        if self.sharp is not None:
+            numbers["sharp_decoder"] = asdict(self.sharp)
         if self.codebook is not None:
             health = self.codebook
             numbers |= {"codes_used": health.codes_used, "perplexity": health.perplexity, "codebook": health.verdict}
@@ -73,12 +80,16 @@ class Evaluation:
         in_words = set() if likelihood is None else likelihood.to_json().keys() - {"bits_per_code", "bits_per_dim"}
         in_words.add("picture_metrics")
         named = {name: value for name, value in self.to_json().items() if name not in in_words}
-        lines = [
-            f"{name:>14}  {value:.6g}" if isinstance(value, float) else f"{name:>14}  {value}"
-            for name, value in named.items()
-        ]
+        lines = [f"{name:>14}  {_shown(value)}" for name, value in named.items()]
         lines += [] if likelihood is None else likelihood.lines()
         return lines if self.quality is None else [*lines, "", *quality_table(self.quality)]
+
+
+def _shown(value: Any) -> str:
+    """Return a number, a word, or numbers by name, as they are printed."""
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_shown(each)}" for name, each in value.items())
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def evaluate(
@@ -91,6 +102,7 @@ def evaluate(
     device: str = "auto",
     with_picture: bool = False,
     quality: QualityOptions | None = None,
+    decoder: DecoderChoice = "auto",
 ) -> Evaluation:
     """Measure a tokenizer, and a prior if one is named, on a split of `data` (by default the tokenizer's).
 
@@ -107,43 +119,55 @@ def evaluate(
         device: auto, cpu, cuda, cuda:1 or mps.
         with_picture: whether to make `Evaluation.picture`, as `surprise_picture` says.
         quality: what to measure about samples of the prior, on the test split; None for nothing.
+        decoder: "plain" or "sharp" measures that one alone. With "auto" the error is that of the plain one; if there is
+            a sharp one, its error is beside it, and it makes the pictures that `quality` measures.
 
     Raises:
-        InputError: a checkpoint or the images cannot be used, the prior was trained on another tokenizer's codes, a
-            number is NaN or infinite, or what `quality` asks for cannot be measured.
+        InputError: a checkpoint or the images cannot be used, the prior was trained on another tokenizer's codes, there
+            is no such decoder, a number is NaN or infinite, or what `quality` asks for cannot be measured.
+        ValueError: another `decoder`.
     """
-    pair = None if prior_folder is None else load_pair(tokenizer_folder, prior_folder, device)
-    trained = load_trained_autoencoder(tokenizer_folder, device) if pair is None else pair[0]
+    pair = None if prior_folder is None else load_pair(tokenizer_folder, prior_folder, device, decoder=decoder)
+    loaded = load_trained_autoencoder(tokenizer_folder, device, decoder=decoder) if pair is None else pair[0]
+    trained = loaded.with_plain_decoder() if decoder == "auto" else loaded
+    beside = loaded.model if isinstance(loaded.model, VQVAE) and loaded.decoder != trained.decoder else None
     images = images_of(trained.info, data=data, data_root=data_root)
     chosen = split_of(images, split)
     labels = chosen.labels if pair is None else match_labels(chosen.labels, images.class_names, pair[1])
     samples = None if quality is None else _prepared(pair, images, split, quality, device)
     found = _Collected(trained.model.config.num_codes)
-    numbers, health = measure_reconstruction(
+    measured = measure_decoders(
         trained.model,
+        beside,
         chosen,
         progress=True,
         on_codes=None if pair is None else found.append_codes,
         on_errors=found.append_errors,
     )
-    check_finite(asdict(numbers), tokenizer_folder)
-    likelihood = measured = None
+    check_finite(asdict(measured.numbers), trained.decoder_folder)
+    if measured.other is not None:
+        check_finite(asdict(measured.other), loaded.decoder_folder)
+    likelihood = prior_input = None
     if pair is not None:
         tokenizer, prior = pair
-        measured = PriorInput(prior=prior, codes=found.codes(), labels=labels)
-        simple = measure_simple_predictors(tokenizer, images, split, measured.codes)
-        likelihood = measure_likelihood(tokenizer, prior, measured.codes, labels, simple)
+        prior_input = PriorInput(prior=prior, codes=found.codes(), labels=labels)
+        simple = measure_simple_predictors(tokenizer, images, split, prior_input.codes)
+        likelihood = measure_likelihood(tokenizer, prior, prior_input.codes, labels, simple)
         check_finite(likelihood.to_json(), prior.folder)
     title = f"{os.path.basename(images.source)}: {split} split, {len(chosen):,} image{'' if len(chosen) == 1 else 's'}"
+    if loaded.decoder == "sharp":
+        title += f", {trained.decoder} decoder"
     return Evaluation(
         data=images.source,
         split=split,
         images=len(chosen),
-        reconstruction=numbers,
-        codebook=health,
+        reconstruction=measured.numbers,
+        codebook=measured.codebook,
         likelihood=likelihood,
-        picture=_picture(title, trained, chosen, found.errors(), measured) if with_picture else None,
+        picture=_picture(title, trained, chosen, found.errors(), prior_input) if with_picture else None,
         quality=None if samples is None else samples.measure(),
+        decoder=trained.decoder,
+        sharp=measured.other,
     )
 
 
@@ -208,11 +232,11 @@ class _Collected:
 
 def _picture(
     title: str,
-    trained: TrainedAutoencoder | TrainedTokenizer,
+    trained: TrainedAutoencoder,
     split: ImageSplit,
     errors: np.ndarray,
-    measured: PriorInput | None,
+    prior_input: PriorInput | None,
 ) -> Image.Image:
     """Return the picture of a split whose images have these sums of squared errors [N]."""
     nmse = errors / (split.images[0].size * trained.model.config.data_variance)
-    return evaluation_picture(title, trained.model, trained.folder, split, nmse, measured)
+    return evaluation_picture(title, trained.model, trained.decoder_folder, split, nmse, prior_input)

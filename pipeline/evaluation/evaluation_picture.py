@@ -42,7 +42,7 @@ def evaluation_picture(
     Args:
         title: the line above all.
         model: that reconstructs the images.
-        folder: of its checkpoint, for messages.
+        folder: of the checkpoint of its decoder, for messages.
         split: the images.
         errors: mean squared error [N] of each / variance of the training pixels.
         measured: the prior and the codes of the split; None to show no bits.

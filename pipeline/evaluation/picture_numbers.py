@@ -37,11 +37,13 @@ class PictureNumbers:
     inception: Distances | None = None  # in those of Inception-v3, if the user has its weights
     class_accuracy: float | None = None  # share of the pictures whose class the judge recognises; None without classes
     nearest_train: float | None = None  # median distance to the nearest training image; None if it was not measured
+    nmse: float | None = None  # of reconstructions, of pixels of 8 bits: squared error / variance of training pixels
+    psnr: float | None = None  # dB, of the same error
 
     def to_json(self) -> dict[str, Any]:
         """Return the numbers by their names, without those that were not measured."""
         numbers: dict[str, Any] = {_JSON.get(name, name): value for name, value in asdict(self.own).items()}
-        for name in ("class_accuracy", "nearest_train"):
+        for name in ("class_accuracy", "nearest_train", "nmse", "psnr"):
             if getattr(self, name) is not None:
                 numbers[name] = getattr(self, name)
         if self.inception is not None:

@@ -12,6 +12,8 @@ MEANINGS = {
     "coverage": "of the training images, neighbourhoods met",
     "class_accuracy": "recognised as its class",
     "nearest_train": "distance to the nearest training image",
+    "nmse": "squared error / variance of training pixels",
+    "psnr": "dB, of that error",
 }
 
 
@@ -22,11 +24,18 @@ def quality_table(metrics: PictureMetrics) -> list[str]:
     rows = [[name, *(_shown(column.get(name)) for column in columns), _words(name)] for name in names]
     counted = f"{metrics.n:,} of each against {metrics.n:,} training images, seed {metrics.seed}"
     table = _aligned([["", *WORDS.values(), ""], *rows])
-    lines = [f"{counted}; features of {metrics.judge}", *table, how_sampled(metrics), blame(metrics)]
+    told = [how_decoded(metrics), how_sampled(metrics), blame(metrics)]
+    lines = [f"{counted}; features of {metrics.judge}", *table, *told]
     if metrics.cas is not None and metrics.cas_real is not None:
         taught = f"{metrics.cas:.1%} of real test images are recognised after training on the samples"
         lines.append(f"classification accuracy score: {taught}, {metrics.cas_real:.1%} after as many real images")
     return lines
+
+
+def how_decoded(metrics: PictureMetrics) -> str:
+    """Return in one line which decoder made the pictures."""
+    line = f"the reconstructions and the samples are by the {metrics.decoder} decoder"
+    return line if metrics.decoder == "plain" else f"{line}, which invents detail: their error is beside what that buys"
 
 
 def how_sampled(metrics: PictureMetrics) -> str:

@@ -4,7 +4,7 @@ Legend: n images, C channels, H' W' image, H W grid of codes, K codes.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,50 +27,71 @@ class ReconstructionNumbers:
     psnr: float  # dB, of that mean error
     nmse: float  # mse / variance of all pixels of the training images
 
-    @classmethod
-    def of(cls, mse: float, data_variance: float) -> "ReconstructionNumbers":
-        """Return the numbers of a mean squared error."""
-        return cls(mse=mse, psnr=psnr_of(mse), nmse=mse / data_variance)
+
+@dataclass(frozen=True, kw_only=True)
+class MeasuredDecoders:
+    """What is known once the images of a split are encoded once, and decoded by one decoder or by two."""
+
+    numbers: ReconstructionNumbers  # of the first decoder
+    other: ReconstructionNumbers | None  # of the second decoder, None if there is one alone
+    codebook: CodebookHealth | None  # None for a model without codes
 
 
 def measure_reconstruction(
+    model: VQVAE | Baseline, split: ImageSplit, indices: np.ndarray | None = None
+) -> tuple[ReconstructionNumbers, CodebookHealth | None]:
+    """Reconstruct the images of a split, by default all, in float32: `measure_decoders` of one decoder."""
+    measured = measure_decoders(model, None, split, indices)
+    return measured.numbers, measured.codebook
+
+
+def measure_decoders(
     model: VQVAE | Baseline,
+    other: VQVAE | None,
     split: ImageSplit,
     indices: np.ndarray | None = None,
     *,
     progress: bool = False,
     on_codes: Callable[[Tensor], None] | None = None,
     on_errors: Callable[[Tensor], None] | None = None,
-) -> tuple[ReconstructionNumbers, CodebookHealth | None]:
+) -> MeasuredDecoders:
     """Reconstruct the images of a split, in float32; each is encoded once.
 
     Args:
         model: put into `eval()` mode for the duration.
+        other: the same encoder and codebook with another decoder (`VQVAE.with_decoder`), in `eval()` mode, which
+            decodes the same codes; None to measure `model` alone.
         split: the images.
         indices: the rows [n] to measure; by default all.
         progress: whether to show a progress bar.
         on_codes: called with the codes int64 [n,H,W] of each batch in order, the same codes that export-codes writes;
             never called for a model without codes.
-        on_errors: called with the sum of the squared errors of each image, float32 [n], of each batch in order.
-
-    Returns:
-        The error, and the health of the codebook, None for a model without codes.
+        on_errors: called with the sum of the squared errors of each image by `model`, float32 [n], of each batch in
+            order.
     """
     rows = np.arange(len(split)) if indices is None else indices
-    squared_error, histogram = 0.0, torch.zeros(model.config.num_codes, dtype=torch.int64)
-    results = run_in_blocks(model, _reconstruct(model), lambda start, stop: split.batch(rows[start:stop]), len(rows))
+    models = [model] if other is None else [model, other]
+    squared_errors = np.zeros(len(models))
+    histogram = torch.zeros(model.config.num_codes, dtype=torch.int64)
+    results = run_in_blocks(model, _reconstruct(models), lambda start, stop: split.batch(rows[start:stop]), len(rows))
     shown = with_progress(results, len(rows), "evaluating", size=lambda result: len(result[0]), shown=progress)
-    for errors, *codes in shown:
-        squared_error += float(errors.double().sum())
+    for errors, *codes in shown:  # [n,decoders]
+        squared_errors += errors.double().sum(dim=0).numpy()
         if on_errors is not None:
-            on_errors(errors)
+            on_errors(errors[:, 0])
         for batch in codes:
             histogram += torch.bincount(batch.flatten(), minlength=len(histogram))
             if on_codes is not None:
                 on_codes(batch)
-    mse = squared_error / (len(rows) * math.prod(split.images.shape[1:]))
-    numbers = ReconstructionNumbers.of(mse, model.config.data_variance)
-    return numbers, codebook_health(histogram) if isinstance(model, VQVAE) else None
+    values = len(rows) * math.prod(split.images.shape[1:])
+    first, *others = (numbers_of(float(error) / values, model.config.data_variance) for error in squared_errors)
+    health = codebook_health(histogram) if isinstance(model, VQVAE) else None
+    return MeasuredDecoders(numbers=first, other=others[0] if others else None, codebook=health)
+
+
+def numbers_of(mse: float, data_variance: float) -> ReconstructionNumbers:
+    """Return the numbers of a mean squared error, for a model whose training images have this variance."""
+    return ReconstructionNumbers(mse=mse, psnr=psnr_of(mse), nmse=mse / data_variance)
 
 
 def psnr_of(mse: float) -> float:
@@ -78,12 +99,16 @@ def psnr_of(mse: float) -> float:
     return -10 * math.log10(max(mse, 1e-12))
 
 
-def _reconstruct(model: VQVAE | Baseline) -> Callable[[Tensor], tuple[Tensor, ...]]:
-    """Return a function: images [n,C,H',W'] -> squared errors [n], and for a model with codes also codes [n,H,W]."""
+def _reconstruct(models: Sequence[VQVAE | Baseline]) -> Callable[[Tensor], tuple[Tensor, ...]]:
+    """Return a function: images [n,C,H',W'] -> squared errors [n,models], and of models with codes also codes [n,H,W].
+
+    All models have the encoder of the first.
+    """
 
     def compute(images: Tensor) -> tuple[Tensor, ...]:
-        latents = model.encode(images)
-        errors = (model.decode(latents) - images).square().sum(dim=(1, 2, 3))
-        return (errors, latents) if isinstance(model, VQVAE) else (errors,)
+        latents = models[0].encode(images)
+        decoded = (model.decode(latents) for model in models)
+        errors = torch.stack([(each - images).square().sum(dim=(1, 2, 3)) for each in decoded], dim=1)
+        return (errors, latents) if isinstance(models[0], VQVAE) else (errors,)
 
     return compute

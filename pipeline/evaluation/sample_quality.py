@@ -31,6 +31,7 @@ from .judge_cache import open_judge
 from .nearest_picture import NearestTraining, nearest_picture
 from .picture_metrics import COLUMNS, WORDS, PictureMetrics
 from .picture_numbers import PictureNumbers, distances, picture_numbers
+from .reconstruction import numbers_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +116,7 @@ class SampleQuality:
         columns, reference = self.columns(), self.comparison.training_images()
         seen = {name: judge.look(pictures.images, WORDS[name]) for name, pictures in columns.items()}
         numbers = self._compared(judge.look(reference.images, "training images"), seen, columns)
+        numbers["reconstructions"] = self._with_error(numbers["reconstructions"], columns)
         if self.inception is not None:
             numbers = self._with_inception(numbers, reference, columns)
         picture = None
@@ -131,6 +133,7 @@ class SampleQuality:
             test=numbers["test"],
             reconstructions=numbers["reconstructions"],
             samples=numbers["samples"],
+            decoder=self.pipeline.trained_tokenizer.decoder,
             cas=cas,
             cas_real=cas_real,
             guidance=self.sampling.parameters.guidance,
@@ -146,7 +149,7 @@ class SampleQuality:
     def reconstructions(self) -> Pictures:
         """Return the pictures of the second column alone: what the tokenizer makes of the test images."""
         test, tokenizer = self.comparison.test_images(), self.pipeline.trained_tokenizer
-        images = reconstruct_images(tokenizer.model, test.images, folder=tokenizer.folder, progress=True)
+        images = reconstruct_images(tokenizer.model, test.images, folder=tokenizer.decoder_folder, progress=True)
         return Pictures(images=images, labels=test.labels)
 
     def _compared(
@@ -155,6 +158,14 @@ class SampleQuality:
         """Return the numbers of each column in the judge's features."""
         names = with_progress(COLUMNS, len(COLUMNS), "comparing with training images", "set")
         return {name: picture_numbers(reference, seen[name], columns[name].labels) for name in names}
+
+    def _with_error(self, numbers: PictureNumbers, columns: dict[str, Pictures]) -> PictureNumbers:
+        """Return the numbers of the reconstructions with their error: of the 8 bits that were compared."""
+        test, reconstructions = (columns[name].images for name in ("test", "reconstructions"))
+        difference = test.double() - reconstructions.double()
+        mse = float((difference / 255).square().mean())
+        error = numbers_of(mse, self.pipeline.tokenizer.config.data_variance)
+        return replace(numbers, nmse=error.nmse, psnr=error.psnr)
 
     def samples(self) -> Pictures:
         """Return the pictures of the last column alone: new images."""

@@ -16,6 +16,7 @@ from tokenizer import VQVAE
 from ..errors import InputError
 from ..images.preprocessing import to_float, to_uint8
 from ..models.checkpoint import CheckpointInfo
+from ..models.decoders import DecoderChoice
 from ..models.inference import decode_codes, reconstruct_images
 from ..models.labels import Labels, resolve_labels
 from ..models.loading import TrainedPrior, TrainedTokenizer, load_pair
@@ -39,19 +40,29 @@ class ImagePipeline:
     trained_prior: TrainedPrior  # over the codes of this tokenizer
 
     @classmethod
-    def from_pretrained(cls, tokenizer_dir: str | Path, prior_dir: str | Path, device: str = "auto") -> "ImagePipeline":
+    def from_pretrained(
+        cls,
+        tokenizer_dir: str | Path,
+        prior_dir: str | Path,
+        device: str = "auto",
+        *,
+        decoder: DecoderChoice = "auto",
+    ) -> "ImagePipeline":
         """Load both stages.
 
         Args:
             tokenizer_dir: what train-tokenizer wrote.
             prior_dir: what train-prior wrote.
             device: auto, cpu, cuda, cuda:1 or mps.
+            decoder: which one makes images of codes: "plain", "sharp" (what train-decoder wrote), or "auto", the sharp
+                one if there is one. The codes do not depend on it.
 
         Raises:
             InputError: a checkpoint cannot be used, the prior was trained on another tokenizer's codes, or there is no
-                such device.
+                such device or decoder.
+            ValueError: another `decoder`.
         """
-        return cls(*load_pair(tokenizer_dir, prior_dir, device))
+        return cls(*load_pair(tokenizer_dir, prior_dir, device, decoder=decoder))
 
     @property
     def tokenizer(self) -> VQVAE:
@@ -67,6 +78,11 @@ class ImagePipeline:
     def tokenizer_info(self) -> CheckpointInfo:
         """What the tokenizer's checkpoint says about it."""
         return self.trained_tokenizer.info
+
+    @property
+    def decoder_info(self) -> CheckpointInfo | None:
+        """What the checkpoint of the sharp decoder says about it; None if the plain one is in use."""
+        return self.trained_tokenizer.decoder_info
 
     @property
     def prior_info(self) -> CheckpointInfo:
@@ -249,7 +265,7 @@ class ImagePipeline:
         Raises:
             InputError: the decoder gives NaN or infinity.
         """
-        size, folder = self.tokenizer_info.preprocessing, self.trained_tokenizer.folder
+        size, folder = self.tokenizer_info.preprocessing, self.trained_tokenizer.decoder_folder
         none = torch.empty(0, size["channels"], size["height"], size["width"], dtype=torch.uint8)
         images = decode_codes(self.tokenizer, lambda start, stop: codes[start:stop], len(codes), folder=folder)
         return torch.cat([none, *images])
@@ -260,7 +276,7 @@ class ImagePipeline:
         Raises:
             InputError: the decoder gives NaN or infinity.
         """
-        return reconstruct_images(self.tokenizer, images, folder=self.trained_tokenizer.folder)
+        return reconstruct_images(self.tokenizer, images, folder=self.trained_tokenizer.decoder_folder)
 
 
 def open_labels(count: int, num_particles: int, num_classes: int, generator: torch.Generator) -> Tensor:

@@ -240,7 +240,11 @@ def _record(
 ) -> SampleRecord:
     """Return the record of all n images; the options of a completion include those of the `completion` itself."""
     chosen = None if labels is None else labels.tolist()
-    fingerprints = Fingerprints(tokenizer=pipeline.tokenizer_info.fingerprint, prior=pipeline.prior_info.fingerprint)
+    fingerprints = Fingerprints(
+        tokenizer=pipeline.tokenizer_info.fingerprint,
+        decoder=None if pipeline.decoder_info is None else pipeline.decoder_info.fingerprint,
+        prior=pipeline.prior_info.fingerprint,
+    )
     return SampleRecord(
         labels=chosen,
         class_names=None if chosen is None else [pipeline.class_names[i] for i in chosen],

@@ -17,9 +17,10 @@ GRID, CODES = "grid.png", "codes.npy"
 
 @dataclass(frozen=True, kw_only=True)
 class Fingerprints:
-    """SHA-256 of the weights of both stages."""
+    """SHA-256 of the weights of both stages, and of the sharp decoder."""
 
     tokenizer: str
+    decoder: str | None  # None: the tokenizer's own, plain decoder made the images
     prior: str
 
 

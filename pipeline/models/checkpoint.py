@@ -4,10 +4,11 @@
     config.json           format version, kind, config, step, class names, preprocessing, fingerprint, training
     training.safetensors  for resuming: the weights, optimizer and random states of the last step, and the step
     previous/             the same three files of the save before
+    decoder/              of a tokenizer that has a sharp decoder: a checkpoint of its own (`decoders.py`)
 
 The fingerprint is the SHA-256 of the file `model.safetensors`: `sha256sum` prints the same. `config.json` also holds
 the SHA-256 of `training.safetensors` and of itself, so damage to any of the three is noticed by whoever reads it; then
-the save before is used, with a warning. Nothing is a pickle. `loading.py` builds the models from it.
+the save before is used, with a warning. Nothing is a pickle. `restore.py` builds the networks from it.
 """
 
 import json
@@ -56,15 +57,15 @@ class DamagedError(InputError):
 class CheckpointInfo:
     """The content of `config.json`."""
 
-    kind: str  # "tokenizer", "prior" or "judge"
-    config: dict[str, Any]  # fields of TokenizerConfig or PriorConfig
+    kind: str  # "tokenizer", "decoder", "prior" or "judge"
+    config: dict[str, Any]  # fields of TokenizerConfig (of a decoder, too) or PriorConfig
     step: int  # training steps behind these weights
     class_names: list[str]  # label i is class_names[i]; empty without labels
     preprocessing: dict[str, int]  # height, width, channels of the images
     training: dict[str, Any]  # the settings of the run: data, steps, batch size, seed, ...
     fingerprint: str = ""  # SHA-256 of model.safetensors
     training_sha256: str = ""  # SHA-256 of training.safetensors; "" if an older version wrote it, or none was written
-    tokenizer_fingerprint: str = ""  # for a prior: of the tokenizer whose codes it learned
+    tokenizer_fingerprint: str = ""  # for a prior or a decoder: of the tokenizer whose codes it learned
     metrics: dict[str, float] = field(default_factory=dict)  # of the last evaluation, on held-out images
     versions: dict[str, str] = field(default_factory=dict)  # of the libraries that wrote the checkpoint
     format_version: int = FORMAT_VERSION
@@ -183,7 +184,7 @@ def read_checkpoint(folder: Path, kind: str, check: Check) -> tuple[CheckpointIn
 
     Args:
         folder: of the checkpoint.
-        kind: "tokenizer" or "prior".
+        kind: "tokenizer", "decoder" or "prior".
         check: compares the shapes and types of the weights with the config, before the weights are read.
 
     Returns:

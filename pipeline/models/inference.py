@@ -55,7 +55,7 @@ def decode_codes(tokenizer: VQVAE, codes: Load, count: int, *, folder: Path | st
         tokenizer: put into `eval()` mode for the duration.
         codes: (start, stop) -> codes int64 [stop - start,H,W]; called from several threads.
         count: of grids.
-        folder: where the tokenizer comes from, for the message.
+        folder: where the decoder comes from, for the message.
 
     Raises:
         InputError: the decoder gives NaN or infinity.
@@ -73,7 +73,7 @@ def reconstruct_images(
     Args:
         model: put into `eval()` mode for the duration.
         images: on any device.
-        folder: where the model comes from, for the message.
+        folder: where the decoder comes from, for the message.
         progress: whether to show it.
 
     Raises:
@@ -149,7 +149,7 @@ def _finite_uint8(decoded: Tensor, folder: Path | str) -> Tensor:
         raise InputError(
             expected=f"finite pixels from the decoder in {folder}",
             got="NaN or infinity",
-            do="restore the folder from a copy, or run train-tokenizer again",
+            do="restore the folder from a copy, or train it again",
         )
     return to_uint8(decoded)
 

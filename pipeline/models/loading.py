@@ -2,69 +2,77 @@
 
 Config and weights are read together, so that both come from the same save even while a training run replaces them.
 Whether two models belong together is decided by the fingerprints of what was loaded; the folder is not read again.
+
+A tokenizer holds one of two decoders for the same codes (`decoders.py`): the plain one, which was trained with its
+encoder, or the sharp one that train-decoder added. Encoder, codebook and codes are the same with both.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
-from functools import partial
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
 from prior import GatedPixelCNN, PriorConfig
 from tokenizer import VQVAE, Baseline, TokenizerConfig, build_model
 
 from ..errors import InputError
 from ..images.image_set import ImageSet, open_images
-from ..images.preprocessing import Preprocessing
 from ..runtime.device import choose_device
-from ..runtime.schema import from_json, short
-from .checkpoint import (
-    MODEL,
-    TRAIN_COMMAND,
-    CheckpointInfo,
-    SavedRun,
-    check_same_tokenizer,
-    read_checkpoint,
-)
-from .tensor_file import Outline, check_finite, check_outlines, outlines_of, parse_tensors
+from ..runtime.schema import short
+from .checkpoint import CheckpointInfo, SavedRun, check_same_tokenizer
+from .decoders import DecoderChoice, DecoderName, check_choice, decoder_folder, find_sharp_decoder, load_sharp_decoder
+from .restore import Config, check_network, no_network, parse_config, restore
+from .tensor_file import outlines_of
 
-LARGEST_SIDE = 2**14  # pixels of an image that a tokenizer takes
-UNUSED_SIZE = 2**16  # that a config may name beyond its weights: a model without codes has a number of codes
-
-Config = TypeVar("Config", TokenizerConfig, PriorConfig)
-Model = TypeVar("Model", bound=nn.Module)
+Trained = TypeVar("Trained", bound="TrainedAutoencoder")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainedAutoencoder:
     """What train-tokenizer wrote: a tokenizer, or a baseline without codes."""
 
-    model: VQVAE | Baseline  # in `eval()` mode, on the requested device
-    info: CheckpointInfo  # from the same save as the weights
+    model: VQVAE | Baseline  # in `eval()` mode, on the requested device; its `decode` is the chosen decoder
+    info: CheckpointInfo  # from the same save as the weights of encoder, codebook and plain decoder
     folder: Path  # of the checkpoint, for messages
+    decoder_info: CheckpointInfo | None = None  # of the sharp decoder that `model` holds; None: it holds the plain one
+    plain_model: VQVAE | None = None  # beside a sharp decoder: the same encoder and codebook with the plain one
+
+    @property
+    def decoder(self) -> DecoderName:
+        """The decoder that the model holds: "plain" or "sharp"."""
+        return "plain" if self.decoder_info is None else "sharp"
+
+    @property
+    def decoder_folder(self) -> Path:
+        """The folder of the checkpoint of that decoder, for messages."""
+        return self.folder if self.decoder_info is None else decoder_folder(self.folder)
+
+    def with_plain_decoder(self: Trained) -> Trained:
+        """Return the same encoder and codebook, not copies, with the plain decoder."""
+        plain = self.model if self.plain_model is None else self.plain_model
+        return replace(self, model=plain, decoder_info=None, plain_model=None)
 
     def with_codes(self) -> "TrainedTokenizer":
         """Return it as a tokenizer. Raise InputError for a baseline."""
         if not isinstance(self.model, VQVAE):
-            raise InputError(
-                expected=f"a tokenizer with codes in {self.folder}",
-                got=f"one with --bottleneck {self.model.config.bottleneck}, which has none",
-                do="name one that was trained with --bottleneck vq",
-            )
-        return TrainedTokenizer(model=self.model, info=self.info, folder=self.folder)
+            raise _without_codes(self.folder, self.model.config)
+        return TrainedTokenizer(
+            model=self.model,
+            info=self.info,
+            folder=self.folder,
+            decoder_info=self.decoder_info,
+            plain_model=self.plain_model,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainedTokenizer:
+class TrainedTokenizer(TrainedAutoencoder):
     """A tokenizer with codes."""
 
-    model: VQVAE  # in `eval()` mode, on the requested device
-    info: CheckpointInfo  # from the same save as the weights
-    folder: Path  # of the checkpoint, for messages
+    model: VQVAE  # in `eval()` mode, on the requested device; its `decode` is the chosen decoder
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -81,24 +89,33 @@ class TrainedPrior:
     folder: Path  # of the checkpoint, for messages
 
 
-def load_trained_autoencoder(folder: str | Path, device: str | torch.device) -> TrainedAutoencoder:
+def load_trained_autoencoder(
+    folder: str | Path, device: str | torch.device, *, decoder: DecoderChoice = "auto"
+) -> TrainedAutoencoder:
     """Load what train-tokenizer wrote, with codes or without.
 
     Args:
         folder: of the checkpoint.
         device: auto, cpu, cuda, cuda:1 or mps, or a device of torch.
+        decoder: "plain", the one that was trained with the encoder, and then no other is looked for; "sharp", the one
+            that train-decoder wrote; "auto", that one if there is one. A model without codes has a plain one alone.
 
     Raises:
-        InputError: there is no complete checkpoint of a tokenizer, or no such device.
+        InputError: there is no complete checkpoint of a tokenizer, no such device, or no such decoder of these codes.
+        ValueError: another `decoder`.
     """
+    check_choice(decoder)
     folder, chosen = Path(folder), choose_device(str(device))
-    model, info = _load(folder, "tokenizer", TokenizerConfig, build_model)
-    return TrainedAutoencoder(model=model.to(chosen), info=info, folder=folder)
+    model, info = restore(folder, "tokenizer", TokenizerConfig, build_model)
+    trained = TrainedAutoencoder(model=model.to(chosen), info=info, folder=folder)
+    return trained if decoder == "plain" else _with_sharp_decoder(trained, chosen, required=decoder == "sharp")
 
 
-def load_trained_tokenizer(folder: str | Path, device: str | torch.device) -> TrainedTokenizer:
+def load_trained_tokenizer(
+    folder: str | Path, device: str | torch.device, *, decoder: DecoderChoice = "auto"
+) -> TrainedTokenizer:
     """Load a tokenizer; the same as `load_trained_autoencoder`, but raise InputError for a baseline without codes."""
-    return load_trained_autoencoder(folder, device).with_codes()
+    return load_trained_autoencoder(folder, device, decoder=decoder).with_codes()
 
 
 def load_trained_prior(folder: str | Path, device: str | torch.device) -> TrainedPrior:
@@ -112,20 +129,25 @@ def load_trained_prior(folder: str | Path, device: str | torch.device) -> Traine
         InputError: there is no complete checkpoint of a prior, or no such device.
     """
     folder, chosen = Path(folder), choose_device(str(device))
-    model, info = _load(folder, "prior", PriorConfig, GatedPixelCNN)
+    model, info = restore(folder, "prior", PriorConfig, GatedPixelCNN)
     return TrainedPrior(model=model.to(chosen), info=info, folder=folder)
 
 
 def load_pair(
-    tokenizer_folder: str | Path, prior_folder: str | Path, device: str | torch.device
+    tokenizer_folder: str | Path,
+    prior_folder: str | Path,
+    device: str | torch.device,
+    *,
+    decoder: DecoderChoice = "auto",
 ) -> tuple[TrainedTokenizer, TrainedPrior]:
-    """Load a tokenizer and the prior over its codes.
+    """Load a tokenizer and the prior over its codes; the prior is the same with any `decoder`.
 
     Raises:
-        InputError: a checkpoint cannot be used, the tokenizer has no codes, or the loaded prior was trained on the
-            codes of another tokenizer than the loaded one.
+        InputError: a checkpoint cannot be used, the tokenizer has no codes or no such decoder, or the loaded prior was
+            trained on the codes of another tokenizer than the loaded one.
+        ValueError: another `decoder` than "auto", "plain" or "sharp".
     """
-    tokenizer = load_trained_tokenizer(tokenizer_folder, device)
+    tokenizer = load_trained_tokenizer(tokenizer_folder, device, decoder=decoder)
     prior = load_trained_prior(prior_folder, device)
     check_same_tokenizer(
         tokenizer.info.fingerprint,
@@ -142,17 +164,21 @@ def load_pair(
     return tokenizer, prior
 
 
-def load_tokenizer(folder: str | Path, *, device: str | torch.device = "cpu") -> VQVAE:
+def load_tokenizer(folder: str | Path, *, device: str | torch.device = "cpu", decoder: DecoderChoice = "auto") -> VQVAE:
     """Return the tokenizer of a checkpoint folder as a module in `eval()` mode.
 
     Args:
         folder: what train-tokenizer wrote.
         device: auto, cpu, cuda, cuda:1 or mps, or a device of torch.
+        decoder: whose pictures `decode` returns: "plain", trained with the encoder on squared error; "sharp", what
+            train-decoder wrote, which draws likely detail; "auto", the sharp one if there is one. `encode` is the same.
 
     Raises:
-        InputError: there is no complete checkpoint, it is a baseline without codes, or there is no such device.
+        InputError: there is no complete checkpoint, it is a baseline without codes, there is no such device, or no such
+            decoder.
+        ValueError: another `decoder`.
     """
-    return load_trained_tokenizer(folder, device).model
+    return load_trained_tokenizer(folder, device, decoder=decoder).model
 
 
 def load_prior(folder: str | Path, *, device: str | torch.device = "cpu") -> GatedPixelCNN:
@@ -210,107 +236,33 @@ def config_of_run(
         InputError: it is no configuration of such a model, or the weights are not of its shapes.
     """
     try:
-        _check_network(config_type, build, saved.info, outlines_of(saved.weights))
-        return _parse_config(config_type, saved.info)
+        check_network(config_type, build, saved.info, outlines_of(saved.weights))
+        return parse_config(config_type, saved.info)
     except ValueError as error:
-        raise _no_network(folder, saved.info.kind, error) from None
+        raise no_network(folder, saved.info.kind, error) from None
 
 
-def _load(
-    folder: Path, kind: str, config_type: type[Config], build: Callable[[Config], Model]
-) -> tuple[Model, CheckpointInfo]:
-    """Load a checkpoint of this kind: the model in `eval()` mode on the CPU, and its info.
+def _with_sharp_decoder(plain: TrainedAutoencoder, device: torch.device, *, required: bool) -> TrainedAutoencoder:
+    """Return the model with its sharp decoder; or as it is, if there is none.
 
-    Nothing is allocated by what the config says before the file of the weights is known to be of that size.
+    Raises:
+        InputError: there is none though it is `required`, or it cannot be used.
     """
-    info, data = read_checkpoint(folder, kind, partial(_check_network, config_type, build))
-    try:
-        weights = parse_tensors(data)
-        check_finite(weights)
-        model = build(_parse_config(config_type, info))
-        model.load_state_dict(weights)
-    except (RuntimeError, ValueError, MemoryError) as error:
-        raise _no_network(folder, kind, error) from None
-    return model.eval(), info
+    if not isinstance(plain.model, VQVAE):
+        if required:
+            raise _without_codes(plain.folder, plain.model.config)
+        return plain
+    if find_sharp_decoder(plain.folder, required=required) is None:
+        return plain
+    network, info = load_sharp_decoder(plain.folder, plain.model.config, plain.info)
+    sharp = plain.model.with_decoder(network.to(device))
+    return replace(plain, model=sharp, decoder_info=info, plain_model=plain.model)
 
 
-def _no_network(folder: Path, kind: str, error: Exception) -> InputError:
-    """Return the error for a checkpoint whose files are intact, and which is no model."""
+def _without_codes(folder: Path, config: TokenizerConfig) -> InputError:
+    """Return the error for a baseline where codes are needed."""
     return InputError(
-        expected=f"the weights of a {kind} in {folder / MODEL}",
-        got=" ".join(str(error).split()) or type(error).__name__,
-        do=f"restore the folder from a copy, or run {TRAIN_COMMAND[kind]} again",
+        expected=f"a tokenizer with codes in {folder}",
+        got=f"one with --bottleneck {config.bottleneck}, which has none",
+        do="name one that was trained with --bottleneck vq",
     )
-
-
-def _check_network(
-    config_type: type[Config],
-    build: Callable[[Config], nn.Module],
-    info: CheckpointInfo,
-    found: Mapping[str, Outline],
-) -> None:
-    """Raise ValueError unless the config is of a model whose weights have these shapes and types.
-
-    The model that they are compared with has no memory.
-    """
-    config = _parse_config(config_type, info)
-    _check_sizes(config, found)
-    try:
-        with torch.device("meta"), _WithoutNumbers():
-            expected = build(config).state_dict()
-    except RuntimeError as error:  # a size beyond all numbers
-        raise ValueError(f"a config of no network ({error})") from None
-    check_outlines(outlines_of(expected), found)
-
-
-class _WithoutNumbers(TorchFunctionMode):
-    """Draws no numbers for the parameters of a model: on the meta device there are none.
-
-    There, to draw some would import torch's compiler, which takes a second.
-    """
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func is torch.randn:
-            return torch.empty(*args, **kwargs)
-        if getattr(func, "__module__", None) == "torch.nn.init":
-            return args[0] if args else kwargs["tensor"]
-        return func(*args, **kwargs)
-
-
-def _parse_config(config_type: type[Config], info: CheckpointInfo) -> Config:
-    """Return the configuration of the model. Raise ValueError if it is none, or does not fit the rest of the info."""
-    unknown = sorted(info.config.keys() - {item.name for item in fields(config_type)})
-    if unknown:
-        raise ValueError(f"the unknown field {short(unknown[0])} in its config")
-    config, size = from_json(config_type, info.config, "config"), _parse_size(info.preprocessing)
-    if isinstance(config, TokenizerConfig):
-        if config.in_channels != size.channels or size.height % config.downsample or size.width % config.downsample:
-            raise ValueError(f"a network that does not take images of {size.height}x{size.width}x{size.channels}")
-    elif config.num_classes != len(info.class_names):
-        raise ValueError(f"{short(config.num_classes)} classes with {len(info.class_names)} names")
-    return config
-
-
-def _parse_size(preprocessing: Mapping[str, int]) -> Preprocessing:
-    """Return the form of the images. Raise ValueError if there is no such form."""
-    try:
-        size = from_json(Preprocessing, preprocessing, "preprocessing")
-    except InputError as error:
-        raise ValueError(f"{short(error.got)} in place of {error.expected}") from None
-    if max(size.height, size.width) > LARGEST_SIDE:
-        raise ValueError(f"images of {short(size.height)}x{short(size.width)} pixels, more than {LARGEST_SIDE} a side")
-    return size
-
-
-def _check_sizes(config: TokenizerConfig | PriorConfig, found: Mapping[str, Outline]) -> None:
-    """Raise ValueError if the config has a size that exceeds all that the file holds."""
-    tensors, numbers = len(found), sum(outline.count for outline in found.values())
-    for name, value in vars(config).items():
-        most = tensors if name.endswith("_layers") else max(numbers, UNUSED_SIZE)
-        if type(value) is int and value > most:
-            raise ValueError(
-                f"a config of {short(value)} {name}, and weights of {tensors} tensors, {short(numbers)} numbers"
-            )

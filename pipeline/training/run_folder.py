@@ -7,6 +7,7 @@ from pathlib import Path
 from ..codes.unfinished import holds_only_an_export
 from ..errors import InputError
 from ..models.checkpoint import CONFIG, MODEL, PREVIOUS, TRAINING, SavedRun, has_checkpoint, read_info, read_run
+from ..models.decoders import decoder_folder
 from ..runtime.atomic_files import COMMIT, committed
 from ..runtime.filesystem import (
     check_only_files,
@@ -22,7 +23,6 @@ from ..runtime.output_paths import check_output_folder, remove_files
 LOG = "metrics.jsonl"
 PICTURES = "pictures"  # subfolder of the previews
 CODES = "codes"  # subfolder of the codes that train-prior exports
-DECODER = "decoder"  # subfolder of a tokenizer's folder: the run folder of its sharp decoder
 CHECKPOINT = (MODEL, CONFIG, TRAINING)
 LOGS = re.compile(rf"{re.escape(LOG)}|{PICTURES}/step-([0-9]{{7}}|[1-9][0-9]{{7,}})(-codebook)?\.png")
 
@@ -95,7 +95,7 @@ def remove_decoder(tokenizer_folder: Path) -> None:
     Raises:
         InputError: a file cannot be removed.
     """
-    folder = tokenizer_folder / DECODER
+    folder = decoder_folder(tokenizer_folder)
     try:
         read_info(folder, "decoder")
     except InputError:

@@ -19,6 +19,7 @@ from ..models.checkpoint import (
     has_checkpoint,
     read_info,
 )
+from ..models.decoders import decoder_folder
 from ..models.loading import TrainedTokenizer, images_of, load_trained_tokenizer
 from ..runtime.console import say
 from ..runtime.device import choose_device, manual_seed
@@ -27,7 +28,7 @@ from ..runtime.output_paths import check_output_folder
 from .decoder_stage import DecoderStage
 from .loop import LoopSettings, run_training
 from .recipes import SHARPENING_SHARE, DecoderSettings
-from .run_folder import DECODER, RunFolder, check_run_folder, prepare_run_folder, saved_run
+from .run_folder import RunFolder, check_run_folder, prepare_run_folder, saved_run
 from .settings import recorded, resolve
 from .split_summary import split_summary
 
@@ -66,7 +67,7 @@ def sharpen(run: RunFolder, tokenizer: CheckpointInfo) -> CheckpointInfo:
         InputError, ValueError: as `train_decoder`.
     """
     shared = {name: tokenizer.training.get(name) for name in ("data_root", "batch_size", "seed", "precision")}
-    resumes = _was_begun(run.out / DECODER, tokenizer.fingerprint)
+    resumes = _was_begun(decoder_folder(run.out), tokenizer.fingerprint)
     overrides = {"data_root": shared["data_root"], "steps": default_steps(tokenizer)} if resumes else shared
     return train_decoder(replace(run, resume=resumes, force=not resumes), overrides, run.out)
 
@@ -78,11 +79,11 @@ def default_steps(tokenizer: CheckpointInfo) -> int:
 
 def _train(run: RunFolder, overrides: Mapping[str, Any], tokenizer_folder: Path) -> CheckpointInfo:
     """Train, while nobody else writes into the folder."""
-    decoder_run = replace(run, out=run.out / DECODER)
+    decoder_run = replace(run, out=decoder_folder(run.out))
     saved = saved_run(decoder_run, "decoder")
     settings = resolve(DecoderSettings, overrides, None if saved is None else saved.info.training)
     device = choose_device(run.device)
-    tokenizer = load_trained_tokenizer(tokenizer_folder, device)
+    tokenizer = load_trained_tokenizer(tokenizer_folder, device, decoder="plain")
     _check_place(run, tokenizer)
     if saved is not None:
         _check_resumable(saved, tokenizer, decoder_run.out)

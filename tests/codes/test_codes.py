@@ -138,7 +138,8 @@ def test_exporting_leaves_the_tokenizer_as_it_is(
     before, tokenizer = digest_of(trained.tokenizer), load_trained_tokenizer(trained.tokenizer, "cpu")
     bits, loaded = bits_of(tokenizer.model), []
     monkeypatch.setattr(
-        "pipeline.codes.export.load_trained_tokenizer", lambda folder, device: loaded.append(folder) or tokenizer
+        "pipeline.codes.export.load_trained_tokenizer",
+        lambda folder, device, decoder: loaded.append(folder) or tokenizer,
     )
     export_codes(trained.tokenizer, tmp_path / "codes", device="cpu")
     assert loaded == [trained.tokenizer]  # so the model compared is the one that encoded

@@ -222,7 +222,7 @@ def test_a_decoder_of_nan_is_refused_and_no_image_written(
     monkeypatch.setattr(VQVAE, "decode", broken)
     line = (
         f"expected finite pixels from the decoder in {trained.tokenizer}, got NaN or infinity; "
-        "restore the folder from a copy, or run train-tokenizer again"
+        "restore the folder from a copy, or train it again"
     )
     acts: list[Callable[[], object]] = [
         lambda: run[1](tmp_path / "out"),
