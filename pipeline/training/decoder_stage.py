@@ -57,7 +57,7 @@ class DecoderStage:
         self.distance = DecoderDistance(tokenizer, images, self.held_out_rows)
         self.plain = self.distance.measure(tokenizer.decoder)
 
-    def weights(self) -> dict[str, Tensor]:
+    def weights_to_use(self) -> dict[str, Tensor]:
         return self._averaged().state_dict()
 
     def losses(self, indices: np.ndarray) -> dict[str, Tensor]:

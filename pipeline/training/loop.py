@@ -198,7 +198,7 @@ class _Trainer:
         """
         state = self._state()
         self.divergence.check_state(state.tensors, self.step)
-        weights, step = self.stage.weights(), self.step
+        weights, step = self.stage.weights_to_use(), self.step
         if self.best_weights is not None:
             weights, step = self.best_weights, int(self.best["step"])
             self.divergence.check_state({f"best weights/{k}": tensor for k, tensor in weights.items()}, self.step)
@@ -237,7 +237,7 @@ class _Trainer:
         self.step, self.best = position.step, dict(position.best)
         self.best_weights = None
         if self.settings.keep_best and self.best:
-            check_outlines(outlines_of(self.stage.weights()), outlines_of(best_weights))
+            check_outlines(outlines_of(self.stage.weights_to_use()), outlines_of(best_weights))
             self.best_weights = dict(best_weights)
         self.learning_rate_scale = position.learning_rate_scale
         with self._unharmed_by("the log"):
@@ -281,7 +281,7 @@ class _Trainer:
         """Record this evaluation for the checkpoint and, where the best weights are kept, the present weights."""
         self.best = {"step": self.step, **evaluation.numbers}
         if self.settings.keep_best:
-            self.best_weights = {name: tensor.detach().clone() for name, tensor in self.stage.weights().items()}
+            self.best_weights = {name: tensor.detach().clone() for name, tensor in self.stage.weights_to_use().items()}
 
     def _report(self, losses: Mapping[str, Tensor], rate: float) -> None:
         """Log the mean losses since the last line; show them in the progress bar. Raise DivergedError unless finite."""

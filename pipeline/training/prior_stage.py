@@ -66,7 +66,7 @@ class PriorStage:
         self.train_rows, self.held_out_rows = split_rows(held_out_mask)
         self.num_items = len(self.train_rows)
 
-    def weights(self) -> dict[str, Tensor]:
+    def weights_to_use(self) -> dict[str, Tensor]:
         return self.model.state_dict()
 
     def losses(self, indices: np.ndarray) -> dict[str, Tensor]:

@@ -36,8 +36,8 @@ class Stage(Protocol):
     def model(self) -> nn.Module:
         """The model that is trained."""
 
-    def weights(self) -> dict[str, Tensor]:
-        """Return the weights to use, those of what `evaluate` measures: what model.safetensors is to hold."""
+    def weights_to_use(self) -> dict[str, Tensor]:
+        """Return the weights of what `evaluate` measures, for model.safetensors."""
 
     def losses(self, indices: np.ndarray) -> dict[str, Tensor]:
         """Return the scalar losses of a batch of items [B]; "loss" is the one that is minimised."""

@@ -42,7 +42,7 @@ class BaselineStage:
         self.train_rows, self.held_out_rows = split_rows(held_out(images.names))
         self.num_items = len(self.train_rows)
 
-    def weights(self) -> dict[str, Tensor]:
+    def weights_to_use(self) -> dict[str, Tensor]:
         return self.model.state_dict()
 
     def losses(self, indices: np.ndarray) -> dict[str, Tensor]:
@@ -85,7 +85,7 @@ class TokenizerStage:
         self.revived = torch.tensor(0)  # the quantizer's count at the last `status`
         self.codes: Tensor | None = None  # [n,H,W] of the first held-out images at the last evaluation
 
-    def weights(self) -> dict[str, Tensor]:
+    def weights_to_use(self) -> dict[str, Tensor]:
         return self.model.state_dict()
 
     def losses(self, indices: np.ndarray) -> dict[str, Tensor]:

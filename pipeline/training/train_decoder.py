@@ -66,9 +66,11 @@ def sharpen(run: RunFolder, tokenizer: CheckpointInfo) -> CheckpointInfo:
     Raises:
         InputError, ValueError: as `train_decoder`.
     """
-    shared = {name: tokenizer.training.get(name) for name in ("data_root", "batch_size", "seed", "precision")}
-    resumes = _was_begun(decoder_folder(run.out), tokenizer.fingerprint)
-    overrides = {"data_root": shared["data_root"], "steps": default_steps(tokenizer)} if resumes else shared
+    fingerprint = _begun_for(decoder_folder(run.out))
+    changeable, fixed = ("data_root", "precision"), ("batch_size", "seed")
+    chosen = changeable if fingerprint == tokenizer.fingerprint else (*changeable, *fixed)
+    overrides = {name: tokenizer.training.get(name) for name in chosen} | {"steps": default_steps(tokenizer)}
+    resumes = fingerprint in (None, tokenizer.fingerprint)
     return train_decoder(replace(run, resume=resumes, force=not resumes), overrides, run.out)
 
 
@@ -121,13 +123,16 @@ def _is_same_folder(one: Path, other: Path) -> bool:
     return os.path.realpath(one) == os.path.realpath(other)
 
 
-def _was_begun(folder: Path, fingerprint: str) -> bool:
-    """Return whether `folder` holds a decoder for the tokenizer with this fingerprint, or nothing that was saved."""
+def _begun_for(folder: Path) -> str | None:
+    """Return the fingerprint of the tokenizer whose sharp decoder was begun in `folder`; None if none was saved there.
+
+    Of one that is damaged it is "", that of no tokenizer.
+    """
     try:
         saved = saved_run(RunFolder(out=folder, resume=True), "decoder")
     except DamagedError:
-        return False
-    return saved is None or saved.info.tokenizer_fingerprint == fingerprint
+        return ""
+    return None if saved is None else saved.info.tokenizer_fingerprint
 
 
 def _info(settings: DecoderSettings, tokenizer: TrainedTokenizer, images: ImageSet) -> CheckpointInfo:

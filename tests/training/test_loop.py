@@ -17,7 +17,7 @@ from pipeline.evaluation.likelihood import measure_prior
 from pipeline.evaluation.reconstruction import measure_reconstruction
 from pipeline.images.holdout import held_out
 from pipeline.images.image_set import open_images
-from pipeline.models.checkpoint import load_training, read_info
+from pipeline.models.checkpoint import load_training, read_info, read_run
 from pipeline.models.loading import load_prior, load_tokenizer
 from pipeline.training.loop import run_training
 from pipeline.training.metrics_log import MetricsLog
@@ -280,3 +280,29 @@ def test_seconds_that_no_run_takes_count_as_none(tmp_path: Path, seconds: str) -
     log = MetricsLog(path)
     log.resume(1, None)
     assert 0 <= log.seconds < 60
+
+
+# An evaluation before the first step
+
+
+def test_nothing_that_is_worse_than_the_beginning_is_kept(tmp_path: Path) -> None:
+    toy = Toy(lambda weight: weight)  # the weight rises, and so does the score
+    info = run_training(toy, toy_info(), settings_of(steps=4, keep_best=True, evaluate_first=True), tmp_path)
+    assert info.metrics == {"step": 0, "score": 0.0}
+    assert info.step == 0
+    assert float(read_run(tmp_path, "prior").weights["weight"]) == 0
+    assert [line["step"] for line in lines_of(tmp_path, "held_out")] == [0, 1, 2, 3, 4]
+
+
+def test_what_is_better_than_the_beginning_is_kept(tmp_path: Path) -> None:
+    toy = Toy(lambda weight: -weight)
+    info = run_training(toy, toy_info(), settings_of(steps=4, keep_best=True, evaluate_first=True), tmp_path)
+    assert info.step == 4
+
+
+def test_a_run_that_goes_back_to_its_beginning_has_the_evaluation_of_it(tmp_path: Path) -> None:
+    scores = iter([1.0, 5.0, math.nan, 6.0, 5.0, 4.0, 3.0])
+    toy = Toy(lambda weight: next(scores))
+    info = run_training(toy, toy_info(), settings_of(steps=4, keep_best=True, evaluate_first=True), tmp_path)
+    assert info.metrics == {"step": 0, "score": 1.0}
+    assert float(read_run(tmp_path, "prior").weights["weight"]) == 0

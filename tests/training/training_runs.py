@@ -42,7 +42,7 @@ class Toy:
     def weight(self) -> float:
         return self.model.weight.item()
 
-    def weights(self) -> dict[str, Tensor]:
+    def weights_to_use(self) -> dict[str, Tensor]:
         return self.model.state_dict()
 
     def losses(self, indices: np.ndarray) -> dict[str, Tensor]:
