@@ -67,6 +67,7 @@ def train_judge(
     seed: int,
     device: torch.device,
     description: str,
+    steps: int | None = None,
     resume: TrainingState | None = None,
     save: Save | None = None,
 ) -> Judge:
@@ -80,6 +81,7 @@ def train_judge(
         seed: of the first weights, the batches and the shifts.
         device: to train on.
         description: what is trained, for the line of progress.
+        steps: of the training; None takes those of `steps_for`.
         resume: what `save` was given last, to continue from there; a state of another training is warned of, and the
             training starts anew.
         save: called now and then, and before a signal ends the training, with the state to resume from.
@@ -91,7 +93,7 @@ def train_judge(
         InputError: the training has led to weights that are NaN or infinite.
         KeyboardInterrupt, SystemExit: Ctrl-C, or another signal to stop.
     """
-    steps, judge = steps_for(len(data.images)), _new_judge(data.config, seed, device)
+    steps, judge = steps or steps_for(len(data.images)), _new_judge(data.config, seed, device)
     optimizers = Optimizers(judge, "muon", PEAK_RATE)
     step = saved = _resumed(resume, judge, optimizers, steps)
     saved_at = time.monotonic()
