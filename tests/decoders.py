@@ -5,7 +5,6 @@ here is `LIFT` grey values brighter everywhere: it has the shape of another deco
 """
 
 import shutil
-from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -92,8 +91,3 @@ def with_random_decoder(tokenizer_folder: Path, out: Path, seed: int = 0) -> Che
         torch.manual_seed(seed)
         decoder = Decoder(config)
     return save_decoder(out / "decoder", decoder, info, config)
-
-
-def names(folders: Sequence[Path]) -> list[str]:
-    """Return the last parts of paths, sorted."""
-    return sorted(folder.name for folder in folders)

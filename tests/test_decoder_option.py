@@ -12,7 +12,7 @@ from pipeline.models.decoders import INVENTS_DETAIL
 
 from .conftest import CLASS_NAMES, Codegrid
 from .decoders import LIFT, add_sharp_decoder
-from .support import LEVELS, brightness_tokenizer, digest_of, save_prior, save_tokenizer, tiny_prior
+from .support import brightness_tokenizer, digest_of, save_prior, save_tokenizer, tiny_prior
 
 COMMANDS = ("sample", "complete", "reconstruct", "decode-codes", "evaluate", "measure-rate")
 DRAWING = COMMANDS[:4]
@@ -40,7 +40,7 @@ class Models:
                 *("complete", *both, *prior, "--n", 2, "--candidates", 4, "--out", out),
                 *("--image", self.picture, "--keep", "top"),
             ],
-            "reconstruct": ["reconstruct", *both, "--n", 4, "--out", out.with_suffix(".png")],
+            "reconstruct": ["reconstruct", *both, "--n", 2, "--out", out.with_suffix(".png")],
             "decode-codes": ["decode-codes", self.folder / "codes", *both, "--out", out],
             "evaluate": ["evaluate", *both, "--json", out.with_suffix(".json")],
             "measure-rate": ["measure-rate", *both, "--n", 4, "--json", out.with_suffix(".json")],
@@ -193,4 +193,3 @@ def test_a_broken_decoder_stops_no_command_that_is_told_to_leave_it(models: Mode
         assert outcome.status == 1
         assert outcome.error_lines[0].endswith("or use --decoder plain")
         assert "\n" not in outcome.error_lines[0]
-    assert LEVELS == 16

@@ -133,6 +133,7 @@ def test_the_plain_one_is_beside_the_sharp_one_without_a_second_encoder(sharp: P
     assert plain.model.encoder is trained.model.encoder
     assert plain.model.quantizer is trained.model.quantizer
     assert bits_of(plain.model) == bits_of(load_tokenizer(sharp, decoder="plain"))
+    assert plain.plain_model is None
     assert plain.with_plain_decoder().model is plain.model
     assert plain.grid == trained.grid == GRID
 
