@@ -393,6 +393,7 @@ def test_the_table() -> None:
         image=(3, 32, 48),
         grid=(8, 12),
         num_codes=512,
+        decoder="sharp",
         psnr=25.444,
         jpeg_psnr=25.444,
         jpeg_quality=14.72,
@@ -402,7 +403,7 @@ def test_the_table() -> None:
     )
     assert rate_table(rate).splitlines() == [
         "1,234 images of 3x32x48, 8x12 codes of 512",
-        "PSNR 25.44 dB, JPEG 25.44 dB at quality 14.7 (4:2:0)",
+        "PSNR 25.44 dB (sharp decoder), JPEG 25.44 dB at quality 14.7 (4:2:0)",
         "           bytes per image  bits per code",
         "raw                4,608.0",
         "jpeg_scan             98.8",

@@ -21,7 +21,7 @@ from pipeline.evaluation import likelihood, prior_numbers
 from pipeline.evaluation.codebook_health import CodebookHealth
 from pipeline.evaluation.likelihood import code_bits, measure_prior
 from pipeline.evaluation.prior_numbers import Likelihood
-from pipeline.evaluation.reconstruction import measure_reconstruction
+from pipeline.evaluation.reconstruction import measure_decoders, measure_reconstruction
 from pipeline.evaluation.simple_predictors import SimpleBits, SimplePredictors
 from pipeline.images.image_set import ImageSplit, open_images
 from pipeline.models import inference
@@ -181,7 +181,8 @@ def test_a_baseline_loses_what_the_mean_of_a_cell_loses(tmp_path: Path, noise: P
     mse = ((np.kron(means_of_cells(pixels), np.ones((1, CELL, CELL))) - pixels) ** 2).mean()
     save_tokenizer(tmp_path / "baseline", brightness_baseline(bottleneck, data_variance=0.05), noise)
     numbers = evaluate(tmp_path / "baseline", split="train", device="cpu")
-    assert set(numbers) == {"data", "split", "images", "mse", "psnr", "nmse"}
+    assert set(numbers) == {"data", "split", "images", "decoder", "mse", "psnr", "nmse"}
+    assert numbers["decoder"] == "plain"
     assert numbers["mse"] == pytest.approx(mse, rel=1e-5)
     assert numbers["psnr"] == pytest.approx(10 * math.log10(1 / mse), rel=1e-5)
     assert numbers["nmse"] == pytest.approx(mse / 0.05, rel=1e-5)
@@ -345,7 +346,7 @@ def test_bits_per_dim_of_a_colour_image_that_is_not_square() -> None:
 def test_the_keys_are_those_of_the_contract(trained: Trained) -> None:
     keys = {"mse", "psnr", "nmse", "codes_used", "perplexity"}
     alone, both = evaluate(trained.tokenizer, device="cpu"), evaluate(trained.tokenizer, trained.prior, device="cpu")
-    assert set(alone) == keys | {"data", "split", "images", "codebook"}
+    assert set(alone) == keys | {"data", "split", "images", "decoder", "codebook"}
     simple = {"bits_uniform", "bits_histogram", "bits_histogram_given_label", "bits_above_and_left"}
     assert set(both) == set(alone) | simple | {"bits_per_code", "bits_per_dim", "bits_share_explained"}
     assert {name: both[name] for name in alone} == alone
@@ -402,7 +403,7 @@ def test_a_prior_is_measured_on_the_codes_that_were_reconstructed(
 def test_on_errors_gets_the_error_of_each_image(noise: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inference, "BLOCK", 2)
     split, found = open_images(str(noise)).train, list[torch.Tensor]()
-    measure_reconstruction(brightness_tokenizer(), split, on_errors=found.append)
+    measure_decoders(brightness_tokenizer(), None, split, on_errors=found.append)
     pixels = pixels_of(noise, split)
     decoded = np.rint(means_of_cells(pixels) * (LEVELS - 1)) / (LEVELS - 1)
     expected = ((np.kron(decoded, np.ones((1, CELL, CELL))) - pixels) ** 2).sum(axis=(1, 2))
@@ -412,12 +413,12 @@ def test_on_errors_gets_the_error_of_each_image(noise: Path, monkeypatch: pytest
 def test_on_codes_gets_the_codes_in_the_order_of_the_rows(noise: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inference, "BLOCK", 2)
     split, rows, found = open_images(str(noise)).train, np.array([5, 2, 7, 0, 1]), list[torch.Tensor]()
-    _, health = measure_reconstruction(brightness_tokenizer(), split, rows, on_codes=found.append)
+    health = measure_decoders(brightness_tokenizer(), None, split, rows, on_codes=found.append).codebook
     means = means_of_cells(pixels_of(noise, split))[rows]
     assert torch.equal(torch.cat(found), torch.from_numpy(np.rint(means * (LEVELS - 1))).long())
     assert health is not None
     assert torch.equal(health.histogram, torch.bincount(torch.cat(found).flatten(), minlength=LEVELS))
-    measure_reconstruction(brightness_baseline("ae"), split, on_codes=lambda codes: pytest.fail("it has none"))
+    measure_decoders(brightness_baseline("ae"), None, split, on_codes=lambda codes: pytest.fail("it has none"))
 
 
 def test_labels_that_do_not_fit_are_refused_before_anything_is_encoded(

@@ -20,7 +20,11 @@ from pipeline.errors import InputError
 from pipeline.evaluation.evaluate import evaluate
 from pipeline.models import checkpoint
 from pipeline.models.checkpoint import CONFIG, MODEL
+from pipeline.models.restore import restore
+from tokenizer import TokenizerConfig
+from tokenizer.networks import Decoder
 
+from ..decoders import save_decoder, wide_decoder
 from ..mutations import DEEP, mutated_bytes, mutated_json, watched
 from ..support import ROOT, bits_of, brightness_tokenizer, load_weights, save_prior, save_tokenizer, tiny_prior
 from .forgery import (
@@ -37,15 +41,20 @@ from .forgery import (
 
 NAMES = ("disc", "line", "été")
 MEMORY = 64 * 2**20  # bytes; a hundred times the files
-KINDS = ("tokenizer", "prior")
-LOAD: dict[str, Callable[[Path], torch.nn.Module]] = {"tokenizer": load_tokenizer, "prior": load_prior}
+KINDS = ("tokenizer", "decoder", "prior")
+LOAD: dict[str, Callable[[Path], torch.nn.Module]] = {
+    "tokenizer": load_tokenizer,
+    "decoder": lambda folder: restore(folder, "decoder", TokenizerConfig, Decoder)[0],
+    "prior": load_prior,
+}
 
 
 @pytest.fixture(scope="module")
 def valid(tmp_path_factory: pytest.TempPathFactory, grey_folder: Path) -> Path:
-    """A tokenizer and a prior, in folders of these names."""
+    """A tokenizer, a decoder and a prior, in folders of these names."""
     folder = tmp_path_factory.mktemp("valid")
     info = save_tokenizer(folder / "tokenizer", brightness_tokenizer(), grey_folder, NAMES)
+    save_decoder(folder / "decoder", wide_decoder(), info)
     save_prior(folder / "prior", tiny_prior(num_classes=3), info.fingerprint, NAMES)
     return folder
 
@@ -86,6 +95,11 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         for value in (2**31, 2**31 + 1, HUGE + 1, 2**63, 10**400, -1, True, 2.0, "3", None, [3], {})
     },
     **{
+        f"decoder {name} {value}": ("decoder", {f"config__{name}": value})
+        for name in ("hidden_channels", "num_residual_layers", "in_channels", "downsample", "code_dim")
+        for value in (2**31, HUGE + 1, 10**400, -1, True, 2.0, "3", None)
+    },
+    **{
         f"tokenizer {name} {value}": ("tokenizer", {f"config__{name}": value})
         for name in ("kl_weight", "commitment_weight", "ema_decay", "revival_threshold", "data_variance")
         for value in ([0.1], "0.1", None, -1, 10**400, "<infinity>", float("nan"), False)
@@ -108,6 +122,8 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "null for a name": ("tokenizer", {"class_names": [None]}),
     "a text of names": ("tokenizer", {"class_names": "abc"}),
     "another bottleneck": ("tokenizer", {"config__bottleneck": "other"}),
+    "an unknown field of a decoder": ("decoder", {"config__other": 1}),
+    "a decoder in place of a tokenizer": ("tokenizer", {"kind": "decoder"}),
     "no bottleneck": ("tokenizer", {"config__bottleneck": None}),
     "a list of updates": ("tokenizer", {"config__codebook_update": ["ema"]}),
     "an unknown field": ("tokenizer", {"config__other": 1}),
@@ -304,18 +320,19 @@ import resource, signal, sys
 from contextlib import suppress
 from pathlib import Path
 import torch
-from pipeline import load_prior, load_tokenizer
 from pipeline.errors import InputError
 from pipeline.models import checkpoint
+from tests.models.test_strangers import LOAD
 checkpoint.ATTEMPTS = 1
 torch.set_num_threads(1)
-load_tokenizer(sys.argv[1] + "/tokenizer"), load_prior(sys.argv[1] + "/prior")
+for kind in LOAD:
+    LOAD[kind](Path(sys.argv[1], kind))
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 for folder in map(Path, sys.stdin.read().split("\\n")):
     before = peak()
     signal.alarm(60)
     try:
-        (load_tokenizer if folder.name == "tokenizer" else load_prior)(folder)
+        LOAD[folder.name](folder)
         found = "loaded"
     except BaseException as error:
         found = "refused" if isinstance(error, InputError) else type(error).__name__
