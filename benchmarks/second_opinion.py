@@ -2,7 +2,7 @@
 
     python -m benchmarks.second_opinion --tokenizer DIR --prior DIR --guidance 3 --guidance 4
 
-It is a judge of another seed that is trained four times as long, on every image and its mirror image (so it is for
+It is a judge of another seed that is trained twice as long, on every image and its mirror image (so it is for
 photographs, not for letters). It has had no part in anything: nobody chose a decoder, a default or a sample by it.
 Prints the share of real test images, of their reconstructions and of samples that it recognises as their class, by the
 decoder that `--decoder` names.
@@ -27,7 +27,7 @@ from pipeline.models.loading import images_of
 from prior import SamplingParameters
 
 SEED = 1  # the judge has 0
-STEPS = 10_000  # of 128 images, where the judge takes 2,500
+STEPS = 6_000  # of 128 images, where the judge takes 2,500
 
 
 @click.command()

@@ -23,6 +23,7 @@ from ..images.holdout import held_out, split_rows
 from ..images.image_set import ImageSplit
 from ..images.png import above_and_below, save_grid
 from ..images.preprocessing import to_uint8
+from ..images.rows import evenly_spaced
 from ..models.inference import encode_images
 from ..models.tensor_file import check_outlines, outlines_of
 from ..runtime.progress import with_progress
@@ -83,7 +84,7 @@ class DecoderStage:
 
     def preview(self, path: Path, evaluation: Evaluation) -> None:
         """Write images above what the plain decoder and the sharp one make of their codes."""
-        rows = self.held_out_rows[:PREVIEW_IMAGES]
+        rows = self.held_out_rows[evenly_spaced(len(self.held_out_rows), PREVIEW_IMAGES)]
         vectors, columns = self._vectors(rows), min(8, len(rows))
         decoded = [decoder(vectors).clamp(0, 1).cpu() for decoder in (self.tokenizer.decoder, self._averaged())]
         shown = [to_uint8(images) for images in (self.images.batch(rows), *decoded)]

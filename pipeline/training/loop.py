@@ -51,6 +51,7 @@ class LoopSettings:
     device: torch.device
     precision: str  # "auto", "fp32" or "bf16"
     optimizer: str = "muon"  # or "adam"
+    decays: bool = True  # whether the learning rate falls to 0 at the end
     evaluations: int = 8  # over the whole run, the last at its end
     keep_best: bool = False  # model.safetensors holds the weights of the best evaluation, not the last weights
     evaluate_first: bool = False  # also evaluate before the first step, so that nothing worse is ever the best
@@ -149,8 +150,8 @@ class _Trainer:
 
     def advance(self) -> None:
         """Take one step of the optimizer, and do what is due after it."""
-        peak, steps = self.settings.learning_rate, self.settings.steps
-        rate = self.learning_rate_scale * learning_rate_at(self.step, peak=peak, steps=steps)
+        peak, steps, decays = self.settings.learning_rate, self.settings.steps, self.settings.decays
+        rate = self.learning_rate_scale * learning_rate_at(self.step, peak=peak, steps=steps, decays=decays)
         losses = self._step(rate)
         estimate = self.cost.after_step(self.step)
         if estimate is not None:

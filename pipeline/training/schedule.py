@@ -9,10 +9,15 @@ from ..runtime.device import torch_seed
 WARMUP_STEPS = 100
 
 
-def learning_rate_at(step: int, *, peak: float, steps: int) -> float:
-    """Return the learning rate of a step, counted from 0: linear to `peak`, then half a cosine to 0 after `steps`."""
+def learning_rate_at(step: int, *, peak: float, steps: int, decays: bool = True) -> float:
+    """Return the learning rate of a step, counted from 0: linear to `peak`, then half a cosine to 0 after `steps`.
+
+    One that does not decay stays at `peak`.
+    """
     if step < WARMUP_STEPS:
         return peak * (step + 1) / WARMUP_STEPS
+    if not decays:
+        return peak
     progress = (step - WARMUP_STEPS) / max(1, steps - WARMUP_STEPS)
     return peak * 0.5 * (1 + math.cos(math.pi * progress))
 

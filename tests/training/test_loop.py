@@ -70,6 +70,14 @@ def test_the_learning_rate_warms_up_and_falls_to_nothing() -> None:
     assert all(rate > 0 for rate in rates)
 
 
+def test_a_learning_rate_that_does_not_decay_warms_up_and_stays() -> None:
+    decaying, constant = (
+        [learning_rate_at(step, peak=0.3, steps=500, decays=decays) for step in range(500)] for decays in (True, False)
+    )
+    assert constant[:WARMUP_STEPS] == decaying[:WARMUP_STEPS]
+    assert constant[WARMUP_STEPS:] == [0.3] * (500 - WARMUP_STEPS)
+
+
 # What the loop does with any model
 
 
