@@ -1,6 +1,6 @@
-"""A sharp decoder as the training loop sees it: the codes of the images are fixed, its decoder and opponent learn.
+"""A sharp decoder as the training loop sees it: encoder and codebook are frozen, decoder and discriminator learn.
 
-Legend: N images, B in a batch, C channels, H' W' image, H W grid of codes, D code dimension.
+Legend: B images in a batch, C channels, H' W' image, H W grid of codes, D code dimension.
 """
 
 import copy
@@ -17,16 +17,13 @@ from tokenizer.adversarial import sharpening_losses
 from tokenizer.discriminator import Discriminator
 from tokenizer.networks import Decoder
 
-from ..codes.manifest import code_dtype
 from ..evaluation.decoder_distance import DecoderDistance
 from ..images.holdout import held_out, split_rows
 from ..images.image_set import ImageSplit
 from ..images.png import above_and_below, save_grid
 from ..images.preprocessing import to_uint8
 from ..images.rows import evenly_spaced
-from ..models.inference import encode_images
 from ..models.tensor_file import check_outlines, outlines_of
-from ..runtime.progress import with_progress
 from .stage import Evaluation
 from .tokenizer_stage import PREVIEW_IMAGES
 
@@ -54,7 +51,6 @@ class DecoderStage:
         self.discriminator = Discriminator(tokenizer.config).to(self.device)
         self.model = nn.ModuleDict({"decoder": self.decoder, "discriminator": self.discriminator})
         self.average = AveragedModel(self.decoder, multi_avg_fn=get_ema_multi_avg_fn(AVERAGING))
-        self.codes = _codes_of(tokenizer, images)
         self.distance = DecoderDistance(tokenizer, images, self.held_out_rows)
         self.plain = self.distance.measure(tokenizer.decoder)
 
@@ -63,10 +59,9 @@ class DecoderStage:
 
     def losses(self, indices: np.ndarray) -> dict[str, Tensor]:
         self.average.update_parameters(self.decoder)  # with the weights that the last step led to
-        rows = self.train_rows[indices]
-        images = self.images.batch(rows).to(self.device)
+        images = self.images.batch(self.train_rows[indices]).to(self.device)
         variance = self.tokenizer.config.data_variance
-        found = sharpening_losses(self.decoder, self.discriminator, self._vectors(rows), images, variance)
+        found = sharpening_losses(self.decoder, self.discriminator, self._vectors(images), images, variance)
         numbers = {"reconstruction": found.error, "discriminator": found.discriminator, "weight": found.weight}
         return {"loss": found.loss, **numbers}
 
@@ -85,9 +80,10 @@ class DecoderStage:
     def preview(self, path: Path, evaluation: Evaluation) -> None:
         """Write images above what the plain decoder and the sharp one make of their codes."""
         rows = self.held_out_rows[evenly_spaced(len(self.held_out_rows), PREVIEW_IMAGES)]
-        vectors, columns = self._vectors(rows), min(8, len(rows))
-        decoded = [decoder(vectors).clamp(0, 1).cpu() for decoder in (self.tokenizer.decoder, self._averaged())]
-        shown = [to_uint8(images) for images in (self.images.batch(rows), *decoded)]
+        images, columns = self.images.batch(rows).to(self.device), min(8, len(rows))
+        vectors = self._vectors(images)
+        decoded = [decoder(vectors).clamp(0, 1) for decoder in (self.tokenizer.decoder, self._averaged())]
+        shown = [to_uint8(pictures) for pictures in (images, *decoded)]
         save_grid(above_and_below(*shown, columns=columns), path, columns=columns)
 
     def state(self) -> dict[str, Tensor]:
@@ -103,15 +99,7 @@ class DecoderStage:
         assert isinstance(averaged, Decoder)
         return averaged
 
-    def _vectors(self, rows: np.ndarray) -> Tensor:
-        """Return the codebook's vectors [B,D,H,W] of the codes of the images at `rows` [B]."""
-        with torch.no_grad():
-            return self.tokenizer.quantizer.lookup(torch.from_numpy(self.codes[rows].astype(np.int64)).to(self.device))
-
-
-def _codes_of(tokenizer: VQVAE, images: ImageSplit) -> np.ndarray:
-    """Return the codes [N,H,W] of all images, in the smallest type that holds them."""
-    dtype = code_dtype(tokenizer.config.num_codes)
-    batches = encode_images(tokenizer, lambda start, stop: images.batch(np.arange(start, stop)), len(images))
-    shown = with_progress(batches, len(images), "encoding", size=len)
-    return np.concatenate([codes.numpy().astype(dtype) for codes in shown])
+    def _vectors(self, images: Tensor) -> Tensor:
+        """Return the codebook's vectors [B,D,H,W] of the codes of images [B,C,H',W'] on the device, in float32."""
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+            return self.tokenizer.quantizer.lookup(self.tokenizer.encode(images))

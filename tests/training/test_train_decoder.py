@@ -180,7 +180,10 @@ def test_the_distance_is_that_of_all_positions_of_the_encoders_hidden_layer(stag
 
 def test_of_many_images_evenly_spaced_ones_are_measured(stage: DecoderStage, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = stage.train_rows
-    monkeypatch.setattr("pipeline.evaluation.decoder_distance.MOST_POSITIONS", 3 * math.prod(stage.codes.shape[1:]) + 1)
+    monkeypatch.setattr(
+        "pipeline.evaluation.decoder_distance.MOST_POSITIONS",
+        3 * math.prod(stage.tokenizer.grid(*stage.images.images.shape[2:])) + 1,
+    )
     assert len(rows) > 3
     assert DecoderDistance(stage.tokenizer, stage.images, rows).rows.tolist() == [
         rows[int(place)] for place in np.linspace(0, len(rows) - 1, 3)
@@ -220,13 +223,26 @@ def test_only_the_decoder_and_its_discriminator_learn(stage: DecoderStage) -> No
     assert all(torch.equal(tensor, before[name]) for name, tensor in stage.tokenizer.state_dict().items())
 
 
-def test_it_learns_from_the_codes_of_images_that_are_not_held_out(stage: DecoderStage, trained: Trained) -> None:
+def test_it_learns_from_the_codes_of_images_that_are_not_held_out(
+    stage: DecoderStage, trained: Trained, monkeypatch: pytest.MonkeyPatch
+) -> None:
     images = open_images(str(trained.images)).train
     aside = held_out(images.names)
     assert stage.train_rows.tolist() == np.flatnonzero(~aside).tolist()
     assert stage.distance.rows.tolist() == np.flatnonzero(aside).tolist()
-    model = load_tokenizer(trained.tokenizer)
-    assert np.array_equal(stage.codes, model.encode(images.batch(np.arange(len(images)))).numpy())
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def losses(*arguments: object) -> SharpeningLosses:
+        seen.append((arguments[2], arguments[3]))  # type: ignore[arg-type]
+        return sharpening_losses(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(decoder_stage, "sharpening_losses", losses)
+    model, indices = load_tokenizer(trained.tokenizer), np.array([4, 0, 7])
+    with torch.autocast("cpu", dtype=torch.bfloat16):  # in which a code may be another
+        stage.losses(indices)
+    batch = images.batch(stage.train_rows[indices])
+    assert torch.equal(seen[0][1], batch)
+    assert torch.equal(seen[0][0], model.quantizer.lookup(model.encode(batch)))
 
 
 # The best is kept
