@@ -22,7 +22,7 @@ from pipeline.models import checkpoint
 from pipeline.models.checkpoint import CONFIG, MODEL, PREVIOUS, CheckpointInfo, TrainingState, read_info
 from pipeline.models.decoders import find_sharp_decoder, has_sharp_decoder
 from pipeline.models.inference import encode_images
-from pipeline.models.loading import load_pair, load_trained_autoencoder, load_trained_tokenizer
+from pipeline.models.loading import config_of_run, load_pair, load_trained_autoencoder, load_trained_tokenizer
 from pipeline.training.run_folder import RunFolder
 from pipeline.training.train_tokenizer import train_tokenizer
 from tokenizer import TokenizerConfig
@@ -403,3 +403,14 @@ def test_the_words_of_the_files(sharp: Path) -> None:
     assert content["tokenizer_fingerprint"] == read_info(sharp, "tokenizer").fingerprint
     assert re.fullmatch("[0-9a-f]{64}", content["fingerprint"])
     assert TokenizerConfig(**content["config"]) == wide_config()
+
+
+def test_a_run_of_a_decoder_can_be_resumed(folder: Path) -> None:
+    """Its config is checked as that of a tokenizer is: against the shapes of its weights."""
+    state = TrainingState(tensors={"a": torch.zeros(2)}, values={"step": 3})
+    save_decoder(folder / "decoder", wide_decoder(), read_info(folder, "tokenizer"), state=state)
+    saved = checkpoint.read_run(folder / "decoder", "decoder")
+    assert config_of_run(saved, folder / "decoder", TokenizerConfig, Decoder) == wide_config()
+    other = replace(saved, info=replace(saved.info, config=saved.info.config | {"hidden_channels": 6}))
+    with pytest.raises(InputError, match="run train-decoder again"):
+        config_of_run(other, folder / "decoder", TokenizerConfig, Decoder)

@@ -206,7 +206,7 @@ def test_evaluate_prints_and_writes_the_error_and_nothing_about_codes(
     outcome = codegrid("evaluate", "--tokenizer", baseline, "--json", tmp_path / "numbers.json")
     assert (outcome.status, outcome.error_lines) == (0, [])
     numbers = json.loads((tmp_path / "numbers.json").read_text("utf-8"))
-    assert set(numbers) == {"data", "split", "images", "mse", "psnr", "nmse"}
+    assert set(numbers) == {"data", "split", "images", "decoder", "mse", "psnr", "nmse"}
     assert {line.split()[0] for line in outcome.out.splitlines()} == set(numbers)
     assert numbers["nmse"] == pytest.approx(numbers["mse"] / read_info(baseline, "tokenizer").config["data_variance"])
 

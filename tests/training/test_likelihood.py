@@ -122,7 +122,7 @@ def test_evaluate_and_reconstruct_work_as_for_the_others(tmp_path: Path, bernoul
     outcome = codegrid("evaluate", "--tokenizer", bernoulli, "--json", tmp_path / "numbers.json")
     assert (outcome.status, outcome.error_lines) == (0, [])
     numbers = json.loads((tmp_path / "numbers.json").read_text("utf-8"))
-    assert set(numbers) == {"data", "split", "images", "mse", "psnr", "nmse"}
+    assert set(numbers) == {"data", "split", "images", "decoder", "mse", "psnr", "nmse"}
     assert numbers["nmse"] == pytest.approx(numbers["mse"] / read_info(bernoulli, "tokenizer").config["data_variance"])
     command = ["reconstruct", "--tokenizer", bernoulli, "--split", "train", "--out", tmp_path / "picture.png"]
     assert codegrid(*command).status == 0
