@@ -243,7 +243,7 @@ def config_of_run(
 
 
 def _with_sharp_decoder(plain: TrainedAutoencoder, device: torch.device, *, required: bool) -> TrainedAutoencoder:
-    """Return the model with its sharp decoder; or as it is, if there is none.
+    """Return the model with its sharp decoder; or as it is, if there is none, or none yet that is better (step 0).
 
     Raises:
         InputError: there is none though it is `required`, or it cannot be used.
@@ -255,6 +255,14 @@ def _with_sharp_decoder(plain: TrainedAutoencoder, device: torch.device, *, requ
     if find_sharp_decoder(plain.folder, required=required) is None:
         return plain
     network, info = load_sharp_decoder(plain.folder, plain.model.config, plain.info)
+    if info.step == 0 and required:
+        raise InputError(
+            expected=f"a sharp decoder in {decoder_folder(plain.folder)}",
+            got="the plain one, for none that was trained is nearer to real images",
+            do="train it with more --steps, or omit --decoder sharp",
+        )
+    if info.step == 0:
+        return plain
     sharp = plain.model.with_decoder(network.to(device))
     return replace(plain, model=sharp, decoder_info=info, plain_model=plain.model)
 

@@ -98,7 +98,7 @@ def _train(run: RunFolder, overrides: Mapping[str, Any], tokenizer_folder: Path)
         copy_checkpoint(tokenizer_folder, run.out, "tokenizer", tokenizer.info.fingerprint)
     prepare_run_folder(decoder_run, saved)
     say(*_explanation(stage, images, tokenizer_folder, decoder_run.out))
-    loop = LoopSettings.from_settings(settings, device, keep_best=True, evaluate_first=True)
+    loop = LoopSettings.from_settings(settings, device, decays=False, keep_best=True, evaluate_first=True)
     return run_training(stage, _info(settings, tokenizer, images), loop, decoder_run.out, resume=saved)
 
 

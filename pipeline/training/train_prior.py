@@ -62,7 +62,7 @@ def _train(run: RunFolder, overrides: Mapping[str, Any], default_tokenizer: Path
     tokenizer_folder = Path(settings.tokenizer) if settings.tokenizer is not None else default_tokenizer
     required = settings.tokenizer is not None or settings.codes is None
     # A tokenizer without codes is refused before anything is written.
-    tokenizer = load_trained_tokenizer(tokenizer_folder, device) if required else None
+    tokenizer = _tokenizer_for_pictures(tokenizer_folder, device) if required else None
     if tokenizer is not None and settings.codes is None and not tokenizer.info.class_names:
         _check_label_dropout(settings, f"images of the tokenizer in {tokenizer.folder}")
     codes = _open_codes(run, saved, settings, tokenizer)
@@ -291,7 +291,7 @@ def _optional_tokenizer(folder: Path, codes: CodeDataset, device: torch.device) 
     if not os.path.exists(folder / CONFIG):
         return None
     try:
-        tokenizer = load_trained_tokenizer(folder, device)
+        tokenizer = _tokenizer_for_pictures(folder, device)
         if tokenizer.info.fingerprint == codes.manifest.tokenizer_fingerprint:
             return tokenizer
         reason = f"the tokenizer in {folder} did not make these codes"
@@ -299,3 +299,17 @@ def _optional_tokenizer(folder: Path, codes: CodeDataset, device: torch.device) 
         reason = f"the tokenizer in {folder} cannot be used ({error})"
     say(f"note: {reason}; training continues without pictures")
     return None
+
+
+def _tokenizer_for_pictures(folder: Path, device: torch.device) -> TrainedTokenizer:
+    """Return a tokenizer with its sharp decoder, or if there is none that can be used with the plain one.
+
+    Raises:
+        InputError: there is no tokenizer.
+    """
+    try:
+        return load_trained_tokenizer(folder, device)
+    except InputError as error:
+        plain = load_trained_tokenizer(folder, device, decoder="plain")
+        say(f"note: the pictures are those of the plain decoder, as the sharp one cannot be used ({error})")
+        return plain

@@ -286,6 +286,9 @@ def test_if_nothing_is_better_the_plain_decoder_stays(
     written = decoder_weights(tokenizer)
     assert written.keys() == plain.keys()
     assert all(torch.equal(tensor, plain[name]) for name, tensor in written.items())
+    assert load_trained_tokenizer(tokenizer, "cpu").decoder == "plain"
+    with pytest.raises(InputError, match=r"expected a sharp decoder in .*, got the plain one, .* more --steps"):
+        load_tokenizer(tokenizer, decoder="sharp")
 
 
 def test_losses_that_are_not_finite_end_it_with_the_best_decoder(
@@ -321,7 +324,8 @@ def test_a_killed_run_resumes_to_the_same_bytes(
         within_losses(patch, kill)
         with pytest.raises(Killed):
             run(tokenizer, steps=8, out=again)
-    assert load_trained_tokenizer(again, "cpu").decoder == ("plain" if step == 1 else "sharp")
+    assert (again / "decoder" / "model.safetensors").exists() == (step > 1)
+    load_tokenizer(again)  # at any moment
     run(tokenizer, steps=8, out=again, resume=True)
     same_run(once / "decoder", again / "decoder")
     assert [line["step"] for line in evaluations_of(again / "decoder")] == list(range(9))
@@ -463,3 +467,20 @@ def test_a_new_tokenizer_in_the_folder_removes_the_decoder_of_the_old_one_alone(
     (tokenizer / "decoder" / "model.safetensors").write_text("mine, and of no checkpoint")
     assert codegrid(*command).status == 0
     assert (tokenizer / "decoder" / "model.safetensors").read_text() == "mine, and of no checkpoint"
+
+
+# A prior needs no decoder
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_decoder_that_cannot_be_used_stops_no_training_of_a_prior(
+    tokenizer: Path, trained: Trained, tmp_path: Path, codegrid: Codegrid, named: bool
+) -> None:
+    run(tokenizer, steps=8, lr=0.03)
+    (tokenizer / "decoder" / "model.safetensors").write_bytes(b"damaged")
+    shutil.rmtree(tokenizer / "decoder" / "previous", ignore_errors=True)
+    command = ("train-prior", "--codes", trained.codes, "--steps", 1, "--channels", 4, "--num-layers", 1)
+    source = ("--tokenizer", tokenizer) if named else ()
+    outcome = codegrid(*command, *source, "--out", tmp_path / "prior", "--device", "cpu")
+    assert outcome.status == 0
+    assert ("note: the pictures are those of the plain decoder" in outcome.out) == named
