@@ -52,7 +52,7 @@ def main(tokenizer: Path, prior: Path, vae: Path, ae: Path, out: Path, seed: int
             "ae": f"{positions * config['code_dim']} numbers",
         }[config["bottleneck"]]
         print(f"| {config['bottleneck']} | {numbers.nmse:.4f} | {numbers.psnr:.1f} dB | {kept} |", flush=True)
-    pipeline = ImagePipeline.from_pretrained(tokenizer, prior)
+    pipeline = ImagePipeline.from_pretrained(tokenizer, prior, decoder="plain")
     of_vae = vae_samples(vae, pipeline.grid, seed)
     of_vqvae, _ = pipeline.sample(COLUMNS * ROWS, seed=seed)
     halves = [enlarge(tile(images, COLUMNS), images.shape[-1]) for images in (of_vae, of_vqvae)]

@@ -108,7 +108,7 @@ def models(
     tokenizer: Path, prior: Path, samples: int, seeds: Sequence[int], pictures: Path | None, vaes: Sequence[Path]
 ) -> None:
     """Compare the VQ-VAE and its prior with VAEs."""
-    pipeline = ImagePipeline.from_pretrained(tokenizer, prior)
+    pipeline = ImagePipeline.from_pretrained(tokenizer, prior, decoder="plain")
     images = images_of(pipeline.tokenizer_info)
     baselines = [_Vae(folder, images) for folder in vaes]
     table = Table(images)
@@ -171,7 +171,7 @@ class _Vae:
 @_shared
 def damage(tokenizer: Path, prior: Path, samples: int, seeds: Sequence[int], pictures: Path | None) -> None:
     """Show which number notices what."""
-    pipeline = ImagePipeline.from_pretrained(tokenizer, prior)
+    pipeline = ImagePipeline.from_pretrained(tokenizer, prior, decoder="plain")
     images = images_of(pipeline.tokenizer_info)
     table = Table(images, with_nearest=True)
     for seed in seeds:

@@ -23,6 +23,7 @@ from pipeline.evaluation.judge_network import Judge
 from pipeline.evaluation.judge_training import TrainingImages, train_judge
 from pipeline.evaluation.sample_quality import QualityOptions, SampleQuality
 from pipeline.images.image_set import ImageSet
+from pipeline.models.decoders import DecoderChoice
 from pipeline.models.loading import images_of
 from prior import SamplingParameters
 
@@ -42,7 +43,7 @@ STEPS = 6_000  # of 128 images, where the judge takes 2,500
 def main(
     tokenizer: Path,
     prior: Path,
-    decoders: Sequence[str],
+    decoders: Sequence[DecoderChoice],
     samples: int,
     seeds: Sequence[int],
     scales: Sequence[float],
@@ -50,7 +51,7 @@ def main(
     classifier: Path | None,
 ) -> None:
     """Measure how many samples another classifier recognises."""
-    pipelines = {name: ImagePipeline.from_pretrained(tokenizer, prior, decoder=name) for name in decoders}  # type: ignore[arg-type]
+    pipelines = {name: ImagePipeline.from_pretrained(tokenizer, prior, decoder=name) for name in decoders}
     images = images_of(next(iter(pipelines.values())).tokenizer_info)
     network = trained_classifier(images, steps, classifier)
     _show(f"all {len(images.test):,} real test images", [_recognised(network, images.test.images, images.test.labels)])

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
 from tokenizer import VQVAE
 from tokenizer.adversarial import sharpening_losses
@@ -27,8 +27,7 @@ from ..models.tensor_file import check_outlines, outlines_of
 from .stage import Evaluation
 from .tokenizer_stage import PREVIEW_IMAGES
 
-AVERAGING = 0.99  # decay of the moving average of the decoder's weights, which is what is measured and used
-MODULE = "module."  # what the names of the averaged weights begin with
+WINDOWS = 9  # the moving average of the decoder's weights is over about the last ninth of the steps so far
 
 
 class DecoderStage:
@@ -50,7 +49,7 @@ class DecoderStage:
         self.decoder = copy.deepcopy(tokenizer.decoder).requires_grad_(True)
         self.discriminator = Discriminator(tokenizer.config).to(self.device)
         self.model = nn.ModuleDict({"decoder": self.decoder, "discriminator": self.discriminator})
-        self.average = AveragedModel(self.decoder, multi_avg_fn=get_ema_multi_avg_fn(AVERAGING))
+        self.average = AveragedModel(self.decoder, avg_fn=_moving_average)
         self.distance = DecoderDistance(tokenizer, images, self.held_out_rows)
         self.plain = self.distance.measure(tokenizer.decoder)
 
@@ -103,3 +102,8 @@ class DecoderStage:
         """Return the codebook's vectors [B,D,H,W] of the codes of images [B,C,H',W'] on the device, in float32."""
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             return self.tokenizer.quantizer.lookup(self.tokenizer.encode(images))
+
+
+def _moving_average(average: Tensor, latest: Tensor, updates: Tensor | int) -> Tensor:
+    """Return the average after one more update; it forgets the slower the longer the run, whatever its length is."""
+    return average.lerp(latest, float(WINDOWS / (updates + WINDOWS + 1)))

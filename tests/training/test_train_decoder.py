@@ -25,7 +25,7 @@ from pipeline.images.image_set import open_images
 from pipeline.models.checkpoint import load_training, read_info
 from pipeline.models.loading import load_tokenizer, load_trained_tokenizer
 from pipeline.training import decoder_stage
-from pipeline.training.decoder_stage import AVERAGING, DecoderStage
+from pipeline.training.decoder_stage import DecoderStage
 from pipeline.training.recipes import SHARPENING_SHARE
 from pipeline.training.run_folder import RunFolder
 from pipeline.training.train_decoder import train_decoder
@@ -203,7 +203,8 @@ def test_what_is_measured_and_written_is_the_moving_average(stage: DecoderStage)
     for step in range(4):
         stage.losses(np.arange(4))
         for name, tensor in stage.decoder.state_dict().items():
-            expected[name] = tensor.clone() if step == 0 else AVERAGING * expected[name] + (1 - AVERAGING) * tensor
+            share = 1 if step == 0 else 9 / (10 + step)
+            expected[name] = (1 - share) * expected[name] + share * tensor
         with torch.no_grad():
             for parameter in stage.decoder.parameters():
                 parameter += 0.1
