@@ -184,7 +184,8 @@ choice_options = options(
         "--guidance",
         type=FiniteRange(min=0),
         help="How far to follow the label: 1 is the plain prior, 0 no label; more is truer to the label and less "
-        f"varied.  [default: {DEFAULT_GUIDANCE:g}, 1 for a prior without --label-dropout]",
+        f"varied.  [default: what train-prior found to suit the prior, {DEFAULT_GUIDANCE:g} or more; 1 for a prior "
+        "without --label-dropout]",
     ),
     click.option(
         "--keep-best",

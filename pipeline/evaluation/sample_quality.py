@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from prior import PriorConfig, SamplingParameters
+from prior import SamplingParameters
 from prior.choosing import AS_TRAINED
 
 from ..errors import InputError
@@ -21,6 +21,7 @@ from ..generation.sample_folder import SampleOptions, sample_in_batches
 from ..images.image_set import ImageSet
 from ..models.inference import reconstruct_images
 from ..models.labels import match_labels
+from ..models.loading import TrainedPrior
 from ..runtime.device import choose_device
 from ..runtime.progress import Progress, with_progress
 from .classification_score import accuracy_of_training_on
@@ -73,8 +74,8 @@ class QualityOptions:
             **others,
         )
 
-    def sampling(self, config: PriorConfig) -> SampleOptions:
-        """Return how a prior of this configuration is sampled; the labels are chosen elsewhere."""
+    def sampling(self, prior: TrainedPrior) -> SampleOptions:
+        """Return how this prior is sampled; the labels are chosen elsewhere."""
         options = SampleOptions(
             n=self.samples,
             seed=self.seed,
@@ -82,7 +83,7 @@ class QualityOptions:
             default_guidance=self.default_guidance,
             keep_best=self.keep_best,
         )
-        return options.for_prior(config)
+        return options.for_prior(prior)
 
 
 class SampleQuality:
@@ -101,7 +102,7 @@ class SampleQuality:
     def __init__(self, pipeline: ImagePipeline, images: ImageSet, options: QualityOptions, device: str) -> None:
         self.pipeline, self.options, self.device = pipeline, options, device
         self.comparison = Comparison.of(images, options.samples, options.seed, options.judge)
-        self.sampling = options.sampling(pipeline.prior.config)
+        self.sampling = options.sampling(pipeline.trained_prior)
         self.labels = self._labels()
         check_kept_by_label(options.keep_best, self.labels, "samples without them")
         self.intended = self._intended()

@@ -10,7 +10,7 @@ import torch
 from einops import repeat
 from torch import Tensor
 
-from prior import PriorConfig, SamplingParameters
+from prior import SamplingParameters
 from prior.choosing import AS_TRAINED
 
 from ..codes.shard import npy_bytes
@@ -18,6 +18,7 @@ from ..errors import InputError
 from ..images.png import save_grid
 from ..images.png_folder import ImageFolder
 from ..images.preprocessing import IMAGE_ERRORS, Preprocessing, read_image, to_float, to_uint8, why_unreadable
+from ..models.loading import TrainedPrior
 from ..runtime.console import note
 from ..runtime.interrupts import Terminated
 from ..runtime.progress import Progress
@@ -81,11 +82,11 @@ class SampleOptions:
             keep_best=keep_best,
         )
 
-    def for_prior(self, config: PriorConfig) -> "SampleOptions":
+    def for_prior(self, prior: TrainedPrior) -> "SampleOptions":
         """Return the same options with a number for the guidance."""
         if not self.default_guidance:
             return self
-        return replace(self, parameters=with_default_guidance(self.parameters, config), default_guidance=False)
+        return replace(self, parameters=with_default_guidance(self.parameters, prior), default_guidance=False)
 
 
 def sample_to_folder(pipeline: ImagePipeline, options: SampleOptions, out: Path, *, force: bool = False) -> Path:
@@ -97,7 +98,7 @@ def sample_to_folder(pipeline: ImagePipeline, options: SampleOptions, out: Path,
         ValueError: an option out of its range.
         KeyboardInterrupt: Ctrl-C; the images that were finished are kept, too, as after SIGTERM and SIGHUP.
     """
-    options = options.for_prior(pipeline.prior.config)
+    options = options.for_prior(pipeline.trained_prior)
     labels = pipeline.labels_for(options.n, options.labels or None, options.parameters.guidance)
     check_kept_by_label(options.keep_best, labels, "samples without them")
     record = _record(pipeline, options, labels)
@@ -148,7 +149,7 @@ def complete_to_folder(
     """
     if candidates < 1:
         raise ValueError(f"candidates: expected at least 1, got {candidates}")
-    options = options.for_prior(pipeline.prior.config)
+    options = options.for_prior(pipeline.trained_prior)
     labels = pipeline.completed_labels_for(options.n, options.labels or None, options.parameters.guidance)
     check_kept_by_label(options.keep_best, labels, "completions without a label")
     original = _read(image, Preprocessing(**pipeline.tokenizer_info.preprocessing))
@@ -194,7 +195,7 @@ def sample_in_batches(
             the guidance is not 0.
         bar: counts finished samples, and parts of them.
     """
-    options = options.for_prior(pipeline.prior.config)
+    options = options.for_prior(pipeline.trained_prior)
     labels = pipeline.labels_for(options.n, None, options.parameters.guidance) if labels is None else labels
     at_once = max(1, int(AT_ONCE[next(pipeline.prior.parameters()).device.type] * options.keep_best))
     for start in range(0, options.n, at_once):

@@ -125,6 +125,17 @@ def save_checkpoint(
     return info
 
 
+def add_metrics(folder: Path, info: CheckpointInfo, metrics: Mapping[str, float]) -> CheckpointInfo:
+    """Add numbers to `config.json` of the last save, whose info this is, and return the info with them.
+
+    Raises:
+        InputError: the file cannot be written; it is as it was.
+    """
+    info = replace(info, metrics={**info.metrics, **metrics})
+    write_together(folder, {CONFIG: sealed(asdict(info))})
+    return info
+
+
 def copy_checkpoint(source: Path, target: Path, kind: str, fingerprint: str) -> None:
     """Make `target` a checkpoint with the weights of `source`, byte for byte, to use and not to resume.
 

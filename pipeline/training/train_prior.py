@@ -17,10 +17,12 @@ from ..codes.made_by import check_made_by
 from ..codes.manifest import MANIFEST, CodeManifest, read_manifest
 from ..errors import InputError
 from ..evaluation.simple_predictors import in_words
+from ..generation.chosen_guidance import choose_guidance
+from ..generation.guidance import MEASURED
 from ..images.holdout import held_out
-from ..models.checkpoint import CONFIG, CheckpointInfo, SavedRun, check_same_tokenizer
+from ..models.checkpoint import CONFIG, CheckpointInfo, SavedRun, add_metrics, check_same_tokenizer
 from ..models.labels import all_labelled
-from ..models.loading import TrainedTokenizer, config_of_run, load_trained_tokenizer
+from ..models.loading import TrainedTokenizer, config_of_run, load_prior, load_trained_tokenizer
 from ..runtime.console import say
 from ..runtime.device import choose_device, compile_networks, manual_seed
 from ..runtime.folder_lock import only_writer
@@ -85,7 +87,12 @@ def _train(run: RunFolder, overrides: Mapping[str, Any], default_tokenizer: Path
     prepare_run_folder(run, saved)
     say(*explanation(stage, codes, run.out))
     loop = LoopSettings.from_settings(settings, device, keep_best=True)
-    return run_training(stage, info, loop, run.out, resume=saved)
+    info = run_training(stage, info, loop, run.out, resume=saved)
+    if config.label_dropout == 0 or MEASURED in info.metrics:
+        return info
+    chosen = choose_guidance(load_prior(run.out, device=device), codes.manifest.grid)
+    say(chosen.in_words)
+    return add_metrics(run.out, info, {MEASURED: chosen.guidance})
 
 
 def config_for(settings: PriorSettings, codes: CodeDataset) -> PriorConfig:
