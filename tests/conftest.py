@@ -34,6 +34,14 @@ def _own_cache_and_one_thread(tmp_path_factory: pytest.TempPathFactory) -> Itera
 
 
 @pytest.fixture(scope="session", autouse=True)
+def _few_samples_tell_which_guidance_suits_a_prior() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pipeline.generation.chosen_guidance.MOST", 6)
+        patch.setattr("pipeline.generation.chosen_guidance.FEWEST", 6)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
 def _no_signal_is_ignored() -> Iterator[None]:
     """A shell starts what runs in its background with SIGINT ignored, nohup with SIGHUP; tests send both."""
     handlers = {"SIGINT": signal.default_int_handler, "SIGHUP": signal.SIG_DFL}

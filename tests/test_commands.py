@@ -16,7 +16,6 @@ from PIL import Image
 import cli
 from pipeline.errors import printable
 from pipeline.generation import sample_folder
-from pipeline.generation.guidance import DEFAULT_GUIDANCE
 from pipeline.images.holdout import held_out
 from pipeline.images.image_set import open_images
 from pipeline.images.png import save_grid
@@ -81,7 +80,11 @@ def check_samples(samples: Path, checkpoints: Path, n: int) -> None:
     assert record["seed"] == 0
     assert record["options"] == {
         **{"n": n, "temperature": 1.0, "top_k": None, "top_p": None},
-        **{"guidance": DEFAULT_GUIDANCE, "precision": "fp32", "keep_best": 1.0},
+        **{
+            "guidance": read_info(checkpoints / "prior", "prior").metrics["guidance"],
+            "precision": "fp32",
+            "keep_best": 1.0,
+        },
     }
     assert record["finished"] == n
     assert record["versions"] == read_info(checkpoints / "prior", "prior").versions
@@ -270,7 +273,7 @@ def test_complete_writes_what_it_says(
     assert (record["seed"], record["finished"]) == (11, n)
     assert record["options"] == {
         **{"n": n, "temperature": 1.0, "top_k": 3, "top_p": None},
-        **{"guidance": DEFAULT_GUIDANCE, "precision": "fp32", "keep_best": 1.0},
+        **{"guidance": read_info(trained.prior, "prior").metrics["guidance"], "precision": "fp32", "keep_best": 1.0},
         **{"image": str(picture), "keep": "left", "candidates": 5},
     }
     original = np.asarray(Image.open(picture))

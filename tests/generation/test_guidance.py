@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from pipeline.generation.keep_mask import half_mask, known_codes
 from pipeline.generation.sample_folder import SampleOptions, complete_to_folder, sample_to_folder
 from pipeline.images.png import save_png
 from pipeline.images.preprocessing import to_float
+from pipeline.models.checkpoint import read_info
 from prior import SamplingParameters, complete_codes, sample_codes
 
 from ..conftest import Codegrid, Trained
@@ -145,14 +147,16 @@ def test_the_default_is_for_priors_that_can_be_guided(guided: ImagePipeline, tmp
     """A number that is named holds for every prior, and so do the other parameters."""
     plain = pipeline_in(tmp_path / "plain", CLASS_NAMES)
     assert DEFAULT_GUIDANCE > 1
-    for pipeline, default in ((guided, DEFAULT_GUIDANCE), (plain, 1)):
-        config = pipeline.prior.config
-        found = SampleOptions.of(n=3, temperature=0.5, top_k=4).for_prior(config)
+    measured = replace(guided.trained_prior, info=replace(guided.prior_info, metrics={"guidance": 3.5}))
+    old = replace(plain.trained_prior, info=replace(plain.prior_info, metrics={"guidance": 3.5}))
+    defaults = ((guided.trained_prior, DEFAULT_GUIDANCE), (plain.trained_prior, 1), (measured, 3.5), (old, 1))
+    for prior, default in defaults:
+        found = SampleOptions.of(n=3, temperature=0.5, top_k=4).for_prior(prior)
         assert found == SampleOptions(
             n=3, parameters=SamplingParameters(temperature=0.5, top_k=4, guidance=default), default_guidance=False
         )
-        assert SampleOptions.of(n=3, guidance=1.5).for_prior(config).parameters.guidance == 1.5
-        assert SampleOptions(n=3).for_prior(config).parameters.guidance == 1  # of the functions
+        assert SampleOptions.of(n=3, guidance=1.5).for_prior(prior).parameters.guidance == 1.5
+        assert SampleOptions(n=3).for_prior(prior).parameters.guidance == 1  # of the functions
 
 
 def record_of(folder: Path, name: str = "sample.json") -> dict[str, Any]:
@@ -167,7 +171,9 @@ def test_the_commands_sample_with_the_default_and_record_the_number(
     picture = sorted(trained.images.rglob("*.png"))[0]
     fingerprint = ImagePipeline.from_pretrained(trained.tokenizer, trained.prior, "cpu").tokenizer_info.fingerprint
     save_prior(tmp_path / "plain", tiny_prior(num_classes=3), fingerprint, ("disc", "line", "été"))
-    for prior, default in ((trained.prior, DEFAULT_GUIDANCE), (tmp_path / "plain", 1)):
+    measured = read_info(trained.prior, "prior").metrics["guidance"]
+    assert measured >= DEFAULT_GUIDANCE
+    for prior, default in ((trained.prior, measured), (tmp_path / "plain", 1)):
         both = ["--tokenizer", trained.tokenizer, "--prior", prior, "--n", 3, "--seed", 2]
         pipeline = ImagePipeline.from_pretrained(trained.tokenizer, prior, "cpu")
         for named, guidance in (([], default), (["--guidance", 1], 1)):
@@ -201,5 +207,6 @@ def test_with_guidance_0_the_record_has_no_labels(tmp_path: Path, trained: Train
 def test_the_help_says_the_default_and_what_guidance_costs(codegrid: Codegrid) -> None:
     for command in ("sample", "complete", "evaluate"):
         words = " ".join(codegrid(command, "--help").out.split())
-        assert f"[default: {DEFAULT_GUIDANCE:g}, 1 for a prior without --label-dropout]" in words
+        default = f"what train-prior found to suit the prior, {DEFAULT_GUIDANCE:g} or more"
+        assert f"[default: {default}; 1 for a prior without --label-dropout]" in words
         assert "1 is the plain prior, 0 no label; more is truer to the label and less varied" in words
