@@ -14,7 +14,7 @@ endif
 .PHONY: demo test clean
 
 demo: .venv/installed
-	$(BIN)/python cli.py train-tokenizer --out $(DEMO)/tokenizer --resume
+	$(BIN)/python cli.py train-tokenizer --sharp --out $(DEMO)/tokenizer --resume
 	$(BIN)/python cli.py train-prior --tokenizer $(DEMO)/tokenizer --out $(DEMO)/prior --resume
 	$(BIN)/python cli.py sample --n 64 --tokenizer $(DEMO)/tokenizer --prior $(DEMO)/prior --out $(DEMO)/samples --force
 

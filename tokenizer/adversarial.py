@@ -29,7 +29,7 @@ from .networks import Decoder
 from .objective import reconstruction_loss
 
 MAX_WEIGHT = 0.8  # of the discriminator's term, once its gradient is no smaller than that of the squared error
-LARGEST_SHIFT = 1 / 8  # of a side
+LARGEST_SHIFT = 1 / 8  # of a side, in whole cells of the grid
 
 
 def hinge_loss(real: Tensor, drawn: Tensor) -> Tensor:
@@ -85,7 +85,8 @@ def sharpening_losses(
     """
     decoded = _wide(decoder(vectors))
     error = reconstruction_loss(decoded, images, data_variance)
-    augment = Augmentation.draw(len(images), (images.shape[2], images.shape[3]), images.device)
+    height, width = images.shape[2:]
+    augment = Augmentation.draw(len(images), (height, width), height // vectors.shape[2], images.device)
     constant = decoded.detach().requires_grad_()
     drawn, real = discriminator(augment(constant), vectors), discriminator(augment(images), vectors)
     (of_logits,) = torch.autograd.grad(-_wide(drawn).mean(), constant, retain_graph=True)
@@ -101,7 +102,9 @@ class Augmentation:
     """Flips and shifts of B images, drawn once and applied alike to real images and to those of a decoder [3].
 
     So the discriminator learns nothing about the edges or the side that a picture shows, and has more images to learn
-    from. It is differentiable: pixels are only moved, those beyond an edge are mirrored.
+    from. Shifts are by whole cells of the grid: a pattern with the period of the codes, which a decoder draws easily
+    and no real image has, stays where the discriminator sees it. (With shifts by any number of pixels it did not, and a
+    fine grid was over flat areas.) It is differentiable: pixels are only moved, those beyond an edge are mirrored.
     """
 
     flips: Tensor  # bool [B], mirrored left to right
@@ -109,9 +112,17 @@ class Augmentation:
     right: Tensor  # int64 [B], pixels
 
     @classmethod
-    def draw(cls, count: int, size: tuple[int, int], device: torch.device) -> "Augmentation":
-        """Draw it for `count` images of this height and width, from torch's global CPU generator."""
-        down, right = (torch.randint(-limit, limit + 1, (count,)) for limit in (int(s * LARGEST_SHIFT) for s in size))
+    def draw(cls, count: int, size: tuple[int, int], cell: int, device: torch.device) -> "Augmentation":
+        """Draw it from torch's global CPU generator.
+
+        Args:
+            count: B.
+            size: height and width of the images, in pixels.
+            cell: pixels of a code along each side.
+            device: of the images.
+        """
+        limits = [int(side * LARGEST_SHIFT) // cell for side in size]
+        down, right = (cell * torch.randint(-limit, limit + 1, (count,)) for limit in limits)
         flips = torch.rand(count) < 0.5
         return cls(flips=flips.to(device), down=down.to(device), right=right.to(device))
 
