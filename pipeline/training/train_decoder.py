@@ -67,7 +67,7 @@ def sharpen(run: RunFolder, tokenizer: CheckpointInfo) -> CheckpointInfo:
         InputError, ValueError: as `train_decoder`.
     """
     fingerprint = _begun_for(decoder_folder(run.out))
-    changeable, fixed = ("data_root", "precision"), ("batch_size", "seed")
+    changeable, fixed = ("data_root", "precision"), ("batch_size", "seed", "optimizer")
     chosen = changeable if fingerprint == tokenizer.fingerprint else (*changeable, *fixed)
     overrides = {name: tokenizer.training.get(name) for name in chosen} | {"steps": default_steps(tokenizer)}
     resumes = fingerprint in (None, tokenizer.fingerprint)

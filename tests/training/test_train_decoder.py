@@ -22,12 +22,13 @@ from pipeline.evaluation.decoder_distance import DecoderDistance
 from pipeline.evaluation.distances import frechet_distance
 from pipeline.images.holdout import held_out
 from pipeline.images.image_set import open_images
-from pipeline.models.checkpoint import load_training, read_info
+from pipeline.models.checkpoint import add_metrics, has_checkpoint, load_training, read_info
+from pipeline.models.decoders import has_sharp_decoder
 from pipeline.models.loading import load_tokenizer, load_trained_tokenizer
 from pipeline.training import decoder_stage
 from pipeline.training.decoder_stage import DecoderStage
 from pipeline.training.recipes import SHARPENING_SHARE
-from pipeline.training.run_folder import RunFolder
+from pipeline.training.run_folder import RunFolder, remove_decoder
 from pipeline.training.train_decoder import train_decoder
 from pipeline.training.train_tokenizer import train_tokenizer
 from tokenizer import adversarial
@@ -196,6 +197,14 @@ def test_one_image_of_one_code_can_be_measured(stage: DecoderStage, monkeypatch:
     assert math.isfinite(distance.measure(stage.tokenizer.decoder).distance)
 
 
+def test_a_decoder_of_nan_is_noticed(stage: DecoderStage) -> None:
+    """As what a training step gives that is not finite, so that the loop can go back."""
+    with torch.no_grad():
+        stage.average.module.layers[-1].bias.fill_(math.nan)
+        with pytest.raises(FloatingPointError, match="pixels that are NaN from the decoder"):
+            stage.evaluate()
+
+
 def test_what_is_measured_and_written_is_the_moving_average(stage: DecoderStage) -> None:
     expected = {name: tensor.clone() for name, tensor in stage.decoder.state_dict().items()}
     for name, tensor in stage.weights_to_use().items():
@@ -288,6 +297,7 @@ def test_if_nothing_is_better_the_plain_decoder_stays(
     assert written.keys() == plain.keys()
     assert all(torch.equal(tensor, plain[name]) for name, tensor in written.items())
     assert load_trained_tokenizer(tokenizer, "cpu").decoder == "plain"
+    assert not has_sharp_decoder(tokenizer)
     with pytest.raises(InputError, match=r"expected a sharp decoder in .*, got the plain one, .* more --steps"):
         load_tokenizer(tokenizer, decoder="sharp")
 
@@ -415,14 +425,15 @@ SMALL = ("--hidden-channels", 8, "--residual-channels", 4, "--num-residual-layer
 def test_sharp_trains_a_decoder_at_the_end(trained: Trained, tmp_path: Path, codegrid: Codegrid) -> None:
     out, plain = tmp_path / "sharp", tmp_path / "plain"
     command = ("train-tokenizer", "--data", trained.images, "--steps", 8, "--seed", 3, *SMALL, *QUICK)
+    command = (*command, "--optimizer", "adam")
     assert codegrid(*command, "--out", plain).status == 0
     outcome = codegrid(*command, "--out", out, "--sharp")
     assert (outcome.status, outcome.error_lines) == (0, [])
     assert (out / "model.safetensors").read_bytes() == (plain / "model.safetensors").read_bytes()
     info = read_info(out / "decoder", "decoder")
     assert info.tokenizer_fingerprint == read_info(out, "tokenizer").fingerprint
-    settings = {name: info.training[name] for name in ("steps", "batch_size", "seed", "precision")}
-    assert settings == {"steps": 2, "batch_size": 4, "seed": 3, "precision": "fp32"}
+    settings = {name: info.training[name] for name in ("steps", "batch_size", "seed", "precision", "optimizer")}
+    assert settings == {"steps": 2, "batch_size": 4, "seed": 3, "precision": "fp32", "optimizer": "adam"}
     assert "next: codegrid train-prior" in outcome.out
 
 
@@ -449,6 +460,60 @@ def test_sharp_resumes_in_whichever_phase_it_was_killed(
     assert info.tokenizer_fingerprint == read_info(again, "tokenizer").fingerprint
     assert (info.training["steps"], state.values["step"]) == (4, 4)
     assert load_trained_tokenizer(again, "cpu", decoder="sharp").decoder == "sharp"
+
+
+def test_sharp_acts_on_a_run_that_is_done(tokenizer: Path, codegrid: Codegrid) -> None:
+    """Also on one of an earlier version, whose config does not have the setting."""
+    info = read_info(tokenizer, "tokenizer")
+    del info.training["sharp"]
+    add_metrics(tokenizer, info, {})
+    resume = ("train-tokenizer", "--out", tokenizer, "--resume", "--steps", info.step, "--device", "cpu")
+    assert codegrid(*resume).status == 0
+    assert not (tokenizer / "decoder").exists()
+    assert codegrid(*resume, "--sharp").status == 0
+    assert read_info(tokenizer / "decoder", "decoder").tokenizer_fingerprint == info.fingerprint
+
+
+@pytest.mark.parametrize("place", ["file", "link", "foreign"])
+def test_sharp_refuses_what_is_in_the_place_of_the_decoder_before_it_trains(
+    trained: Trained, tmp_path: Path, codegrid: Codegrid, place: str
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    if place == "file":
+        (out / "decoder").write_text("mine")
+    elif place == "link":
+        (out / "decoder").symlink_to(tmp_path)
+    else:
+        (out / "decoder").mkdir()
+        (out / "decoder" / "model.safetensors").write_text("mine")
+    command = ("train-tokenizer", "--data", trained.images, "--steps", 1, "--out", out, "--force", *SMALL, *QUICK)
+    outcome = codegrid(*command, "--sharp")
+    assert outcome.status == 1
+    assert len(outcome.error_lines) == 1
+    assert str(out / "decoder") in outcome.error_lines[0]
+    assert [path.name for path in out.iterdir()] == ["decoder"]
+
+
+def test_a_decoder_that_a_link_leads_to_is_not_removed(tokenizer: Path, trained: Trained, codegrid: Codegrid) -> None:
+    run(tokenizer, steps=1)
+    elsewhere = (tokenizer / "decoder").rename(tokenizer.parent / "elsewhere")
+    (tokenizer / "decoder").symlink_to(elsewhere)
+    before = digest_of(elsewhere)
+    command = ("train-tokenizer", "--data", trained.images, "--steps", 1, "--out", tokenizer, "--force", *SMALL, *QUICK)
+    assert codegrid(*command).status == 0
+    assert digest_of(elsewhere) == before
+
+
+def test_a_decoder_whose_last_save_was_killed_is_removed_with_its_commit(tokenizer: Path) -> None:
+    run(tokenizer, steps=1)
+    folder = tokenizer / "decoder"
+    for name in ("model.safetensors", "config.json"):
+        (folder / name).rename(folder / f"{name}.new")
+    (folder / "commit.json").write_text('["config.json", "model.safetensors"]')
+    assert has_checkpoint(folder)
+    remove_decoder(tokenizer)
+    assert not folder.exists()
 
 
 def test_a_new_tokenizer_in_the_folder_removes_the_decoder_of_the_old_one_alone(
