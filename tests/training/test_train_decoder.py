@@ -248,11 +248,14 @@ def test_it_learns_from_the_codes_of_images_that_are_not_held_out(
 
     monkeypatch.setattr(decoder_stage, "sharpening_losses", losses)
     model, indices = load_tokenizer(trained.tokenizer), np.array([4, 0, 7])
+    types: list[torch.dtype] = []
+    stage.tokenizer.encoder.register_forward_hook(lambda module, images, latents: types.append(latents.dtype))
     with torch.autocast("cpu", dtype=torch.bfloat16):  # in which a code may be another
         stage.losses(indices)
     batch = images.batch(stage.train_rows[indices])
     assert torch.equal(seen[0][1], batch)
     assert torch.equal(seen[0][0], model.quantizer.lookup(model.encode(batch)))
+    assert types == [torch.float32]
 
 
 # The best is kept
