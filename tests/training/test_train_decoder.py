@@ -159,6 +159,8 @@ def test_the_preview_shows_images_the_plain_and_the_sharp_decoder(stage: Decoder
 def test_the_distance_is_that_of_all_positions_of_the_encoders_hidden_layer(stage: DecoderStage) -> None:
     model, rows = stage.tokenizer, stage.held_out_rows
     other = Decoder(model.config)
+    with torch.no_grad():
+        other.layers[-1].get_parameter("bias").add_(torch.tensor([-0.6, 0.0, 0.6]))  # some pixels are beyond [0,1]
     images = stage.images.batch(rows)
 
     def positions(pictures: Tensor) -> np.ndarray:
@@ -180,15 +182,15 @@ def test_the_distance_is_that_of_all_positions_of_the_encoders_hidden_layer(stag
 
 
 def test_of_many_images_evenly_spaced_ones_are_measured(stage: DecoderStage, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = stage.train_rows
-    monkeypatch.setattr(
-        "pipeline.evaluation.decoder_distance.MOST_POSITIONS",
-        3 * math.prod(stage.tokenizer.grid(*stage.images.images.shape[2:])) + 1,
-    )
+    rows, positions = stage.train_rows, math.prod(stage.tokenizer.grid(*stage.images.images.shape[2:]))
+
+    def measured(most: int) -> list[int]:
+        monkeypatch.setattr("pipeline.evaluation.decoder_distance.MOST_POSITIONS", most)
+        return list(DecoderDistance(stage.tokenizer, stage.images, rows).rows.tolist())
+
     assert len(rows) > 3
-    assert DecoderDistance(stage.tokenizer, stage.images, rows).rows.tolist() == [
-        rows[int(place)] for place in np.linspace(0, len(rows) - 1, 3)
-    ]
+    assert measured(3 * positions + 1) == [rows[int(place)] for place in np.linspace(0, len(rows) - 1, 3)]
+    assert len(measured(positions - 1)) == 1  # of an image that has more positions
 
 
 def test_one_image_of_one_code_can_be_measured(stage: DecoderStage, monkeypatch: pytest.MonkeyPatch) -> None:
