@@ -311,7 +311,7 @@ def train_tokenizer(out: Path, device: str, resume: bool, force: bool, **overrid
     info = run(folder, overrides)
     say(done_line(info), written_line(out))
     if overrides["sharp"] or info.training.get("sharp"):  # a run that was done before does not record it
-        say(*decoder_lines(sharpen(folder, info), out))
+        say(*decoder_lines(sharpen(folder, info, overrides), out))
     if info.config.get("bottleneck", "vq") == "vq":
         say(f"next: {command_line('train-prior', tokenizer=out)}")
 

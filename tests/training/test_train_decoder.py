@@ -475,8 +475,10 @@ def test_sharp_acts_on_a_run_that_is_done(tokenizer: Path, codegrid: Codegrid) -
     resume = ("train-tokenizer", "--out", tokenizer, "--resume", "--steps", info.step, "--device", "cpu")
     assert codegrid(*resume).status == 0
     assert not (tokenizer / "decoder").exists()
-    assert codegrid(*resume, "--sharp").status == 0
-    assert read_info(tokenizer / "decoder", "decoder").tokenizer_fingerprint == info.fingerprint
+    assert codegrid(*resume, "--sharp", "--precision", "bf16").status == 0
+    decoder = read_info(tokenizer / "decoder", "decoder")
+    assert decoder.tokenizer_fingerprint == info.fingerprint
+    assert (info.training["precision"], decoder.training["precision"]) == ("fp32", "bf16")
 
 
 @pytest.mark.parametrize("place", ["file", "link", "foreign"])
