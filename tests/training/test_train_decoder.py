@@ -320,6 +320,12 @@ def test_losses_that_are_not_finite_end_it_with_the_best_decoder(
     assert load_trained_tokenizer(tokenizer, "cpu").decoder == "sharp"
 
 
+def test_the_learning_rate_does_not_decay(tokenizer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.training.schedule.WARMUP_STEPS", 1)
+    run(tokenizer, steps=4, lr=0.001)
+    assert [line["learning_rate"] for line in lines_of(tokenizer / "decoder", "train")] == [0.001] * 4
+
+
 # It resumes
 
 
