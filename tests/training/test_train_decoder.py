@@ -8,6 +8,7 @@ import math
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,9 +23,10 @@ from pipeline.evaluation.decoder_distance import DecoderDistance
 from pipeline.evaluation.distances import frechet_distance
 from pipeline.images.holdout import held_out
 from pipeline.images.image_set import open_images
-from pipeline.models.checkpoint import add_metrics, has_checkpoint, load_training, read_info
+from pipeline.models.checkpoint import add_metrics, copy_checkpoint, has_checkpoint, load_training, read_info
 from pipeline.models.decoders import has_sharp_decoder
 from pipeline.models.loading import load_tokenizer, load_trained_tokenizer
+from pipeline.runtime.folder_lock import only_writer
 from pipeline.training import decoder_stage
 from pipeline.training.decoder_stage import DecoderStage
 from pipeline.training.recipes import SHARPENING_SHARE
@@ -413,6 +415,27 @@ def test_a_decoder_of_other_codes_does_not_resume(tokenizer: Path, trained: Trai
     assert digest_of(other) == before
 
 
+def test_a_copy_is_of_the_weights_that_were_loaded_and_written_once(tokenizer: Path, tmp_path: Path) -> None:
+    """Not of those that a training of the tokenizer has saved meanwhile."""
+    fingerprint, out = read_info(tokenizer, "tokenizer").fingerprint, tmp_path / "copy"
+    with pytest.raises(InputError, match=r"expected the tokenizer another in .*, got another by now, .*; wait until"):
+        copy_checkpoint(tokenizer, out, "tokenizer", "another")
+    assert not out.exists()
+    copy_checkpoint(tokenizer, out, "tokenizer", fingerprint)
+    info = read_info(out, "tokenizer")
+    assert info == replace(read_info(tokenizer, "tokenizer"), training_sha256="")  # there is no such file
+    add_metrics(out, info, {"added": 1.0})
+    assert read_info(out, "tokenizer").metrics == {**info.metrics, "added": 1.0}
+    copy_checkpoint(tokenizer, out, "tokenizer", fingerprint)
+    assert "added" in read_info(out, "tokenizer").metrics
+
+
+def test_nobody_else_may_write_into_the_folder_of_the_tokenizer(tokenizer: Path) -> None:
+    with only_writer(tokenizer, "training run"), pytest.raises(InputError, match="training run"):
+        run(tokenizer)
+    assert not (tokenizer / "decoder").exists()
+
+
 def test_a_model_without_codes_is_refused(trained: Trained, tmp_path: Path, codegrid: Codegrid) -> None:
     small = ("--hidden-channels", 4, "--steps", 1, "--precision", "fp32", "--device", "cpu")
     out = tmp_path / "vae"
@@ -471,6 +494,16 @@ def test_sharp_resumes_in_whichever_phase_it_was_killed(
     assert info.tokenizer_fingerprint == read_info(again, "tokenizer").fingerprint
     assert (info.training["steps"], state.values["step"]) == (4, 4)
     assert load_trained_tokenizer(again, "cpu", decoder="sharp").decoder == "sharp"
+
+
+def test_sharp_replaces_a_damaged_decoder(tokenizer: Path, codegrid: Codegrid) -> None:
+    run(tokenizer, steps=1)
+    (tokenizer / "decoder" / "config.json").write_text("{")
+    shutil.rmtree(tokenizer / "decoder" / "previous", ignore_errors=True)
+    steps = read_info(tokenizer, "tokenizer").step
+    command = ("train-tokenizer", "--out", tokenizer, "--resume", "--steps", steps, "--sharp", "--device", "cpu")
+    assert codegrid(*command).status == 0
+    assert read_info(tokenizer / "decoder", "decoder").training["steps"] == max(1, round(SHARPENING_SHARE * steps))
 
 
 def test_sharp_acts_on_a_run_that_is_done(tokenizer: Path, codegrid: Codegrid) -> None:
