@@ -310,8 +310,8 @@ def train_tokenizer(out: Path, device: str, resume: bool, force: bool, **overrid
     folder = RunFolder(out=out, resume=resume, force=force, device=device)
     info = run(folder, overrides)
     say(done_line(info), written_line(out))
-    if info.training["sharp"]:
-        say(*decoder_lines(sharpen(folder, info), out))
+    if overrides["sharp"] or info.training.get("sharp"):  # a run that was done before does not record it
+        say(*decoder_lines(sharpen(folder, info, overrides), out))
     if info.config.get("bottleneck", "vq") == "vq":
         say(f"next: {command_line('train-prior', tokenizer=out)}")
 
@@ -644,7 +644,9 @@ def done_line(info: "CheckpointInfo") -> str:
 
 def decoder_lines(info: "CheckpointInfo", out: Path) -> list[str]:
     """Return what the training of a sharp decoder reached, in lines."""
-    lines = [done_line(info), written_line(out / "decoder")]
+    from pipeline.models.decoders import decoder_folder
+
+    lines = [done_line(info), written_line(decoder_folder(out))]
     if info.step > 0:
         return [*lines, f"{info.kind} {info.fingerprint} for the codes of the tokenizer {info.tokenizer_fingerprint}"]
     return [*lines, "note: none was better than the plain decoder, which is therefore the one that was written"]

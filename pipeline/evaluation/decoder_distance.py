@@ -54,7 +54,11 @@ class DecoderDistance:
         self.real = features / self.scale
 
     def measure(self, decoder: nn.Module) -> DecoderNumbers:
-        """Measure a decoder, which maps vectors [B,D,H,W] to images [B,C,H',W'], on the tokenizer's device."""
+        """Measure a decoder, which maps vectors [B,D,H,W] to images [B,C,H',W'], on the tokenizer's device.
+
+        Raises:
+            FloatingPointError: it gives NaN.
+        """
         tokenizer = self.tokenizer
 
         def compute(block: Tensor) -> tuple[Tensor, ...]:
@@ -62,6 +66,8 @@ class DecoderDistance:
             return tokenizer.encoder.features(decoded), (decoded - block).square().mean(dim=(1, 2, 3), keepdim=True)
 
         features, errors = self._over_images(compute)
+        if not bool(features.isfinite().all()):
+            raise FloatingPointError("pixels that are NaN from the decoder")
         error = numbers_of(float(errors.double().mean()), tokenizer.config.data_variance)
         return DecoderNumbers(distance=frechet_distance(self.real, features / self.scale), error=error)
 

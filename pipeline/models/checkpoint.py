@@ -66,7 +66,7 @@ class CheckpointInfo:
     fingerprint: str = ""  # SHA-256 of model.safetensors
     training_sha256: str = ""  # SHA-256 of training.safetensors; "" if an older version wrote it, or none was written
     tokenizer_fingerprint: str = ""  # for a prior or a decoder: of the tokenizer whose codes it learned
-    metrics: dict[str, float] = field(default_factory=dict)  # of the last evaluation, on held-out images
+    metrics: dict[str, float] = field(default_factory=dict)  # of the recorded evaluation; of a prior, its guidance
     versions: dict[str, str] = field(default_factory=dict)  # of the libraries that wrote the checkpoint
     format_version: int = FORMAT_VERSION
 
@@ -84,7 +84,7 @@ class SavedRun:
     """All that a run needs to resume; every file has the hash that was written."""
 
     info: CheckpointInfo
-    weights: dict[str, Tensor]  # of model.safetensors: the weights to use, for a prior those of the best evaluation
+    weights: dict[str, Tensor]  # of model.safetensors: the weights to use, of the best evaluation where that is kept
     training: TrainingState
     is_previous: bool = False  # whether this is the save before the last, because the last is damaged
 

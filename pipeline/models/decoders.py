@@ -21,7 +21,7 @@ from tokenizer.networks import Decoder
 from ..errors import InputError
 from ..runtime.atomic_files import COMMIT
 from ..runtime.untrusted_files import unreadable
-from .checkpoint import CONFIG, MODEL, PREVIOUS, CheckpointInfo, check_same_tokenizer
+from .checkpoint import CONFIG, MODEL, PREVIOUS, CheckpointInfo, check_same_tokenizer, read_info
 from .restore import parse_config, restore
 
 DecoderName = Literal["plain", "sharp"]
@@ -46,9 +46,13 @@ def decoder_folder(tokenizer_folder: Path) -> Path:
 
 
 def has_sharp_decoder(tokenizer_folder: Path) -> bool:
-    """Return whether the folder of a tokenizer has a sharp decoder, which may be damaged or of another tokenizer."""
+    """Return whether the folder of a tokenizer has a sharp decoder, which may be of another tokenizer.
+
+    One that cannot be read is none; nor is the plain one, which is there as long as no other was better (step 0).
+    """
     try:
-        return find_sharp_decoder(tokenizer_folder) is not None
+        folder = find_sharp_decoder(tokenizer_folder)
+        return folder is not None and read_info(folder, "decoder").step > 0
     except InputError:
         return False
 

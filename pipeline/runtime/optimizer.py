@@ -1,4 +1,4 @@
-"""The optimizers of both stages and the judge: Muon for convolutions and linear layers, Adam for everything else.
+"""The optimizers of every training: Muon for convolutions and linear layers, Adam for everything else.
 
 Muon takes the momentum of a weight's gradient and makes its singular values nearly equal, so that a step moves every
 direction of the weight alike; a step has the root mean square that Adam's would have, so one learning rate does for

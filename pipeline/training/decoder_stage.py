@@ -106,4 +106,4 @@ class DecoderStage:
 
 def _moving_average(average: Tensor, latest: Tensor, updates: Tensor | int) -> Tensor:
     """Return the average after one more update; it forgets the slower the longer the run, whatever its length is."""
-    return average.lerp(latest, float(WINDOWS / (updates + WINDOWS + 1)))
+    return average.lerp(latest, WINDOWS / (updates + WINDOWS + 1))  # no float: a CPU-GPU sync for each weight

@@ -1,4 +1,4 @@
-"""The training loop of both stages: steps, evaluations, checkpoints, resuming.
+"""The training loop of both stages and of a sharp decoder: steps, evaluations, checkpoints, resuming.
 
 A stage (`stage.py`) says what a batch costs and how good the model is; the loop does the rest. Everything a step
 depends on is a function of the step number (`schedule.py`) or saved with it (weights, optimizer, random states): a run

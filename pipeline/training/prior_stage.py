@@ -120,8 +120,8 @@ class PriorStage:
 def sample_preview(model: GatedPixelCNN, tokenizer: VQVAE, grid: tuple[int, int], seed: int) -> Preview:
     """Return a function that writes PREVIEW_SAMPLES decoded samples, of each class in turn, as one picture.
 
-    They are drawn with the guidance of the command `sample` where none is named. They start from the same random
-    numbers each time, so that two pictures differ by the model alone.
+    They are drawn with the guidance of the command `sample` for a prior in training: what suits it is measured at the
+    end. They start from the same random numbers each time, so that two pictures differ by the model alone.
     """
 
     def preview(path: Path) -> None:

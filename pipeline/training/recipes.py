@@ -1,4 +1,4 @@
-"""The settings of the two training stages that a user can choose, their defaults, and the published recipes.
+"""The settings of a training that a user can choose, their defaults, and the published recipes.
 
 The one place for these numbers: training takes its defaults from here and the command line shows them in its help,
 which is why this file imports neither torch nor numpy. Measurements: benchmarks/README.md.

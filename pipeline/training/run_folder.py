@@ -1,18 +1,30 @@
 """The folder of a training run: checked before any long work, cleared only when nothing can be refused any more."""
 
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..codes.unfinished import holds_only_an_export
 from ..errors import InputError
-from ..models.checkpoint import CONFIG, MODEL, PREVIOUS, TRAINING, SavedRun, has_checkpoint, read_info, read_run
+from ..models.checkpoint import (
+    CONFIG,
+    MODEL,
+    PREVIOUS,
+    TRAINING,
+    DamagedError,
+    SavedRun,
+    has_checkpoint,
+    read_info,
+    read_run,
+)
 from ..models.decoders import decoder_folder
 from ..runtime.atomic_files import COMMIT, committed
 from ..runtime.filesystem import (
     check_only_files,
     check_subfolder,
     check_writable,
+    kind_of,
     make_folder,
     names_in,
     remove_if_empty,
@@ -89,19 +101,42 @@ def prepare_run_folder(run: RunFolder, saved: SavedRun | None) -> None:
         _remove_logs(run.out)
 
 
+def check_decoder_folder(run: RunFolder) -> None:
+    """Raise InputError unless a sharp decoder can be trained into the folder of this tokenizer, once that is trained.
+
+    Call it before any long work; it makes and removes nothing.
+    """
+    folder = decoder_folder(run.out)
+    if folder.is_symlink():
+        raise InputError(
+            expected=f"a folder or nothing at {folder}, where --sharp trains a decoder",
+            got=kind_of(folder),
+            do="remove the link, or omit --sharp and run train-decoder",
+        )
+    decoder_run = RunFolder(out=folder, resume=True)
+    with suppress(DamagedError):  # of a decoder, which is replaced
+        check_run_folder(decoder_run, saved_run(decoder_run, "decoder"))
+
+
 def remove_decoder(tokenizer_folder: Path) -> None:
     """Remove the sharp decoder of an earlier tokenizer, if the folder holds one; other files stay where they are.
+
+    One that a link leads to stays, too: it may be in use elsewhere.
 
     Raises:
         InputError: a file cannot be removed.
     """
     folder = decoder_folder(tokenizer_folder)
+    if folder.is_symlink():
+        return
     try:
         read_info(folder, "decoder")
+        _check_commit(folder)
     except InputError:
         return
     _remove_logs(folder)
-    remove_files(folder, {*CHECKPOINT}.__contains__, subfolder="")
+    for name in (MODEL, TRAINING, COMMIT, CONFIG):  # in this order, a kill leaves what is known as a decoder, or none
+        remove_files(folder, {name}.__contains__, subfolder="")
     remove_if_empty([folder / PREVIOUS, folder / PICTURES, folder])
 
 

@@ -54,24 +54,26 @@ def train_decoder(run: RunFolder, overrides: Mapping[str, Any], tokenizer_folder
         return _train(run, overrides, tokenizer_folder)
 
 
-def sharpen(run: RunFolder, tokenizer: CheckpointInfo) -> CheckpointInfo:
+def sharpen(run: RunFolder, tokenizer: CheckpointInfo, overrides: Mapping[str, Any]) -> CheckpointInfo:
     """Train a sharp decoder for the tokenizer that was trained into `run.out` with `sharp`: its last phase.
 
     A decoder that was begun for these weights is resumed; one for earlier weights is replaced.
 
     Args:
         run: the folder of the tokenizer.
-        tokenizer: its info.
+        tokenizer: its info, with the settings that hold for the decoder, too.
+        overrides: those of these settings that the user chose now: a run that was done before did not record them.
 
     Raises:
         InputError, ValueError: as `train_decoder`.
     """
     fingerprint = _begun_for(decoder_folder(run.out))
-    changeable, fixed = ("data_root", "precision"), ("batch_size", "seed")
+    changeable, fixed = ("data_root", "precision"), ("batch_size", "seed", "optimizer")
     chosen = changeable if fingerprint == tokenizer.fingerprint else (*changeable, *fixed)
-    overrides = {name: tokenizer.training.get(name) for name in chosen} | {"steps": default_steps(tokenizer)}
+    settings = tokenizer.training | {name: value for name, value in overrides.items() if value is not None}
+    shared = {name: settings.get(name) for name in chosen} | {"steps": default_steps(tokenizer)}
     resumes = fingerprint in (None, tokenizer.fingerprint)
-    return train_decoder(replace(run, resume=resumes, force=not resumes), overrides, run.out)
+    return train_decoder(replace(run, resume=resumes, force=not resumes), shared, run.out)
 
 
 def default_steps(tokenizer: CheckpointInfo) -> int:

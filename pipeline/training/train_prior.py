@@ -90,9 +90,7 @@ def _train(run: RunFolder, overrides: Mapping[str, Any], default_tokenizer: Path
     info = run_training(stage, info, loop, run.out, resume=saved)
     if config.label_dropout == 0 or MEASURED in info.metrics:
         return info
-    chosen = choose_guidance(load_prior(run.out, device=device), codes.manifest.grid)
-    say(chosen.in_words)
-    return add_metrics(run.out, info, {MEASURED: chosen.guidance})
+    return _with_guidance(info, run.out, codes.manifest.grid, device)
 
 
 def config_for(settings: PriorSettings, codes: CodeDataset) -> PriorConfig:
@@ -213,6 +211,13 @@ def explanation(stage: PriorStage, codes: CodeDataset, out: Path) -> list[str]:
         "bits_per_code is what a code costs given those before it",
         f"simple predictors on the {measured} codes: {in_words(stage.simple_bits)}",
     ]
+
+
+def _with_guidance(info: CheckpointInfo, folder: Path, grid: tuple[int, int], device: torch.device) -> CheckpointInfo:
+    """Choose the guidance that suits the prior just saved in `folder`, and return its info with it."""
+    chosen = choose_guidance(load_prior(folder, device=device), grid)
+    say(chosen.in_words)
+    return add_metrics(folder, info, {MEASURED: chosen.guidance})
 
 
 def _open_codes(

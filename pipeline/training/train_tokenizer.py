@@ -19,7 +19,7 @@ from ..runtime.device import choose_device, compile_networks, manual_seed
 from ..runtime.folder_lock import only_writer
 from .loop import LoopSettings, run_training
 from .recipes import TokenizerSettings
-from .run_folder import RunFolder, check_run_folder, prepare_run_folder, remove_decoder, saved_run
+from .run_folder import RunFolder, check_decoder_folder, check_run_folder, prepare_run_folder, remove_decoder, saved_run
 from .settings import recorded, resolve
 from .split_summary import split_summary
 from .tokenizer_stage import BaselineStage, TokenizerStage, stage_for
@@ -59,6 +59,8 @@ def _train(run: RunFolder, overrides: Mapping[str, Any]) -> CheckpointInfo:
     _config(settings, in_channels=1, data_variance=1.0)  # refuses impossible settings before images are prepared
     device = choose_device(run.device)
     check_run_folder(run, saved)
+    if settings.sharp:
+        check_decoder_folder(run)
     images = _open_images(settings)
     config = config_for(settings, images) if saved is None else _config_of(run, saved, images)
     manual_seed(settings.seed)

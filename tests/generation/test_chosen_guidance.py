@@ -43,13 +43,15 @@ def slow_posterior(prior: GatedPixelCNN, codes: Tensor, label: int) -> float:
 @pytest.mark.parametrize("guidance", [2.0, 4.0])
 @torch.no_grad()
 def test_the_share_is_the_mean_posterior_of_the_samples(prior: GatedPixelCNN, guidance: float) -> None:
+    for parameter in prior.parameters():
+        parameter *= 0.4  # as it is, it would be sure of all
     labels = torch.arange(5) % CLASSES
     generator = torch.Generator().manual_seed(7)
     codes = sample_codes(prior, 5, GRID, labels=labels, guidance=guidance, generator=generator)
     expected = [slow_posterior(prior, codes[n], int(labels[n])) for n in range(5)]
     found = recognised_share(prior, GRID, 5, guidance, 7)
     assert found == pytest.approx(sum(expected) / 5, rel=1e-4)
-    assert 1 / CLASSES < found < 1
+    assert 1 / CLASSES < found < 0.99
 
 
 def with_shares(patch: pytest.MonkeyPatch, *shares: float) -> list[tuple[float, int]]:

@@ -146,6 +146,20 @@ def test_the_loss_is_the_error_the_linearised_logits_and_the_hinge(case: Case) -
     assert not any(value.requires_grad for value in (found.error, found.weight, found.discriminator))
 
 
+def test_in_bf16_the_losses_are_of_float32() -> None:
+    case = Case(config_of())
+    decoder, discriminator = case.decoder.float(), case.discriminator.float()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert discriminator(case.images.float(), case.vectors.float()).dtype == torch.bfloat16
+        found = sharpening_losses(decoder, discriminator, case.vectors.float(), case.images.float(), VARIANCE)
+    assert {found.loss.dtype, found.error.dtype, found.discriminator.dtype, found.weight.dtype} == {torch.float32}
+    found.loss.backward()
+    networks = (decoder, discriminator)
+    assert all(bool(parameter.grad.isfinite().all()) for network in networks for parameter in network.parameters())  # type: ignore[union-attr]
+    logits = torch.full((1, 3, 5), 1 / 3, dtype=torch.bfloat16)
+    assert float(hinge_loss(logits, logits)) == pytest.approx(2, rel=1e-6)  # in bf16 1.34 is rounded
+
+
 # The augmentation
 
 
@@ -243,6 +257,22 @@ def test_a_logit_sees_the_pixels_and_the_codes_around_its_cell(case: Case) -> No
     around = of_codes[0].abs().sum(dim=0) != 0
     assert bool(around[:3, :3].all())
     assert int(around.sum()) == 9
+
+
+@torch.no_grad()
+def test_the_logits_by_hand(case: Case) -> None:
+    """Pixels on [-1,1], two halvings and a 3x3 layer, then what every code says of its cell."""
+    discriminator = case.discriminator.eval()
+    first, second, third = [layer for layer in discriminator.features if isinstance(layer, nn.Conv2d)]
+    features = 2 * case.images - 1
+    for layer, stride in ((first, 2), (second, 2), (third, 1)):
+        features = F.conv2d(features, layer.weight, layer.bias, stride=stride, padding=1)
+        features = torch.maximum(features, 0.2 * features)
+    unconditional, embedding = discriminator.unconditional, discriminator.embedding
+    alone = F.conv2d(features, unconditional.weight, unconditional.bias, padding=1)[:, 0]
+    of_codes = F.conv2d(case.vectors, embedding.weight, embedding.bias, padding=1)
+    expected = alone + torch.einsum("bchw,bchw->bhw", features, of_codes)
+    torch.testing.assert_close(discriminator(case.images, case.vectors), expected)
 
 
 def test_no_layer_of_the_discriminator_enlarges_what_it_is_given(case: Case) -> None:

@@ -312,5 +312,6 @@ def test_a_run_that_goes_back_to_its_beginning_has_the_evaluation_of_it(tmp_path
     scores = iter([1.0, 5.0, math.nan, 6.0, 5.0, 4.0, 3.0])
     toy = Toy(lambda weight: next(scores))
     info = run_training(toy, toy_info(), settings_of(steps=4, keep_best=True, evaluate_first=True), tmp_path)
+    assert toy.weights[0] == toy.weights[2] == 0 < toy.weights[1]  # the third step is the first one once more
     assert info.metrics == {"step": 0, "score": 1.0}
     assert float(read_run(tmp_path, "prior").weights["weight"]) == 0

@@ -8,6 +8,7 @@ import math
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,12 +23,14 @@ from pipeline.evaluation.decoder_distance import DecoderDistance
 from pipeline.evaluation.distances import frechet_distance
 from pipeline.images.holdout import held_out
 from pipeline.images.image_set import open_images
-from pipeline.models.checkpoint import load_training, read_info
+from pipeline.models.checkpoint import add_metrics, copy_checkpoint, has_checkpoint, load_training, read_info
+from pipeline.models.decoders import has_sharp_decoder
 from pipeline.models.loading import load_tokenizer, load_trained_tokenizer
+from pipeline.runtime.folder_lock import only_writer
 from pipeline.training import decoder_stage
 from pipeline.training.decoder_stage import DecoderStage
 from pipeline.training.recipes import SHARPENING_SHARE
-from pipeline.training.run_folder import RunFolder
+from pipeline.training.run_folder import RunFolder, remove_decoder
 from pipeline.training.train_decoder import train_decoder
 from pipeline.training.train_tokenizer import train_tokenizer
 from tokenizer import adversarial
@@ -158,6 +161,8 @@ def test_the_preview_shows_images_the_plain_and_the_sharp_decoder(stage: Decoder
 def test_the_distance_is_that_of_all_positions_of_the_encoders_hidden_layer(stage: DecoderStage) -> None:
     model, rows = stage.tokenizer, stage.held_out_rows
     other = Decoder(model.config)
+    with torch.no_grad():
+        other.layers[-1].get_parameter("bias").add_(torch.tensor([-0.6, 0.0, 0.6]))  # some pixels are beyond [0,1]
     images = stage.images.batch(rows)
 
     def positions(pictures: Tensor) -> np.ndarray:
@@ -179,21 +184,29 @@ def test_the_distance_is_that_of_all_positions_of_the_encoders_hidden_layer(stag
 
 
 def test_of_many_images_evenly_spaced_ones_are_measured(stage: DecoderStage, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = stage.train_rows
-    monkeypatch.setattr(
-        "pipeline.evaluation.decoder_distance.MOST_POSITIONS",
-        3 * math.prod(stage.tokenizer.grid(*stage.images.images.shape[2:])) + 1,
-    )
+    rows, positions = stage.train_rows, math.prod(stage.tokenizer.grid(*stage.images.images.shape[2:]))
+
+    def measured(most: int) -> list[int]:
+        monkeypatch.setattr("pipeline.evaluation.decoder_distance.MOST_POSITIONS", most)
+        return list(DecoderDistance(stage.tokenizer, stage.images, rows).rows.tolist())
+
     assert len(rows) > 3
-    assert DecoderDistance(stage.tokenizer, stage.images, rows).rows.tolist() == [
-        rows[int(place)] for place in np.linspace(0, len(rows) - 1, 3)
-    ]
+    assert measured(3 * positions + 1) == [rows[int(place)] for place in np.linspace(0, len(rows) - 1, 3)]
+    assert len(measured(positions - 1)) == 1  # of an image that has more positions
 
 
 def test_one_image_of_one_code_can_be_measured(stage: DecoderStage, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stage.tokenizer.encoder, "features", lambda images: images[:, :2, :1, :1])
     distance = DecoderDistance(stage.tokenizer, stage.images, stage.train_rows[:1])
     assert math.isfinite(distance.measure(stage.tokenizer.decoder).distance)
+
+
+def test_a_decoder_of_nan_is_noticed(stage: DecoderStage) -> None:
+    """As what a training step gives that is not finite, so that the loop can go back."""
+    with torch.no_grad():
+        stage.average.module.layers[-1].bias.fill_(math.nan)
+        with pytest.raises(FloatingPointError, match="pixels that are NaN from the decoder"):
+            stage.evaluate()
 
 
 def test_what_is_measured_and_written_is_the_moving_average(stage: DecoderStage) -> None:
@@ -239,11 +252,14 @@ def test_it_learns_from_the_codes_of_images_that_are_not_held_out(
 
     monkeypatch.setattr(decoder_stage, "sharpening_losses", losses)
     model, indices = load_tokenizer(trained.tokenizer), np.array([4, 0, 7])
+    types: list[torch.dtype] = []
+    stage.tokenizer.encoder.register_forward_hook(lambda module, images, latents: types.append(latents.dtype))
     with torch.autocast("cpu", dtype=torch.bfloat16):  # in which a code may be another
         stage.losses(indices)
     batch = images.batch(stage.train_rows[indices])
     assert torch.equal(seen[0][1], batch)
     assert torch.equal(seen[0][0], model.quantizer.lookup(model.encode(batch)))
+    assert types == [torch.float32]
 
 
 # The best is kept
@@ -288,6 +304,7 @@ def test_if_nothing_is_better_the_plain_decoder_stays(
     assert written.keys() == plain.keys()
     assert all(torch.equal(tensor, plain[name]) for name, tensor in written.items())
     assert load_trained_tokenizer(tokenizer, "cpu").decoder == "plain"
+    assert not has_sharp_decoder(tokenizer)
     with pytest.raises(InputError, match=r"expected a sharp decoder in .*, got the plain one, .* more --steps"):
         load_tokenizer(tokenizer, decoder="sharp")
 
@@ -303,6 +320,12 @@ def test_losses_that_are_not_finite_end_it_with_the_best_decoder(
     assert re.match(r"Error: expected finite losses, got loss = nan at step 9, in the batch of .*\.png", outcome.err)
     assert read_info(tokenizer / "decoder", "decoder").step > 0
     assert load_trained_tokenizer(tokenizer, "cpu").decoder == "sharp"
+
+
+def test_the_learning_rate_does_not_decay(tokenizer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.training.schedule.WARMUP_STEPS", 1)
+    run(tokenizer, steps=4, lr=0.001)
+    assert [line["learning_rate"] for line in lines_of(tokenizer / "decoder", "train")] == [0.001] * 4
 
 
 # It resumes
@@ -392,6 +415,27 @@ def test_a_decoder_of_other_codes_does_not_resume(tokenizer: Path, trained: Trai
     assert digest_of(other) == before
 
 
+def test_a_copy_is_of_the_weights_that_were_loaded_and_written_once(tokenizer: Path, tmp_path: Path) -> None:
+    """Not of those that a training of the tokenizer has saved meanwhile."""
+    fingerprint, out = read_info(tokenizer, "tokenizer").fingerprint, tmp_path / "copy"
+    with pytest.raises(InputError, match=r"expected the tokenizer another in .*, got another by now, .*; wait until"):
+        copy_checkpoint(tokenizer, out, "tokenizer", "another")
+    assert not out.exists()
+    copy_checkpoint(tokenizer, out, "tokenizer", fingerprint)
+    info = read_info(out, "tokenizer")
+    assert info == replace(read_info(tokenizer, "tokenizer"), training_sha256="")  # there is no such file
+    add_metrics(out, info, {"added": 1.0})
+    assert read_info(out, "tokenizer").metrics == {**info.metrics, "added": 1.0}
+    copy_checkpoint(tokenizer, out, "tokenizer", fingerprint)
+    assert "added" in read_info(out, "tokenizer").metrics
+
+
+def test_nobody_else_may_write_into_the_folder_of_the_tokenizer(tokenizer: Path) -> None:
+    with only_writer(tokenizer, "training run"), pytest.raises(InputError, match="training run"):
+        run(tokenizer)
+    assert not (tokenizer / "decoder").exists()
+
+
 def test_a_model_without_codes_is_refused(trained: Trained, tmp_path: Path, codegrid: Codegrid) -> None:
     small = ("--hidden-channels", 4, "--steps", 1, "--precision", "fp32", "--device", "cpu")
     out = tmp_path / "vae"
@@ -415,14 +459,15 @@ SMALL = ("--hidden-channels", 8, "--residual-channels", 4, "--num-residual-layer
 def test_sharp_trains_a_decoder_at_the_end(trained: Trained, tmp_path: Path, codegrid: Codegrid) -> None:
     out, plain = tmp_path / "sharp", tmp_path / "plain"
     command = ("train-tokenizer", "--data", trained.images, "--steps", 8, "--seed", 3, *SMALL, *QUICK)
+    command = (*command, "--optimizer", "adam")
     assert codegrid(*command, "--out", plain).status == 0
     outcome = codegrid(*command, "--out", out, "--sharp")
     assert (outcome.status, outcome.error_lines) == (0, [])
     assert (out / "model.safetensors").read_bytes() == (plain / "model.safetensors").read_bytes()
     info = read_info(out / "decoder", "decoder")
     assert info.tokenizer_fingerprint == read_info(out, "tokenizer").fingerprint
-    settings = {name: info.training[name] for name in ("steps", "batch_size", "seed", "precision")}
-    assert settings == {"steps": 2, "batch_size": 4, "seed": 3, "precision": "fp32"}
+    settings = {name: info.training[name] for name in ("steps", "batch_size", "seed", "precision", "optimizer")}
+    assert settings == {"steps": 2, "batch_size": 4, "seed": 3, "precision": "fp32", "optimizer": "adam"}
     assert "next: codegrid train-prior" in outcome.out
 
 
@@ -449,6 +494,72 @@ def test_sharp_resumes_in_whichever_phase_it_was_killed(
     assert info.tokenizer_fingerprint == read_info(again, "tokenizer").fingerprint
     assert (info.training["steps"], state.values["step"]) == (4, 4)
     assert load_trained_tokenizer(again, "cpu", decoder="sharp").decoder == "sharp"
+
+
+def test_sharp_replaces_a_damaged_decoder(tokenizer: Path, codegrid: Codegrid) -> None:
+    run(tokenizer, steps=1)
+    (tokenizer / "decoder" / "config.json").write_text("{")
+    shutil.rmtree(tokenizer / "decoder" / "previous", ignore_errors=True)
+    steps = read_info(tokenizer, "tokenizer").step
+    command = ("train-tokenizer", "--out", tokenizer, "--resume", "--steps", steps, "--sharp", "--device", "cpu")
+    assert codegrid(*command).status == 0
+    assert read_info(tokenizer / "decoder", "decoder").training["steps"] == max(1, round(SHARPENING_SHARE * steps))
+
+
+def test_sharp_acts_on_a_run_that_is_done(tokenizer: Path, codegrid: Codegrid) -> None:
+    """Also on one of an earlier version, whose config does not have the setting."""
+    info = read_info(tokenizer, "tokenizer")
+    del info.training["sharp"]
+    add_metrics(tokenizer, info, {})
+    resume = ("train-tokenizer", "--out", tokenizer, "--resume", "--steps", info.step, "--device", "cpu")
+    assert codegrid(*resume).status == 0
+    assert not (tokenizer / "decoder").exists()
+    assert codegrid(*resume, "--sharp", "--precision", "bf16").status == 0
+    decoder = read_info(tokenizer / "decoder", "decoder")
+    assert decoder.tokenizer_fingerprint == info.fingerprint
+    assert (info.training["precision"], decoder.training["precision"]) == ("fp32", "bf16")
+
+
+@pytest.mark.parametrize("place", ["file", "link", "foreign"])
+def test_sharp_refuses_what_is_in_the_place_of_the_decoder_before_it_trains(
+    trained: Trained, tmp_path: Path, codegrid: Codegrid, place: str
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    if place == "file":
+        (out / "decoder").write_text("mine")
+    elif place == "link":
+        (out / "decoder").symlink_to(tmp_path)
+    else:
+        (out / "decoder").mkdir()
+        (out / "decoder" / "model.safetensors").write_text("mine")
+    command = ("train-tokenizer", "--data", trained.images, "--steps", 1, "--out", out, "--force", *SMALL, *QUICK)
+    outcome = codegrid(*command, "--sharp")
+    assert outcome.status == 1
+    assert len(outcome.error_lines) == 1
+    assert str(out / "decoder") in outcome.error_lines[0]
+    assert [path.name for path in out.iterdir()] == ["decoder"]
+
+
+def test_a_decoder_that_a_link_leads_to_is_not_removed(tokenizer: Path, trained: Trained, codegrid: Codegrid) -> None:
+    run(tokenizer, steps=1)
+    elsewhere = (tokenizer / "decoder").rename(tokenizer.parent / "elsewhere")
+    (tokenizer / "decoder").symlink_to(elsewhere)
+    before = digest_of(elsewhere)
+    command = ("train-tokenizer", "--data", trained.images, "--steps", 1, "--out", tokenizer, "--force", *SMALL, *QUICK)
+    assert codegrid(*command).status == 0
+    assert digest_of(elsewhere) == before
+
+
+def test_a_decoder_whose_last_save_was_killed_is_removed_with_its_commit(tokenizer: Path) -> None:
+    run(tokenizer, steps=1)
+    folder = tokenizer / "decoder"
+    for name in ("model.safetensors", "config.json"):
+        (folder / name).rename(folder / f"{name}.new")
+    (folder / "commit.json").write_text('["config.json", "model.safetensors"]')
+    assert has_checkpoint(folder)
+    remove_decoder(tokenizer)
+    assert not folder.exists()
 
 
 def test_a_new_tokenizer_in_the_folder_removes_the_decoder_of_the_old_one_alone(
