@@ -29,7 +29,7 @@ from .networks import Decoder
 from .objective import reconstruction_loss
 
 MAX_WEIGHT = 0.8  # of the discriminator's term, once its gradient is no smaller than that of the squared error
-LARGEST_SHIFT = 1 / 8  # of a side, in whole cells of the grid
+LARGEST_SHIFT = 1 / 8  # of a side of the grid
 
 
 def hinge_loss(real: Tensor, drawn: Tensor) -> Tensor:
@@ -85,10 +85,10 @@ def sharpening_losses(
     """
     decoded = _wide(decoder(vectors))
     error = reconstruction_loss(decoded, images, data_variance)
-    height, width = images.shape[2:]
-    augment = Augmentation.draw(len(images), (height, width), height // vectors.shape[2], images.device)
+    augment = Augmentation.draw(len(images), (vectors.shape[2], vectors.shape[3]), images.device)
+    codes = augment(vectors)
     constant = decoded.detach().requires_grad_()
-    drawn, real = discriminator(augment(constant), vectors), discriminator(augment(images), vectors)
+    drawn, real = discriminator(augment(constant), codes), discriminator(augment(images), codes)
     (of_logits,) = torch.autograd.grad(-_wide(drawn).mean(), constant, retain_graph=True)
     (of_error,) = torch.autograd.grad(error, decoded, retain_graph=True)
     weight = balance_weight(decoded, of_error, of_logits, decoder.last_layer)
@@ -99,47 +99,46 @@ def sharpening_losses(
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Flips and shifts of B images, drawn once and applied alike to real images and to those of a decoder [3].
+    """Flips and shifts of B images, drawn once and applied alike to real images, to decoded ones, and to the codes.
 
     So the discriminator learns nothing about the edges or the side that a picture shows, and has more images to learn
-    from. Shifts are by whole cells of the grid: a pattern with the period of the codes, which a decoder draws easily
-    and no real image has, stays where the discriminator sees it. (With shifts by any number of pixels it did not, and a
-    fine grid was over flat areas.) It is differentiable: pixels are only moved, those beyond an edge are mirrored.
+    from [3]. Shifts are by whole cells of the grid: every cell keeps its code, and a pattern with the period of the
+    codes, which a decoder draws easily and no real image has, stays where the discriminator sees it. (With shifts by
+    any number of pixels it did not, and a fine grid was over flat areas.) It is differentiable: pixels are only moved,
+    those beyond an edge are mirrored.
     """
 
+    grid: tuple[int, int]  # H, W
     flips: Tensor  # bool [B], mirrored left to right
-    down: Tensor  # int64 [B], pixels
-    right: Tensor  # int64 [B], pixels
+    down: Tensor  # int64 [B], cells
+    right: Tensor  # int64 [B], cells
 
     @classmethod
-    def draw(cls, count: int, size: tuple[int, int], cell: int, device: torch.device) -> "Augmentation":
-        """Draw it from torch's global CPU generator.
+    def draw(cls, count: int, grid: tuple[int, int], device: torch.device) -> "Augmentation":
+        """Draw it for `count` images of this grid of codes, from torch's global CPU generator."""
+        limits = [int(side * LARGEST_SHIFT) for side in grid]
+        down, right = (torch.randint(-limit, limit + 1, (count,)).to(device) for limit in limits)
+        return cls(grid=grid, flips=(torch.rand(count) < 0.5).to(device), down=down, right=right)
 
-        Args:
-            count: B.
-            size: height and width of the images, in pixels.
-            cell: pixels of a code along each side.
-            device: of the images.
-        """
-        limits = [int(side * LARGEST_SHIFT) // cell for side in size]
-        down, right = (cell * torch.randint(-limit, limit + 1, (count,)) for limit in limits)
-        flips = torch.rand(count) < 0.5
-        return cls(flips=flips.to(device), down=down.to(device), right=right.to(device))
-
-    def __call__(self, images: Tensor) -> Tensor:
-        """Return images [B,C,H',W'] flipped and shifted."""
-        count, _, height, width = images.shape
-        rows, columns = _mirrored(self.down, height), _mirrored(self.right, width)
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return images [B,C,H',W'], or the vectors of their codes [B,D,H,W], flipped and shifted."""
+        count, _, height, width = x.shape
+        rows = _mirrored(self.down * (height // self.grid[0]), height)
+        columns = _mirrored(self.right * (width // self.grid[1]), width)
         columns = torch.where(self.flips[:, None], columns.flip(1), columns)
-        image = torch.arange(count, device=images.device)[:, None, None]
-        moved = rearrange(images, "b c h w -> b h w c")[image, rows[:, :, None], columns[:, None, :]]
+        item = torch.arange(count, device=x.device)[:, None, None]
+        moved = rearrange(x, "b c h w -> b h w c")[item, rows[:, :, None], columns[:, None, :]]
         return rearrange(moved, "b h w c -> b c h w")
 
 
 def _mirrored(shifts: Tensor, side: int) -> Tensor:
-    """Return which of `side` pixels come where after shifts [B]: [B,side]; beyond an edge they are mirrored."""
-    positions = (torch.arange(side, device=shifts.device) - shifts[:, None]).abs()
-    return torch.minimum(positions, 2 * (side - 1) - positions)
+    """Return which of `side` rows come where after shifts [B]: [B,side]; beyond an edge they are mirrored.
+
+    The row at the edge is there twice, 1 0 | 0 1 2, so that what is mirrored is whole cells.
+    """
+    positions = torch.arange(side, device=shifts.device) - shifts[:, None]
+    positions = torch.where(positions < 0, -1 - positions, positions)
+    return torch.where(positions < side, positions, 2 * side - 1 - positions)
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from .distances import frechet_distance
 from .reconstruction import ReconstructionNumbers, numbers_of
 
 MOST_POSITIONS = 2**16  # rows of features: 1,024 grids of 8x8
-SMALLEST_DEVIATION = 1e-6  # of a feature, which may be the same everywhere
+SMALLEST_DEVIATION = 0.01  # of a feature, in units of the mean one: what real images leave constant is not everything
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +50,8 @@ class DecoderDistance:
         self.tokenizer, self.images = tokenizer, images
         self.rows = rows[evenly_spaced(len(rows), max(1, MOST_POSITIONS // positions))]
         (features,) = self._over_images(lambda block: (tokenizer.encoder.features(block),))
-        self.scale = features.std(dim=0, correction=0).clamp_min(SMALLEST_DEVIATION)
+        deviations = features.std(dim=0, correction=0)
+        self.scale = deviations.clamp_min(max(1e-6, SMALLEST_DEVIATION * float(deviations.mean())))
         self.real = features / self.scale
 
     def measure(self, decoder: nn.Module) -> DecoderNumbers:

@@ -42,6 +42,8 @@ class ChosenGuidance:
 def choose_guidance(prior: GatedPixelCNN, grid: tuple[int, int], seed: int = 0) -> ChosenGuidance:
     """Choose the smallest of SCALES at which the prior takes its samples for what they should show.
 
+    If there is none, the one at which it is surest.
+
     Costs the samples, and a forward pass over them for each class.
 
     Args:
@@ -57,15 +59,21 @@ def choose_guidance(prior: GatedPixelCNN, grid: tuple[int, int], seed: int = 0) 
             bar.move_to(tried * count)
             if found[scale] >= SURE:
                 break
-    return ChosenGuidance(guidance=max(found), recognised=found)
+    return ChosenGuidance(guidance=max(found, key=lambda scale: found[scale]), recognised=found)
 
 
 def recognised_share(prior: GatedPixelCNN, grid: tuple[int, int], count: int, guidance: float, seed: int) -> float:
     """Return the mean p(label | codes) of samples, of all classes in turn, for the plain prior with equal classes."""
-    labels = torch.arange(count) % prior.config.num_classes
+    labels = _labels(count, prior.config.num_classes)
     device = next(prior.parameters()).device
     codes = sample_codes(
         prior, count, grid, labels=labels.to(device), guidance=guidance, generator=seeded_generator(seed)
     )
     probabilities = label_log_likelihoods(prior, codes).softmax(dim=1)
     return float(probabilities[torch.arange(count), labels].mean())
+
+
+def _labels(count: int, num_classes: int) -> torch.Tensor:
+    """Return the labels of samples [n]: all classes in turn, or of more classes than samples evenly spaced ones."""
+    rows = torch.arange(count)
+    return rows % num_classes if num_classes <= count else rows * num_classes // count

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pipeline.generation import chosen_guidance
-from pipeline.generation.chosen_guidance import SCALES, SURE, choose_guidance, recognised_share
+from pipeline.generation.chosen_guidance import SCALES, SURE, _labels, choose_guidance, recognised_share
 from pipeline.generation.guidance import DEFAULT_GUIDANCE
 from pipeline.models.checkpoint import add_metrics, read_info
 from prior import GatedPixelCNN, sample_codes
@@ -74,7 +74,8 @@ def with_shares(patch: pytest.MonkeyPatch, *shares: float) -> list[tuple[float, 
         ((0.9989, 0.9991), 3.0),
         ((0.9, 0.99, 0.9995), 4.0),
         ((0.5, 0.6, 0.7), 4.0),
-        ((0.998, 0.7, 0.6), 4.0),
+        ((0.998, 0.7, 0.6), 2.0),
+        ((0.7, 0.998, 0.6), 3.0),
     ],
 )
 def test_the_smallest_at_which_it_is_sure_is_chosen(
@@ -102,13 +103,19 @@ def test_large_grids_are_sampled_less_often(
     assert asked == [(2.0, count)]
 
 
+def test_of_more_classes_than_samples_evenly_spaced_ones_are_sampled() -> None:
+    assert _labels(7, 3).tolist() == [0, 1, 2, 0, 1, 2, 0]
+    assert _labels(3, 3).tolist() == [0, 1, 2]
+    assert _labels(4, 10).tolist() == [0, 2, 5, 7]
+
+
 # What training does with it
 
 
 def test_training_ends_with_the_guidance_in_the_config(
     trained: Trained, tmp_path: Path, codegrid: Codegrid, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = with_shares(monkeypatch, 0.5, 1.0, 0.5, 0.5, 0.5)
+    asked = with_shares(monkeypatch, 0.5, 1.0, 0.5, 0.6, 0.7)
     out = tmp_path / "prior"
     command = ("train-prior", "--codes", trained.codes, "--channels", 4, "--num-layers", 2, "--device", "cpu")
     outcome = codegrid(*command, "--steps", 2, "--out", out)

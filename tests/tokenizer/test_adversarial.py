@@ -24,6 +24,7 @@ from tokenizer.discriminator import Discriminator
 from tokenizer.networks import Decoder
 
 SIZE, CELL = (32, 64), 4  # pixels
+GRID = (8, 16)
 VARIANCE = 0.05
 
 
@@ -65,7 +66,7 @@ def gradients(network: nn.Module, loss: Tensor) -> list[Tensor]:
 def the_same_augmentation(count: int) -> Augmentation:
     """The one that `Case.losses` draws."""
     torch.manual_seed(1)
-    return Augmentation.draw(count, SIZE, CELL, torch.device("cpu"))
+    return Augmentation.draw(count, GRID, torch.device("cpu"))
 
 
 def test_each_network_follows_the_gradient_of_its_own_loss_alone(case: Case) -> None:
@@ -76,13 +77,14 @@ def test_each_network_follows_the_gradient_of_its_own_loss_alone(case: Case) -> 
     # The oracle: two separate losses, each network held constant in that of the other.
     augment = the_same_augmentation(len(case.images))
     decoded = case.decoder(case.vectors)
-    logits = other(augment(decoded), case.vectors)
+    codes = augment(case.vectors)
+    logits = other(augment(decoded), codes)
     error = F.mse_loss(decoded, case.images) / VARIANCE
     of_error, of_logits = gradients(case.decoder, error), gradients(case.decoder, -logits.mean())
     last = [parameter is case.decoder.last_layer for parameter in case.decoder.parameters()].index(True)
     weight = 0.8 * min(1.0, float(of_error[last].norm() / of_logits[last].norm()))
     expected = [a + weight * b for a, b in zip(of_error, of_logits, strict=True)]
-    real = other(augment(case.images), case.vectors)  # once more through the power iteration, as in the losses
+    real = other(augment(case.images), codes)  # once more through the power iteration, as in the losses
     hinge = F.relu(1 - real).mean() + F.relu(1 + logits).mean()
     for one, another in zip(found[0], expected, strict=True):
         torch.testing.assert_close(one, another)
@@ -167,21 +169,35 @@ def test_in_bf16_the_losses_are_of_float32() -> None:
 def test_an_augmentation_moves_pixels_as_a_slow_loop_does(channels: int) -> None:
     torch.manual_seed(3)
     images = torch.rand(40, channels, *SIZE)
-    augment = Augmentation.draw(len(images), SIZE, CELL, images.device)
+    augment = Augmentation.draw(len(images), GRID, images.device)
     moved = augment(images)
     height, width = SIZE
     for index in range(len(images)):
         for row, column in itertools.product(range(height), range(width)):
-            above = abs(row - int(augment.down[index]))
-            left = abs(column - int(augment.right[index]))
-            above = min(above, 2 * (height - 1) - above)
-            left = min(left, 2 * (width - 1) - left)
-            source = images[index, :, above, left]
+            above = inside(row - CELL * int(augment.down[index]), height)
+            left = inside(column - CELL * int(augment.right[index]), width)
             target = width - 1 - column if augment.flips[index] else column
-            assert torch.equal(moved[index, :, row, target], source)
-    assert set(augment.down.tolist()) == {-4, 0, 4}
-    assert set(augment.right.tolist()) == {-8, -4, 0, 4, 8}
+            assert torch.equal(moved[index, :, row, target], images[index, :, above, left])
+    assert set(augment.down.tolist()) == {-1, 0, 1}
+    assert set(augment.right.tolist()) == {-2, -1, 0, 1, 2}
     assert set(augment.flips.tolist()) == {False, True}
+
+
+def inside(position: int, side: int) -> int:
+    """The position in a line of `side` that is mirrored at both ends: 1 0 | 0 1 2 ... side-1 | side-1 side-2."""
+    endless = [*range(side), *reversed(range(side))]
+    return endless[position % (2 * side)]
+
+
+def test_every_cell_of_an_augmented_picture_keeps_its_code() -> None:
+    """Of a picture that shows in each pixel the number of its cell, the vectors being that number."""
+    torch.manual_seed(0)
+    vectors = torch.arange(GRID[0] * GRID[1], dtype=torch.float32).view(1, 1, *GRID).repeat(40, 1, 1, 1)
+    pictures = vectors.repeat_interleave(CELL, dim=2).repeat_interleave(CELL, dim=3)
+    augment = Augmentation.draw(40, GRID, vectors.device)
+    moved, codes = augment(pictures), augment(vectors)
+    assert torch.equal(moved, codes.repeat_interleave(CELL, dim=2).repeat_interleave(CELL, dim=3))
+    assert not torch.equal(codes, vectors)
 
 
 def test_a_pattern_with_the_period_of_the_codes_stays_in_place() -> None:
@@ -189,7 +205,7 @@ def test_a_pattern_with_the_period_of_the_codes_stays_in_place() -> None:
     torch.manual_seed(0)
     cells = torch.arange(CELL * CELL, dtype=torch.float32).view(1, 1, CELL, CELL)
     pattern = cells.repeat(30, 1, *(side // CELL for side in SIZE))
-    augment = Augmentation.draw(30, SIZE, CELL, pattern.device)
+    augment = Augmentation.draw(30, GRID, pattern.device)
     moved = augment(pattern)
     mirrored = torch.where(augment.flips[:, None, None, None], pattern.flip(3), pattern)
     edge = int(max(SIZE) * LARGEST_SHIFT)
@@ -197,8 +213,8 @@ def test_a_pattern_with_the_period_of_the_codes_stays_in_place() -> None:
     assert torch.equal(moved[..., edge:-edge, edge:-edge], mirrored[..., edge:-edge, edge:-edge])
 
 
-def test_images_smaller_than_a_shift_of_one_cell_are_flipped_alone() -> None:
-    augment = Augmentation.draw(20, (16, 32), 16, torch.device("cpu"))
+def test_grids_too_small_for_a_shift_are_flipped_alone() -> None:
+    augment = Augmentation.draw(20, (1, 2), torch.device("cpu"))
     assert not bool(augment.down.any() or augment.right.any())
     assert bool(augment.flips.any())
 
@@ -229,7 +245,7 @@ def test_real_and_drawn_images_are_augmented_alike(case: Case, monkeypatch: pyte
 def test_the_gradient_goes_back_through_the_augmentation() -> None:
     torch.manual_seed(0)
     images = torch.rand(2, 1, 16, 8, dtype=torch.float64, requires_grad=True)
-    augment = Augmentation.draw(2, (16, 8), 1, images.device)
+    augment = Augmentation.draw(2, (16, 8), images.device)
     assert torch.autograd.gradcheck(augment, (images,))
 
 
