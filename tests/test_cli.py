@@ -417,6 +417,12 @@ COMMANDS = {
         ),
         also=("--image-size 9x12", "--hidden-channels 3", "--device tpu"),
     ),
+    "train-decoder": Refused(
+        needs="--tokenizer {tokenizer} --out {new}",
+        missing="--tokenizer {nosuch}",
+        impossible=(*TRAINING, "--precision fp64"),
+        also=("--device tpu", "--data {nosuch}", "--out {codes}"),
+    ),
     "export-codes": Refused(
         needs="--tokenizer {tokenizer} --out {new}",
         missing="--tokenizer {nosuch}",
@@ -517,18 +523,18 @@ def test_what_the_table_says_would_do_does(place: Path, trained: Trained, comman
     """The oracle of the test above: it is the option that is refused, not the rest."""
     names = {**vars(trained), "new": place / "new", "white": place / "white.png"}
     line = f"{command} {COMMANDS[command].needs.replace('{both}', '--tokenizer {tokenizer} --prior {prior}')}"
-    few = {"train-tokenizer": "--steps 1", "train-prior": "--steps 1", "sample": "--n 1", "complete": "--n 1"}
-    words = f"{line} {few.get(command, '')}".split()
+    few = {"sample": "--n 1", "complete": "--n 1"}
+    words = f"{line} {'--steps 1' if command.startswith('train-') else few.get(command, '')}".split()
     assert codegrid(*(word.format(**names) for word in words)).status == 0
 
 
-@pytest.mark.parametrize("command", ["train-tokenizer", "train-prior", "sample", "complete"])
+@pytest.mark.parametrize("command", ["train-tokenizer", "train-decoder", "train-prior", "sample", "complete"])
 def test_a_seed_of_any_size_will_do(place: Path, trained: Trained, command: str, codegrid: Codegrid) -> None:
     """Of 23 digits, and of as many as Python reads; one that it does not read is refused in one line."""
     names = {**vars(trained), "new": place / "new", "white": place / "white.png"}
     line = f"{command} {COMMANDS[command].needs.replace('{both}', '--tokenizer {tokenizer} --prior {prior}')}"
     words = [word.format(**names) for word in line.split()]
-    few = {"train-tokenizer": ["--steps", 1], "train-prior": ["--steps", 1]}.get(command, ["--n", 1])
+    few = ["--steps", 1] if command.startswith("train-") else ["--n", 1]
     for digits, status in ((23, 0), (4300, 0), (5000, 2 if hasattr(sys, "set_int_max_str_digits") else 0)):
         outcome = codegrid(*words, *few, "--force", "--seed", "9" * digits)
         assert outcome.status == status, outcome.err
