@@ -2,10 +2,10 @@
 
     python -m benchmarks.second_opinion --tokenizer DIR --prior DIR --guidance 3 --guidance 4
 
-It is a judge of another seed that is trained twice as long, on every image and its mirror image and looks at both (so it is
-for photographs, not for letters). It has had no part in anything: nobody chose a decoder, a default or a sample by it.
-Prints the share of real test images, of their reconstructions and of samples that it recognises as their class, by the
-decoder that `--decoder` names.
+It is a judge of another seed that is trained more than twice as long, on every image and its mirror image, and looks at
+both (so it is for photographs, not for letters). It has had no part in anything: nobody chose a decoder, a default or a
+sample by it. Prints the share of real test images, of their reconstructions and of samples that it recognises as their
+class, by the decoder that `--decoder` names.
 """
 
 from collections.abc import Sequence
