@@ -50,13 +50,19 @@ STAGES = (
         command=longer(of.TRAIN_TOKENIZER, "--steps", "40"),
         again=("--resume",),
         reader=of.command("evaluate --tokenizer new/tokenizer", *of.CPU),
-        share=0.4,
+        share=0.3,
+    ),
+    Stage(
+        command=longer(of.TRAIN_DECODER, "--steps", "40"),
+        again=("--resume",),
+        reader=of.command("reconstruct --tokenizer new/sharp --n 1 --out new/one.png --force", *of.CPU),
+        share=0.15,
     ),
     Stage(
         command=longer(of.TRAIN_PRIOR, "--steps", "40"),
         again=("--resume",),
         reader=of.command("sample --n 1 --tokenizer tokenizer --prior new/prior --out new/one --force", *of.CPU),
-        share=0.25,
+        share=0.2,
     ),
     Stage(
         command=longer(of.EXPORT, "--shard-size", "2"),

@@ -67,6 +67,9 @@ def longer(short: Command, *more: str) -> Command:
 TRAIN_TOKENIZER = command(
     f"train-tokenizer --out new/tokenizer --steps {STEPS}", *SMALL_TOKENIZER, result="new/tokenizer", images=True
 )
+TRAIN_DECODER = command(
+    f"train-decoder --tokenizer tokenizer --out new/sharp --steps {STEPS}", *CPU, result="new/sharp", images=True
+)
 TRAIN_PRIOR = command(
     f"train-prior --codes codes --tokenizer tokenizer --out new/prior --steps {STEPS}",
     *SMALL_PRIOR,
