@@ -1,7 +1,8 @@
 """What the parts of a sharp decoder's training are worth: the same tokenizer, other ways to train its decoder.
 
     python -m benchmarks.decoder --tokenizer DIR                        # as train-decoder does
-    python -m benchmarks.decoder --tokenizer DIR --max-weight 2.4
+    python -m benchmarks.decoder --tokenizer DIR --balance 2.4
+    python -m benchmarks.decoder --tokenizer DIR --largest-ratio 1
     python -m benchmarks.decoder --tokenizer DIR --unconditional
     python -m benchmarks.decoder --tokenizer DIR --decays
 
@@ -33,21 +34,30 @@ from tokenizer.discriminator import WIDTH, Discriminator
 @click.command()
 @click.option("--tokenizer", type=click.Path(path_type=Path), required=True)
 @click.option("--steps", type=int, help="[default: those of train-decoder]")
-@click.option("--max-weight", default=adversarial.MAX_WEIGHT, show_default=True, help="Of the discriminator's term.")
+@click.option("--balance", default=adversarial.BALANCE, show_default=True, help="Of the two gradients.")
+@click.option("--largest-ratio", default=adversarial.LARGEST_RATIO, show_default=True, help="Of their norms.")
 @click.option("--decays", is_flag=True, help="The learning rate falls to 0, as in the two stages.")
 @click.option("--unconditional", is_flag=True, help="The discriminator does not see the codes.")
 @click.option("--samples", default=2000, show_default=True, help="Test images.")
 @click.option("--seed", default=0, show_default=True, help="Which test images.")
 def main(
-    tokenizer: Path, steps: int | None, max_weight: float, decays: bool, unconditional: bool, samples: int, seed: int
+    tokenizer: Path,
+    steps: int | None,
+    balance: float,
+    largest_ratio: float,
+    decays: bool,
+    unconditional: bool,
+    samples: int,
+    seed: int,
 ) -> None:
     """Train a decoder one way, and measure it."""
+    adversarial.BALANCE, adversarial.LARGEST_RATIO = balance, largest_ratio
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "tokenizer"
-        with mock.patch.object(adversarial, "MAX_WEIGHT", max_weight), loop_that_decays(decays), blind(unconditional):
+        with loop_that_decays(decays), blind(unconditional):
             info = train_decoder(RunFolder(out=out), {"steps": steps}, tokenizer)
-        changes = {"max-weight": max_weight, "decays": decays, "unconditional": unconditional}
-        print(", ".join(f"{name} {value}" for name, value in changes.items()), f"best step {info.step:,}", sep=", ")
+        print(f"balance {balance:g}, largest ratio {largest_ratio:g}, decays {decays}, unconditional {unconditional}")
+        print(f"best step {info.step:,}, " + ", ".join(f"{name} {value:.4g}" for name, value in info.metrics.items()))
         measure(out, samples, seed)
 
 

@@ -13,8 +13,9 @@ from torch.nn import functional as F
 
 from tokenizer import TokenizerConfig
 from tokenizer.adversarial import (
+    BALANCE,
+    LARGEST_RATIO,
     LARGEST_SHIFT,
-    MAX_WEIGHT,
     Augmentation,
     balance_weight,
     hinge_loss,
@@ -82,7 +83,7 @@ def test_each_network_follows_the_gradient_of_its_own_loss_alone(case: Case) -> 
     error = F.mse_loss(decoded, case.images) / VARIANCE
     of_error, of_logits = gradients(case.decoder, error), gradients(case.decoder, -logits.mean())
     last = [parameter is case.decoder.last_layer for parameter in case.decoder.parameters()].index(True)
-    weight = 0.8 * min(1.0, float(of_error[last].norm() / of_logits[last].norm()))
+    weight = 0.8 * min(0.1, float(of_error[last].norm() / of_logits[last].norm()))
     expected = [a + weight * b for a, b in zip(of_error, of_logits, strict=True)]
     real = other(augment(case.images), codes)  # once more through the power iteration, as in the losses
     hinge = F.relu(1 - real).mean() + F.relu(1 + logits).mean()
@@ -119,15 +120,14 @@ def test_the_balance_weight_against_finite_differences(case: Case, scale: float)
     (of_error,) = torch.autograd.grad(F.mse_loss(leaf, case.images) / VARIANCE, leaf)
     (of_logits,) = torch.autograd.grad(-scale * frozen(augment(leaf), case.vectors).mean(), leaf)
     weight = balance_weight(decoded, of_error, of_logits, last)
-    assert float(weight) == pytest.approx(MAX_WEIGHT * min(1.0, float(error / logits)), rel=1e-6)
-    assert (float(weight) == MAX_WEIGHT) == (scale < 1e3)
+    assert float(weight) == pytest.approx(BALANCE * min(LARGEST_RATIO, float(error / logits)), rel=1e-6)
+    assert (float(error / logits) > LARGEST_RATIO) == (scale < 1e3)
 
 
 def test_a_discriminator_without_a_gradient_gets_the_largest_weight_and_no_more(case: Case) -> None:
     decoded = case.decoder(case.vectors)
-    for of_error in (torch.ones_like(decoded), torch.zeros_like(decoded)):
-        weight = balance_weight(decoded, of_error, torch.zeros_like(decoded), case.decoder.last_layer)
-        assert float(weight) == MAX_WEIGHT
+    weight = balance_weight(decoded, torch.ones_like(decoded), torch.zeros_like(decoded), case.decoder.last_layer)
+    assert float(weight) == pytest.approx(BALANCE * LARGEST_RATIO)
     nothing = balance_weight(decoded, torch.zeros_like(decoded), torch.ones_like(decoded), case.decoder.last_layer)
     assert float(nothing) == 0
 
@@ -143,7 +143,7 @@ def test_the_loss_is_the_error_the_linearised_logits_and_the_hinge(case: Case) -
     found = sharpening_losses(case.decoder, case.discriminator, case.vectors, case.images, VARIANCE)
     decoded = case.decoder(case.vectors).detach()
     assert float(found.error) == pytest.approx(float(F.mse_loss(decoded, case.images)) / VARIANCE)
-    assert 0 < float(found.weight) <= MAX_WEIGHT
+    assert 0 < float(found.weight) <= BALANCE * LARGEST_RATIO
     assert float(found.discriminator) > 0
     assert not any(value.requires_grad for value in (found.error, found.weight, found.discriminator))
 
