@@ -15,7 +15,7 @@ from PIL import Image
 
 import cli
 from pipeline.errors import printable
-from pipeline.generation import sample_folder
+from pipeline.generation import chosen_guidance, sample_folder
 from pipeline.images.holdout import held_out
 from pipeline.images.image_set import open_images
 from pipeline.images.png import save_grid
@@ -46,6 +46,7 @@ def test_the_three_commands_as_a_program_and_in_this_process(
     for folder in (program, in_process):
         folder.mkdir()
     monkeypatch.chdir(in_process)
+    monkeypatch.setattr(chosen_guidance, "MOST", 512)  # as in the other process
     for line in lines:
         outcome = as_a_program(*line, cwd=program)
         assert (outcome.status, outcome.error_lines) == (0, [])

@@ -8,17 +8,17 @@ import pytest
 
 import cli
 from pipeline.errors import InputError
-from pipeline.training.recipes import LARGE_TOKENIZER, PriorSettings, TokenizerSettings
+from pipeline.training.recipes import LARGE_TOKENIZER, DecoderSettings, PriorSettings, TokenizerSettings
 from pipeline.training.settings import recorded, resolve
 
-STAGES = {"train-tokenizer": TokenizerSettings, "train-prior": PriorSettings}
-CHANGEABLE = {"steps", "precision", "compile", "data_root", "tokenizer"}
+STAGES = {"train-tokenizer": TokenizerSettings, "train-decoder": DecoderSettings, "train-prior": PriorSettings}
+CHANGEABLE = {"steps", "precision", "compile", "sharp", "data_root", "tokenizer"}
 
 
 def another(name: str, value: Any) -> Any:
     """Return another value of a setting than `value`."""
     others = {"precision": "bf16", "optimizer": "adam", "image_size": (8, 12)}
-    numbers = {"channels": 3, "label_dropout": 0.25, "attention_every": 3}
+    numbers = {"steps": 7, "channels": 3, "label_dropout": 0.25, "attention_every": 3}
     if name in others or (name in numbers and value is None):
         return (others | numbers)[name]
     return {bool: lambda: not value, int: lambda: value + 1, float: lambda: value + 0.5}.get(
@@ -37,12 +37,12 @@ def test_an_override_replaces_the_default_and_none_does_not(settings_class: type
 
 @pytest.mark.parametrize("settings_class", STAGES.values())
 def test_a_resumed_run_keeps_its_settings_and_changes_those_that_may(settings_class: type) -> None:
-    """Of every setting of both stages."""
+    """Of every setting of both stages and of the decoder."""
     started = settings_class(**{name: another(name, value) for name, value in vars(settings_class()).items()})
     assert resolve(settings_class, {}, recorded(started)) == started
     assert resolve(settings_class, vars(started), recorded(started)) == started
     for name, default in vars(settings_class()).items():
-        override = default if default is not None else "elsewhere"
+        override = default if default is not None else 9 if name == "steps" else "elsewhere"
         if name in CHANGEABLE:
             resolved = resolve(settings_class, {name: override}, recorded(started))
             assert vars(resolved) == {**vars(started), name: override}
@@ -95,11 +95,12 @@ def test_paths_are_compared_by_where_they_lead(
 def test_the_help_shows_the_default_of_every_setting(command: str) -> None:
     """A default of None, as of the size of images, is described in words."""
     shown = {option.name: option.help or "" for option in cli.cli.commands[command].params}  # type: ignore[attr-defined]
-    settings = [field.name for field in fields(STAGES[command]) if field.name in shown and field.name != "compile"]
-    assert len(settings) >= 10
+    flags = ("compile", "sharp")
+    settings = [field.name for field in fields(STAGES[command]) if field.name in shown and field.name not in flags]
+    assert len(settings) >= 8
     for name in settings:
         (default_text,) = re.findall(r"\[default: (.+)\]", shown[name]) or [""]
-        position = {"train-tokenizer": 0, "train-prior": -1}[command]
+        position = {"train-tokenizer": 0, "train-decoder": 0, "train-prior": -1}[command]
         value = re.sub(r" in (stage one|two)$", "", default_text.split(", ")[position])
         default = getattr(STAGES[command](), name)
         if isinstance(default, (int, float)):
@@ -115,6 +116,7 @@ def test_the_help_shows_the_default_of_every_setting(command: str) -> None:
                 "tokenizer",
                 "label_dropout",
                 "attention_every",
+                *(("data", "steps") if command == "train-decoder" else ()),
             )
 
 
