@@ -40,11 +40,8 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 TOKENIZER = Path("checkpoints/tokenizer")
 PRIOR = Path("checkpoints/prior")
-STAGE_ONE, STAGE_TWO, DECODER = (
-    TokenizerSettings(),
-    PriorSettings(),
-    DecoderSettings(),
-)  # the defaults, for the help texts
+# The defaults, for the help texts.
+STAGE_ONE, STAGE_TWO, DECODER = TokenizerSettings(), PriorSettings(), DecoderSettings()
 # Beyond these a number is a slip; before, memory is the limit.
 MOST_IMAGES, LARGEST_WIDTH, MOST_LAYERS = 10**6, 2**16, 1000
 DATA_HELP = "glyphs, a torchvision name (mnist, cifar10, ...), or a folder of images."
