@@ -13,7 +13,7 @@ LABEL_DROPOUT = 0.1  # of a prior whose grids all have a label
 ATTENTION_EVERY = 2  # layers of a prior
 FIRST_KERNEL = 3  # of a prior with attention, which reaches everything; without, it is that of `PriorConfig`, 7
 MOST_ATTENDED = 256  # codes of a grid: at 16x16 a step takes 1.7 times as long with attention, at 32x32 three times
-SHARPENING_SHARE = 0.25  # steps of a decoder's training, as a share of the tokenizer's; a third of its time
+SHARPENING_SHARE = 0.25  # steps of a decoder's training, as a share of the tokenizer's; in time, about a third
 LARGEST_SIDE = 2**14  # pixels; models/loading.py, which imports torch, loads no tokenizer of larger images
 
 
