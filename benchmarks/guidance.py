@@ -20,11 +20,9 @@ from PIL import Image
 
 from pipeline import ImagePipeline
 from pipeline.evaluation.comparison import Pictures
-from pipeline.evaluation.reconstruction import numbers_of
 from pipeline.evaluation.sample_quality import QualityOptions, SampleQuality
 from pipeline.images.captions import below, beside, sheet_of, text_line
 from pipeline.images.png import png_bytes, thumbnail
-from pipeline.images.preprocessing import to_float
 from pipeline.models.decoders import DecoderChoice
 from pipeline.models.loading import images_of
 from prior import SamplingParameters
@@ -96,8 +94,7 @@ def decoder_of(pipeline: ImagePipeline) -> str:
 
 def in_numbers(quality: SampleQuality, reconstructions: Pictures) -> str:
     """Return the error of the reconstructions of the test images."""
-    error = to_float(quality.comparison.test_images().images) - to_float(reconstructions.images)
-    numbers = numbers_of(float(error.square().mean()), quality.pipeline.tokenizer.config.data_variance)
+    numbers = quality.error_of(reconstructions)
     return f"nmse {numbers.nmse:.4f}, PSNR {numbers.psnr:.2f} dB (seed {quality.options.seed})"
 
 

@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 from .discriminator import Discriminator
 from .networks import Decoder
-from .objective import reconstruction_loss
+from .objective import at_least_float32, reconstruction_loss
 
 BALANCE = 0.8  # the norm of the gradient of the discriminator's term, in units of that of the squared error
 LARGEST_RATIO = 0.1  # of the two norms, by which the term is multiplied
@@ -41,7 +41,7 @@ def hinge_loss(real: Tensor, drawn: Tensor) -> Tensor:
         real: logits [B,H,W] of real images.
         drawn: logits [B,H,W] of what the decoder drew.
     """
-    return F.relu(1 - _wide(real)).mean() + F.relu(1 + _wide(drawn)).mean()
+    return F.relu(1 - at_least_float32(real)).mean() + F.relu(1 + at_least_float32(drawn)).mean()
 
 
 def balance_weight(decoded: Tensor, of_error: Tensor, of_logits: Tensor, last_layer: Tensor) -> Tensor:
@@ -85,13 +85,13 @@ def sharpening_losses(
         images: [B,C,H',W'] in [0,1].
         data_variance: above 0, of the training pixels.
     """
-    decoded = _wide(decoder(vectors))
+    decoded = at_least_float32(decoder(vectors))
     error = reconstruction_loss(decoded, images, data_variance)
     augment = Augmentation.draw(len(images), (vectors.shape[2], vectors.shape[3]), images.device)
     codes = augment(vectors)
     constant = decoded.detach().requires_grad_()
     drawn, real = discriminator(augment(constant), codes), discriminator(augment(images), codes)
-    (of_logits,) = torch.autograd.grad(-_wide(drawn).mean(), constant, retain_graph=True)
+    (of_logits,) = torch.autograd.grad(-at_least_float32(drawn).mean(), constant, retain_graph=True)
     (of_error,) = torch.autograd.grad(error, decoded, retain_graph=True)
     weight = balance_weight(decoded, of_error, of_logits, decoder.last_layer)
     hinge = hinge_loss(real, drawn)
@@ -141,8 +141,3 @@ def _mirrored(shifts: Tensor, side: int) -> Tensor:
     positions = torch.arange(side, device=shifts.device) - shifts[:, None]
     positions = torch.where(positions < 0, -1 - positions, positions)
     return torch.where(positions < side, positions, 2 * side - 1 - positions)
-
-
-def _wide(x: Tensor) -> Tensor:
-    """Return a tensor in float32, or in its own type if that is wider."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))

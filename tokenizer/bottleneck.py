@@ -10,6 +10,8 @@ Legend: B batch, D latent channels, H W grid.
 import torch
 from torch import Tensor, nn
 
+from .objective import at_least_float32
+
 
 class NoBottleneck(nn.Module):
     """Leaves the vectors z [B,D,H,W] as they are: a plain autoencoder, from whose latents nobody can sample."""
@@ -29,7 +31,7 @@ class GaussianBottleneck(nn.Module):
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean + deviation * N(0,1) [B,D,H,W], and KL(N(mean, deviation^2) || N(0,1)) in nats per image."""
         with torch.autocast(z.device.type, enabled=False):
-            mean, log_variance = z.to(torch.promote_types(z.dtype, torch.float32)).chunk(2, dim=1)
+            mean, log_variance = at_least_float32(z).chunk(2, dim=1)
             kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance)
             latents = mean + (0.5 * log_variance).exp() * torch.randn_like(mean)
             return latents, kl.sum(dim=(1, 2, 3)).mean()

@@ -25,8 +25,8 @@ def reconstruction_loss(decoded: Tensor, images: Tensor, data_variance: float) -
         images: [B,C,H',W'] in [0,1].
         data_variance: above 0.
     """
-    precision = torch.promote_types(decoded.dtype, torch.float32)
-    return F.mse_loss(decoded.to(precision), images.to(precision)) / data_variance
+    decoded = at_least_float32(decoded)
+    return F.mse_loss(decoded, images.to(decoded.dtype)) / data_variance
 
 
 def bernoulli_loss(logits: Tensor, images: Tensor) -> Tensor:
@@ -43,6 +43,11 @@ def bernoulli_loss(logits: Tensor, images: Tensor) -> Tensor:
         logits: [B,C,H',W'], any finite number.
         images: [B,C,H',W'] in [0,1].
     """
-    precision = torch.promote_types(logits.dtype, torch.float32)
-    nats = F.binary_cross_entropy_with_logits(logits.to(precision), images.to(precision), reduction="sum")
+    logits = at_least_float32(logits)
+    nats = F.binary_cross_entropy_with_logits(logits, images.to(logits.dtype), reduction="sum")
     return nats / len(images)
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """Return a tensor in float32, or in its own type if that is wider."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -32,7 +32,7 @@ from .judge_cache import open_judge
 from .nearest_picture import NearestTraining, nearest_picture
 from .picture_metrics import COLUMNS, WORDS, PictureMetrics
 from .picture_numbers import PictureNumbers, distances, picture_numbers
-from .reconstruction import numbers_of
+from .reconstruction import ReconstructionNumbers, numbers_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +117,8 @@ class SampleQuality:
         columns, reference = self.columns(), self.comparison.training_images()
         seen = {name: judge.look(pictures.images, WORDS[name]) for name, pictures in columns.items()}
         numbers = self._compared(judge.look(reference.images, "training images"), seen, columns)
-        numbers["reconstructions"] = self._with_error(numbers["reconstructions"], columns)
+        error = self.error_of(columns["reconstructions"])
+        numbers["reconstructions"] = replace(numbers["reconstructions"], nmse=error.nmse, psnr=error.psnr)
         if self.inception is not None:
             numbers = self._with_inception(numbers, reference, columns)
         picture = None
@@ -153,20 +154,17 @@ class SampleQuality:
         images = reconstruct_images(tokenizer.model, test.images, folder=tokenizer.decoder_folder, progress=True)
         return Pictures(images=images, labels=test.labels)
 
+    def error_of(self, reconstructions: Pictures) -> ReconstructionNumbers:
+        """Return the error of the pictures of the second column: of the 8 bits that are compared."""
+        difference = self.comparison.test_images().images.double() - reconstructions.images.double()
+        return numbers_of(float((difference / 255).square().mean()), self.pipeline.tokenizer.config.data_variance)
+
     def _compared(
         self, reference: Seen, seen: dict[str, Seen], columns: dict[str, Pictures]
     ) -> dict[str, PictureNumbers]:
         """Return the numbers of each column in the judge's features."""
         names = with_progress(COLUMNS, len(COLUMNS), "comparing with training images", "set")
         return {name: picture_numbers(reference, seen[name], columns[name].labels) for name in names}
-
-    def _with_error(self, numbers: PictureNumbers, columns: dict[str, Pictures]) -> PictureNumbers:
-        """Return the numbers of the reconstructions with their error: of the 8 bits that were compared."""
-        test, reconstructions = (columns[name].images for name in ("test", "reconstructions"))
-        difference = test.double() - reconstructions.double()
-        mse = float((difference / 255).square().mean())
-        error = numbers_of(mse, self.pipeline.tokenizer.config.data_variance)
-        return replace(numbers, nmse=error.nmse, psnr=error.psnr)
 
     def samples(self) -> Pictures:
         """Return the pictures of the last column alone: new images."""
