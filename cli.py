@@ -151,7 +151,8 @@ def loop_options(*recipes: Settings) -> Callable[[Command], Command]:
     """Return the options of a training loop, with the defaults of these recipes."""
     precisions = click.Choice(["auto", "fp32", "bf16"])
     return options(
-        setting("batch_size", click.IntRange(1, LARGEST_BATCH), "Items a step.", *recipes),
+        setting("batch_size", click.IntRange(1, LARGEST_BATCH), "Items a step, of all processes.", *recipes),
+        setting("accumulate", click.IntRange(1, LARGEST_BATCH), "Parts of a batch, where it is too large.", *recipes),
         setting("lr", FiniteRange(min=0, min_open=True), "Learning rate.", *recipes),
         setting("seed", click.IntRange(min=0), "Seed of everything random.", *recipes),
         setting("precision", precisions, "Of the networks; auto is bf16 where the processor has it.", *recipes),

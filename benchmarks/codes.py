@@ -37,6 +37,7 @@ from pipeline.models.inference import in_blocks
 from pipeline.models.loading import images_of, load_trained_tokenizer
 from pipeline.runtime.process_group import ProcessGroup
 from pipeline.training.prior_stage import PriorStage
+from pipeline.training.stage import Batch
 from prior import GatedPixelCNN, PriorConfig
 from tokenizer import VQVAE, TokenizerConfig
 
@@ -334,7 +335,8 @@ def waiting(dataset: CodeDataset) -> None:
         dataset.batch(stage.train_rows[generator.integers(0, stage.num_items, 32)])
 
     def step() -> None:
-        stage.losses(generator.integers(0, stage.num_items, 32))["loss"].backward()
+        indices = generator.integers(0, stage.num_items, 32)
+        stage.losses(Batch(indices, torch.arange(32), stage.load(indices)))["loss"].backward()
 
     times = paired({"fetch": fetch, "step": step}, CPU)
     fetching, stepping = (statistics.median(times[name]) for name in ("fetch", "step"))

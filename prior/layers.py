@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .attention import CausalAttention
+from .dropout import ItemDropout
 
 
 class VerticalConv(nn.Module):
@@ -77,7 +78,8 @@ class GatedLayer(nn.Module):
         kernel_size: odd.
         label_rows: labels that bias both stacks here; 0 for none.
         hides_labels: the last of these rows is for "no label", -1.
-        first: type A. The position itself is hidden from both stacks, and there is no residual to leak it.
+        index: of the layer. The first, 0, is of type A: the position itself is hidden from both stacks, and there is no
+            residual to leak it.
         attention: the horizontal stack attends to all positions before, after the gate.
         dropout: share of the gated horizontal activations dropped in training.
     """
@@ -89,30 +91,36 @@ class GatedLayer(nn.Module):
         *,
         label_rows: int = 0,
         hides_labels: bool = False,
-        first: bool = False,
+        index: int = 1,
         attention: bool = False,
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        self.first = first
-        self.vertical = VerticalConv(channels, 2 * channels, kernel_size, strict=first)
-        self.horizontal = HorizontalConv(channels, 2 * channels, kernel_size, strict=first)
+        self.first = index == 0
+        self.vertical = VerticalConv(channels, 2 * channels, kernel_size, strict=self.first)
+        self.horizontal = HorizontalConv(channels, 2 * channels, kernel_size, strict=self.first)
         self.vertical_to_horizontal = nn.Conv2d(2 * channels, 2 * channels, kernel_size=1)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = ItemDropout(dropout, index)
         self.output = nn.Conv2d(channels, channels, kernel_size=1)
         self.attention = CausalAttention(channels) if attention else None
         table = LabelTable if hides_labels else nn.Embedding  # which refuses -1
         self.label_bias = table(label_rows, 4 * channels) if label_rows else None
 
     def forward(
-        self, vertical: Tensor, horizontal: Tensor, embedded: Tensor, labels: Tensor | None
+        self,
+        vertical: Tensor,
+        horizontal: Tensor,
+        embedded: Tensor,
+        labels: Tensor | None,
+        keys: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
+        """Return what the stacks know after this layer; `keys` [B] are for `ItemDropout`."""
         from_above, from_left = self.vertical(vertical), self.horizontal(horizontal)
         if self.label_bias is not None and labels is not None:
             bias = rearrange(self.label_bias(labels), "b (stack c) -> stack b c 1 1", stack=2)
             from_above, from_left = from_above + bias[0], from_left + bias[1]
         from_left = from_left + self.vertical_to_horizontal(from_above)
-        update = self.output(self.dropout(gate(from_left)))
+        update = self.output(self.dropout(gate(from_left), keys))
         horizontal = update if self.first else horizontal + update
         if self.attention is not None:
             horizontal = horizontal + self.attention(horizontal, embedded)

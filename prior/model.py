@@ -30,7 +30,7 @@ class GatedPixelCNN(nn.Module):
                 config.kernel_size if index else config.first_kernel_size,
                 label_rows=config.label_rows,
                 hides_labels=config.label_dropout > 0,
-                first=index == 0,
+                index=index,
                 attention=config.attends(index),
                 dropout=config.dropout,
             )
@@ -43,8 +43,14 @@ class GatedPixelCNN(nn.Module):
             nn.Conv2d(config.output_channels, config.num_codes, kernel_size=1),
         )
 
-    def forward(self, codes: Tensor, labels: Tensor | None = None) -> Tensor:
+    def forward(self, codes: Tensor, labels: Tensor | None = None, keys: Tensor | None = None) -> Tensor:
         """Return the logits [B,K,H,W] of every position, given the codes [B,H,W] before it and the labels [B].
+
+        Args:
+            codes: [B,H,W] of any integer type, in [0,K).
+            labels: [B]; None for a prior without classes.
+            keys: int64 [B], in [0, 2^62): what dropout drops of an item in training depends on its key alone. Without,
+                it depends on torch's own generator.
 
         Raises:
             ValueError: codes that are not [B,H,W], or labels that do not fit the configuration.
@@ -54,7 +60,7 @@ class GatedPixelCNN(nn.Module):
         self.check_labels(labels, len(codes))
         vertical = horizontal = embedded = rearrange(self.embedding(codes.long()), "b h w c -> b c h w")
         for layer in self.layers:
-            vertical, horizontal = layer(vertical, horizontal, embedded, labels)
+            vertical, horizontal = layer(vertical, horizontal, embedded, labels, keys)
         return self.to_logits(horizontal)
 
     def check_labels(self, labels: Tensor | None, batch: int) -> None:

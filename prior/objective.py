@@ -17,15 +17,20 @@ def cross_entropy(logits: Tensor, codes: Tensor) -> Tensor:
     return F.cross_entropy(_at_least_float32(logits), codes.long())
 
 
-def drop_labels(labels: Tensor, share: float) -> Tensor:
+def drop_labels(labels: Tensor, share: float, uniforms: Tensor | None = None) -> Tensor:
     """Return labels [B] of which each, whatever happens to the others, is NO_LABEL with this probability.
 
-    A prior that learns from them knows both p(codes | label) and p(codes), which guidance needs (`guided_logits`). The
-    random numbers are of torch's global CPU generator, whatever the device of the labels; a share of 0 takes none.
+    A prior that learns from them knows both p(codes | label) and p(codes), which guidance needs (`guided_logits`).
+
+    Args:
+        labels: [B].
+        share: of the labels that are hidden, in [0,1).
+        uniforms: [B] in [0,1), which decide; by default of torch's global CPU generator, whatever the device of the
+            labels. A share of 0 takes none.
     """
     if share == 0:
         return labels
-    dropped = torch.rand(labels.shape) < share
+    dropped = (torch.rand(labels.shape) if uniforms is None else uniforms) < share
     return labels.masked_fill(dropped.to(labels.device), NO_LABEL)
 
 

@@ -18,6 +18,7 @@ Legend: B batch, C image channels, H' W' image, H W grid of codes.
 [3] Zhao et al. 2020, Differentiable augmentation for data-efficient GAN training, arXiv:2006.10738, section 3.2
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -33,6 +34,8 @@ BALANCE = 0.8  # the norm of the gradient of the discriminator's term, in units 
 LARGEST_RATIO = 0.1  # of the two norms, by which the term is multiplied
 LARGEST_SHIFT = 1 / 8  # of a side of the grid
 
+MeanOfAll = Callable[[Tensor], Tensor]
+
 
 def hinge_loss(real: Tensor, drawn: Tensor) -> Tensor:
     """Return the loss of a discriminator [2], a scalar in float32; 2 if it cannot tell, 0 if it is sure of all.
@@ -44,7 +47,9 @@ def hinge_loss(real: Tensor, drawn: Tensor) -> Tensor:
     return F.relu(1 - at_least_float32(real)).mean() + F.relu(1 + at_least_float32(drawn)).mean()
 
 
-def balance_weight(decoded: Tensor, of_error: Tensor, of_logits: Tensor, last_layer: Tensor) -> Tensor:
+def balance_weight(
+    decoded: Tensor, of_error: Tensor, of_logits: Tensor, last_layer: Tensor, mean_of_all: MeanOfAll | None = None
+) -> Tensor:
     """Return w, a scalar: BALANCE * min(LARGEST_RATIO, |gradient of the error| / |gradient of the logits|) [1, eq. 7].
 
     The gradients are those of the decoder's last layer. Costs two backward passes through that layer alone.
@@ -54,11 +59,12 @@ def balance_weight(decoded: Tensor, of_error: Tensor, of_logits: Tensor, last_la
         of_error: [B,C,H',W'], the gradient of the first term with respect to `decoded`.
         of_logits: [B,C,H',W'], that of the second term.
         last_layer: the weight of the layer that `decoded` comes from.
+        mean_of_all: where processes share the batch, returns the mean of a tensor over their images.
     """
-    error, logits = (
-        torch.autograd.grad(decoded, last_layer, gradient, retain_graph=True)[0].norm()
-        for gradient in (of_error, of_logits)
+    gradients = torch.stack(
+        [torch.autograd.grad(decoded, last_layer, of, retain_graph=True)[0] for of in (of_error, of_logits)]
     )
+    error, logits = (each.norm() for each in (gradients if mean_of_all is None else mean_of_all(gradients)))
     return BALANCE * (error / logits.clamp_min(torch.finfo(logits.dtype).tiny)).clamp_max(LARGEST_RATIO)
 
 
@@ -71,7 +77,14 @@ class SharpeningLosses:
 
 
 def sharpening_losses(
-    decoder: Decoder, discriminator: Discriminator, vectors: Tensor, images: Tensor, data_variance: float
+    decoder: Decoder,
+    discriminator: Discriminator,
+    vectors: Tensor,
+    images: Tensor,
+    data_variance: float,
+    *,
+    augment: "Augmentation | None" = None,
+    mean_of_all: MeanOfAll | None = None,
 ) -> SharpeningLosses:
     """Return the losses of both networks on a batch, for one backward pass and one step of both.
 
@@ -84,16 +97,19 @@ def sharpening_losses(
         vectors: [B,D,H,W], of the codes of the images; constant.
         images: [B,C,H',W'] in [0,1].
         data_variance: above 0, of the training pixels.
+        augment: for these images; by default one drawn by torch's own generator.
+        mean_of_all: where processes share the batch, returns the mean of a tensor over their images.
     """
     decoded = at_least_float32(decoder(vectors))
     error = reconstruction_loss(decoded, images, data_variance)
-    augment = Augmentation.draw(len(images), (vectors.shape[2], vectors.shape[3]), images.device)
+    if augment is None:
+        augment = Augmentation.draw(torch.rand(len(images), 3), (vectors.shape[2], vectors.shape[3]), images.device)
     codes = augment(vectors)
     constant = decoded.detach().requires_grad_()
     drawn, real = discriminator(augment(constant), codes), discriminator(augment(images), codes)
     (of_logits,) = torch.autograd.grad(-at_least_float32(drawn).mean(), constant, retain_graph=True)
     (of_error,) = torch.autograd.grad(error, decoded, retain_graph=True)
-    weight = balance_weight(decoded, of_error, of_logits, decoder.last_layer)
+    weight = balance_weight(decoded, of_error, of_logits, decoder.last_layer, mean_of_all)
     hinge = hinge_loss(real, drawn)
     loss = error + weight * (decoded * of_logits).sum() + hinge
     return SharpeningLosses(loss=loss, error=error.detach(), discriminator=hinge.detach(), weight=weight)
@@ -116,11 +132,18 @@ class Augmentation:
     right: Tensor  # int64 [B], cells
 
     @classmethod
-    def draw(cls, count: int, grid: tuple[int, int], device: torch.device) -> "Augmentation":
-        """Draw it for `count` images of this grid of codes, from torch's global CPU generator."""
+    def draw(cls, uniforms: Tensor, grid: tuple[int, int], device: torch.device) -> "Augmentation":
+        """Draw it for B images of this grid of codes.
+
+        Args:
+            uniforms: [B,3] in [0,1), the random numbers of each image.
+            grid: H, W.
+            device: of the images.
+        """
+        flips, *places = uniforms.to(device).unbind(dim=1)
         limits = [int(side * LARGEST_SHIFT) for side in grid]
-        down, right = (torch.randint(-limit, limit + 1, (count,)).to(device) for limit in limits)
-        return cls(grid=grid, flips=(torch.rand(count) < 0.5).to(device), down=down, right=right)
+        down, right = ((place * (2 * limit + 1)).long() - limit for place, limit in zip(places, limits, strict=True))
+        return cls(grid=grid, flips=flips < 0.5, down=down, right=right)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return images [B,C,H',W'], or the vectors of their codes [B,D,H,W], flipped and shifted."""

@@ -16,7 +16,7 @@ from .objective import at_least_float32
 class NoBottleneck(nn.Module):
     """Leaves the vectors z [B,D,H,W] as they are: a plain autoencoder, from whose latents nobody can sample."""
 
-    def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, z: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return the latents [B,D,H,W], and a penalty of 0."""
         return z, z.new_zeros(())
 
@@ -28,12 +28,18 @@ class NoBottleneck(nn.Module):
 class GaussianBottleneck(nn.Module):
     """Takes z [B,2D,H,W] as mean and log-variance of a Gaussian at each position, and samples the latent from it."""
 
-    def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Return mean + deviation * N(0,1) [B,D,H,W], and KL(N(mean, deviation^2) || N(0,1)) in nats per image."""
+    def forward(self, z: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return mean + deviation * N(0,1) [B,D,H,W], and KL(N(mean, deviation^2) || N(0,1)) in nats per image.
+
+        Args:
+            z: [B,2D,H,W].
+            noise: [B,D,H,W], the samples of N(0,1); by default of torch's own generator.
+        """
         with torch.autocast(z.device.type, enabled=False):
             mean, log_variance = at_least_float32(z).chunk(2, dim=1)
             kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance)
-            latents = mean + (0.5 * log_variance).exp() * torch.randn_like(mean)
+            noise = torch.randn_like(mean) if noise is None else noise.to(mean.dtype)
+            latents = mean + (0.5 * log_variance).exp() * noise
             return latents, kl.sum(dim=(1, 2, 3)).mean()
 
     def mode(self, z: Tensor) -> Tensor:

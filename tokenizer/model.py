@@ -154,10 +154,18 @@ class Baseline(Autoencoder):
         super().__init__(config)
         self.bottleneck = GaussianBottleneck() if config.bottleneck == "vae" else NoBottleneck()
 
-    def forward(self, images: Tensor) -> BaselineOutput:
-        """Reconstruct a batch [B,C,H',W'] in [0,1], with the losses. Raises ValueError as `VQVAE` does."""
+    def forward(self, images: Tensor, noise: Tensor | None = None) -> BaselineOutput:
+        """Reconstruct a batch, with the losses.
+
+        Args:
+            images: [B,C,H',W'] in [0,1].
+            noise: [B,D,H,W] of N(0,1), for a VAE; by default of torch's own generator.
+
+        Raises:
+            ValueError: as `VQVAE`.
+        """
         self.check_images(images)
-        latents, kl = self.bottleneck(self.encoder(images))
+        latents, kl = self.bottleneck(self.encoder(images), noise)
         decoded, penalty, values = self.decoder(latents), self.config.kl_weight * kl, images[0].numel()
         if self.config.likelihood == "bernoulli":
             reconstruction = bernoulli_loss(decoded, images)

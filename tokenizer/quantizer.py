@@ -11,6 +11,7 @@ Departures from the paper:
   its count and its sum decay together; before the count can vanish the code is revived.
 - A code used less than `revival_threshold` of the mean use is dead: it moves onto a vector of the current batch, and
   its count and sum start anew, so that the next update does not undo the move [2].
+- Where several processes train together, each update is over the vectors of all of them (`processes.py`).
 
 Legend: B batch, D code dimension, S one to three positions (time, H W, or T H W), N = B * prod(S) vectors, K codes.
 
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .config import CodebookUpdate
+from .processes import Spread, draw_distinct, of_first_process, sum_of_all, widened
 
 DISTANCES_AT_ONCE = 2**22  # entries of the N x K distance table held at a time: 16 MB in float32
 SMALLEST_COUNT = 1e-6  # below this a moving average holds no information, and the code stays where it is
@@ -48,6 +50,10 @@ class VectorQuantizer(nn.Module):
     """Maps z [B,D,*S] to the nearest codebook vectors, their codes and the losses that train both sides.
 
     Computes in float32 (float64 after `.double()`), whatever autocast says. In `eval()` no buffer changes, ever.
+
+    In training mode each `forward` moves the codebook. Where a step of the optimizer takes several of them, set
+    `deferred`, and call `start` before the first and `update` after the last: the codebook then moves once, over all
+    their vectors. Where processes train together, all of them call these functions at the same time.
 
     Args:
         num_codes: K.
@@ -86,6 +92,8 @@ class VectorQuantizer(nn.Module):
         self.commitment_weight = commitment_weight
         self.ema_decay = ema_decay
         self.revival_threshold = revival_threshold
+        self.deferred = False  # whether `forward` leaves it to `update` to move the codebook
+        self._waiting: list[tuple[Tensor, Tensor]] = []  # vectors [N,D] and codes [N] of each `forward` since
         codebook = torch.randn(num_codes, code_dim)
         if codebook_update == "gradient":
             self.codebook = nn.Parameter(codebook)
@@ -100,6 +108,8 @@ class VectorQuantizer(nn.Module):
     def forward(self, z: Tensor) -> QuantizerOutput:
         """Quantize z [B,D,*S]; in training mode also move the codebook, after its old state has given the result.
 
+        A codebook that has not been set starts on the vectors of its first batch in training mode.
+
         Raises:
             ValueError: z is not [B,D,*S] with one to three dimensions in S, or holds a value that is not finite.
         """
@@ -108,7 +118,7 @@ class VectorQuantizer(nn.Module):
             z = z.to(self.codebook.dtype)
             vectors = rearrange(z, "b d ... -> (b ...) d")
             if self.training and not self.started:
-                self._start_from(vectors.detach())
+                self.start(z.detach())
             flat_codes = nearest_codes(vectors.detach(), self.codebook.detach())
             codes = flat_codes.reshape(z.shape[0], *z.shape[2:])
             chosen = self._look_up(codes)
@@ -121,7 +131,9 @@ class VectorQuantizer(nn.Module):
                 codebook_loss = commitment_loss.detach()  # reported; the moving average minimises it
                 loss = self.commitment_weight * commitment_loss
             if self.training:
-                self._learn(vectors.detach(), flat_codes)
+                self._waiting.append((vectors.detach(), flat_codes))
+                if not self.deferred:
+                    self.update()
             return QuantizerOutput(
                 vectors=chosen.detach() + (z - z.detach()),  # adds exactly 0, with the gradient of z
                 codes=codes,
@@ -171,30 +183,49 @@ class VectorQuantizer(nn.Module):
     def _look_up(self, codes: Tensor) -> Tensor:
         return rearrange(F.embedding(codes, self.codebook), "b ... d -> b d ...")
 
-    def _start_from(self, vectors: Tensor) -> None:
-        """Set the codebook to K different vectors of the batch [N,D]; with fewer than K, the rest are close to them."""
+    @torch.no_grad()
+    def start(self, z: Tensor) -> None:
+        """Set the codebook to K different vectors of z [B,D,*S]; with fewer than K, the rest are close to them.
+
+        Raises:
+            ValueError: as `forward`; where processes train together, in all of them.
+        """
+        self._check_shape(z)
+        vectors = rearrange(z.to(self.codebook.dtype), "b d ... -> (b ...) d")
+        spread = Spread.of(vectors)
+        self._check_finite(torch.tensor(spread.largest))
         found = draw_distinct(vectors, self.num_codes)
         copies = found[torch.arange(self.num_codes - len(found), device=found.device) % len(found)]
-        nearness = 0.01 * vectors.std(correction=0) + 1e-3 * vectors.abs().amax().clamp_min(0.1)
-        nearby = copies + nearness * torch.randn_like(copies)
-        self.set_codebook(torch.cat([found, nearby]))
+        nearness = 0.01 * spread.deviation + 1e-3 * max(spread.largest, 0.1)
+        self.set_codebook(torch.cat([found, copies + nearness * of_first_process(torch.randn_like(copies))]))
         every = torch.arange(self.num_codes, device=vectors.device)
-        self._restart_counts(every, len(vectors) / self.num_codes)
+        self._restart_counts(every, spread.count / self.num_codes)
         self.updates.zero_()
 
     @torch.no_grad()
-    def _learn(self, vectors: Tensor, codes: Tensor) -> None:
-        """Take one step of the moving averages over vectors [N,D] and their codes [N], then revive dead codes."""
+    def update(self) -> None:
+        """Take one step of the moving averages over what `forward` left since the last one, then revive dead codes.
+
+        Does nothing if it left nothing, as in `eval()`.
+        """
+        if not self._waiting:
+            return
+        vectors, codes = (torch.cat(parts) for parts in zip(*self._waiting, strict=True))
+        self.discard()
         counts, sums = code_statistics(vectors, codes, self.num_codes)
-        decay = (1 - 9 / (10 + self.updates)).clamp_max(self.ema_decay).to(counts.dtype)
+        decay = (1 - 9 / (10 + self.updates)).clamp_max(self.ema_decay).to(self.counts.dtype)
         self.updates += 1
-        self.counts.lerp_(counts, 1 - decay)
+        self.counts.lerp_(counts.to(self.counts.dtype), 1 - decay)
         if self.codebook_update == "ema":
-            self.sums.lerp_(sums, 1 - decay)
+            self.sums.lerp_(sums.to(self.sums.dtype), 1 - decay)
             known = (self.counts > SMALLEST_COUNT)[:, None]
             means = self.sums / self.counts.clamp_min(SMALLEST_COUNT)[:, None]
             self.codebook.copy_(torch.where(known, means, self.codebook))
         self._revive(vectors, codes)
+
+    def discard(self) -> None:
+        """Forget what `forward` left since the last `update`."""
+        self._waiting = []
 
     def _revive(self, vectors: Tensor, codes: Tensor) -> None:
         """Move dead codes onto different vectors of the batch that no code is equal to yet."""
@@ -203,7 +234,7 @@ class VectorQuantizer(nn.Module):
         if len(dead) == 0:
             return
         missed = (vectors != self.codebook[codes]).any(dim=1)
-        found = draw_distinct(vectors[missed], len(dead))
+        found = draw_distinct(vectors, len(dead), missed)
         dead = dead[: len(found)]
         self.codebook[dead] = found
         self._restart_counts(dead, mean_use)
@@ -215,10 +246,16 @@ class VectorQuantizer(nn.Module):
             self.sums[rows] = self.codebook[rows] * count
 
     def _check_vectors(self, z: Tensor) -> None:
+        self._check_shape(z)
+        self._check_finite(z)
+
+    def _check_shape(self, z: Tensor) -> None:
         if not 3 <= z.ndim <= 5 or z.shape[1] != self.code_dim:
             expected = f"[B,{self.code_dim},*S] with one to three dimensions in S"
             raise ValueError(f"expected vectors {expected}, got the shape {list(z.shape)}")
-        if not bool(torch.isfinite(z).all()):  # CPU-GPU sync
+
+    def _check_finite(self, values: Tensor) -> None:
+        if not bool(torch.isfinite(values).all()):  # CPU-GPU sync
             raise NotFiniteError("expected finite vectors to quantize, got nan or inf; lower the learning rate")
 
 
@@ -241,17 +278,17 @@ def nearest_codes(vectors: Tensor, codebook: Tensor, *, at_once: int = DISTANCES
 
 
 def code_statistics(vectors: Tensor, codes: Tensor, num_codes: int) -> tuple[Tensor, Tensor]:
-    """Return how many of `vectors` [N,D] chose each code, [K], and their sum for each code, [K,D]."""
-    counts = torch.bincount(codes, minlength=num_codes).to(vectors.dtype)
-    sums = vectors.new_zeros(num_codes, vectors.shape[1]).index_add_(0, codes, vectors)
-    return counts, sums
+    """Return how many vectors chose each code, [K], and their sum for each code, [K,D], over all processes.
 
+    Both are in float64 where the device has it, so that they hardly depend on the order of the additions.
 
-def draw_distinct(vectors: Tensor, count: int) -> Tensor:
-    """Return up to `count` rows of `vectors` [N,D] at random, no two of them equal.
-
-    A picture's background gives the same vector many times over, so drawing rows alone would draw the same code twice.
+    Args:
+        vectors: [N,D] of this process.
+        codes: int64 [N], of each.
+        num_codes: K.
     """
-    candidates = vectors[torch.randperm(len(vectors), device=vectors.device)[: max(16 * count, 4096)]]
-    candidates = torch.unique(candidates, dim=0)
-    return candidates[torch.randperm(len(candidates), device=vectors.device)[:count]]
+    wide = widened(vectors)
+    counts = torch.bincount(codes, minlength=num_codes).to(wide.dtype)
+    sums = wide.new_zeros(num_codes, vectors.shape[1]).index_add_(0, codes, wide)
+    both = sum_of_all(torch.cat([counts[:, None], sums], dim=1))
+    return both[:, 0], both[:, 1:]

@@ -5,7 +5,7 @@ themselves (how many, their classes, their hash) is compared with an existing ex
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -73,7 +73,7 @@ def export_codes(
     with process_group() as group:
         group.run_on_all(lambda: check_table(to))
         chosen = group.run_on_all(lambda: choose_device(group.device(device)))
-        with _locked(out, group):
+        with group.entered_by_main(lambda: only_writer(out, "export")):
             trained = group.run_on_all(lambda: load_trained_tokenizer(tokenizer_folder, chosen, decoder="plain"))
             info, tokenizer = trained.info, trained.model
             source = group.run_on_all(lambda: source_name(own_images(info)[0] if data is None else data))
@@ -91,14 +91,6 @@ def export_codes(
         if group.is_main:
             say(f"{manifest.count:,} grids of {manifest.grid[0]}x{manifest.grid[1]} codes: {out}")
     return manifest
-
-
-@contextmanager
-def _locked(out: Path, group: ProcessGroup) -> Iterator[None]:
-    """Let the main process hold the lock of `out`. Raise InputError if another export holds it."""
-    with ExitStack() as stack:
-        group.run_on_main(lambda: stack.enter_context(only_writer(out, "export")))
-        yield
 
 
 def _encode(

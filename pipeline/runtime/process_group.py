@@ -5,7 +5,7 @@ They exchange messages through gloo, which every build of torch has, about what 
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -65,14 +65,40 @@ class ProcessGroup:
         result: Any = first if self.local_rank == 0 else others
         return result
 
+    @contextmanager
+    def entered_by_main(self, context: Callable[[], AbstractContextManager[object]]) -> Iterator[None]:
+        """Let the main process enter a context, such as a lock, for all processes. Raises as `run_on_all` does."""
+        with ExitStack() as stack:
+            self.run_on_main(lambda: bool(stack.enter_context(context())))
+            yield
+
     def wait(self) -> None:
         """Return once every process has called this."""
         self.gather(None)
 
     def share(self, items: list[T]) -> list[T]:
         """Return this process's share of `items`: each item is in exactly one share, and a share is contiguous."""
-        first, last = (len(items) * rank // self.count for rank in (self.rank, self.rank + 1))
+        first, last = self.bounds(len(items))
         return items[first:last]
+
+    def bounds(self, count: int) -> tuple[int, int]:
+        """Return the first of `count` items that is in this process's share, and the first after it."""
+        first, last = (count * rank // self.count for rank in (self.rank, self.rank + 1))
+        return first, last
+
+    def maxima(self, values):
+        if self.count == 1:
+            return list(values)
+        t = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(t, op=dist.ReduceOp.MAX)
+        return t.tolist()
+
+    def sums(self, tensor):
+        if self.count == 1:
+            return tensor
+        t = tensor.double()
+        dist.all_reduce(t)
+        return t
 
     def device(self, name: str) -> str:
         """Return `name`, or the GPU of this process if `name` does not say which of several."""

@@ -4,6 +4,7 @@ Legend: B images in a batch, C channels, H' W' image, H W grid of codes, D code 
 """
 
 import copy
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -12,8 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+from prior.uniforms import draw_uniforms
 from tokenizer import VQVAE
-from tokenizer.adversarial import sharpening_losses
+from tokenizer.adversarial import Augmentation, SharpeningLosses, sharpening_losses
 from tokenizer.discriminator import Discriminator
 from tokenizer.networks import Decoder
 
@@ -21,12 +23,14 @@ from ..evaluation.decoder_distance import DecoderDistance
 from ..images.holdout import held_out, split_rows
 from ..images.image_set import ImageSplit
 from ..images.png import above_and_below, save_grid
-from ..images.preprocessing import to_uint8
+from ..images.preprocessing import to_float, to_uint8
 from ..images.rows import evenly_spaced
 from ..models.tensor_file import check_outlines, outlines_of
-from .stage import Evaluation
+from ..runtime.process_group import ProcessGroup
+from .stage import Batch, Evaluation
 from .tokenizer_stage import PREVIEW_IMAGES
 
+ALONE = ProcessGroup()
 WINDOWS = 9  # the moving average of the decoder's weights is over about the last ninth of the steps so far
 
 
@@ -39,16 +43,18 @@ class DecoderStage:
     Args:
         tokenizer: on the device to train on, in `eval()` mode; its decoder is where the training starts.
         images: the training split of an image set, of which some are held out.
+        group: the processes that share the training.
     """
 
-    def __init__(self, tokenizer: VQVAE, images: ImageSplit) -> None:
-        self.tokenizer, self.images = tokenizer.requires_grad_(False), images
+    def __init__(self, tokenizer: VQVAE, images: ImageSplit, group: ProcessGroup = ALONE) -> None:
+        self.tokenizer, self.images, self.group = tokenizer.requires_grad_(False), images, group
         self.device = next(tokenizer.parameters()).device
         self.train_rows, self.held_out_rows = split_rows(held_out(images.names))
         self.num_items = len(self.train_rows)
         self.decoder = copy.deepcopy(tokenizer.decoder).requires_grad_(True)
         self.discriminator = Discriminator(tokenizer.config).to(self.device)
         self.model = nn.ModuleDict({"decoder": self.decoder, "discriminator": self.discriminator})
+        self.network: nn.Module = _Sharpening(self.decoder, self.discriminator, tokenizer.config.data_variance, group)
         self.average = AveragedModel(self.decoder, avg_fn=_moving_average)
         self.distance = DecoderDistance(tokenizer, images, self.held_out_rows)
         self.plain = self.distance.measure(tokenizer.decoder)
@@ -56,13 +62,27 @@ class DecoderStage:
     def weights_to_use(self) -> dict[str, Tensor]:
         return self._averaged().state_dict()
 
-    def losses(self, indices: np.ndarray) -> dict[str, Tensor]:
-        self.average.update_parameters(self.decoder)  # with the weights that the last step led to
-        images = self.images.batch(self.train_rows[indices]).to(self.device)
-        variance = self.tokenizer.config.data_variance
-        found = sharpening_losses(self.decoder, self.discriminator, self._vectors(images), images, variance)
+    def load(self, indices: np.ndarray) -> tuple[Tensor, ...]:
+        return (self.images.batch_uint8(self.train_rows[indices]),)
+
+    def begin_step(self, batches: Sequence[Batch]) -> None:
+        """Average the weights that the last step led to."""
+        self.average.update_parameters(self.decoder)
+
+    def losses(self, batch: Batch) -> dict[str, Tensor]:
+        images = to_float(batch.data[0])
+        vectors = self._vectors(images)
+        uniforms = draw_uniforms(batch.keys.tolist(), 3).to(torch.float32)
+        augment = Augmentation.draw(uniforms, (vectors.shape[2], vectors.shape[3]), self.device)
+        found: SharpeningLosses = self.network(vectors, images, augment)
         numbers = {"reconstruction": found.error, "discriminator": found.discriminator, "weight": found.weight}
         return {"loss": found.loss, **numbers}
+
+    def finish_step(self) -> None:
+        pass
+
+    def discard_step(self) -> None:
+        pass
 
     def names(self, indices: np.ndarray) -> list[str]:
         return [self.images.names[row] for row in self.train_rows[indices]]
@@ -102,6 +122,33 @@ class DecoderStage:
         """Return the codebook's vectors [B,D,H,W] of the codes of images [B,C,H',W'] on the device, in float32."""
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             return self.tokenizer.quantizer.lookup(self.tokenizer.encode(images))
+
+
+class _Sharpening(nn.Module):
+    """The losses of decoder and discriminator as a module, of which processes share the gradients."""
+
+    def __init__(
+        self, decoder: Decoder, discriminator: Discriminator, data_variance: float, group: ProcessGroup
+    ) -> None:
+        super().__init__()
+        self.decoder, self.discriminator = decoder, discriminator
+        self.data_variance, self.group = data_variance, group
+
+    def forward(self, vectors: Tensor, images: Tensor, augment: Augmentation) -> SharpeningLosses:
+        def mean_of_all(tensor: Tensor) -> Tensor:
+            weighted = torch.cat([tensor.flatten() * len(images), tensor.new_tensor([len(images)])])
+            *values, count = self.group.sums(weighted).to(tensor.dtype).split([tensor.numel(), 1])
+            return (values[0] / count).reshape(tensor.shape)
+
+        return sharpening_losses(
+            self.decoder,
+            self.discriminator,
+            vectors,
+            images,
+            self.data_variance,
+            augment=augment,
+            mean_of_all=mean_of_all if self.group.count > 1 else None,
+        )
 
 
 def _moving_average(average: Tensor, latest: Tensor, updates: Tensor | int) -> Tensor:

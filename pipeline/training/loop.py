@@ -1,14 +1,15 @@
 """The training loop of both stages and of a sharp decoder: steps, evaluations, checkpoints, resuming.
 
 A stage (`stage.py`) says what a batch costs and how good the model is; the loop does the rest. Everything a step
-depends on is a function of the step number (`schedule.py`) or saved with it (weights, optimizer, random states): a run
-that is stopped and resumed ends, on a CPU, with the same bytes as one that never stopped.
+depends on is a function of the step number (`schedule.py`) or saved with it (weights, optimizer): a run that is stopped
+and resumed ends, on a CPU, with the same bytes as one that never stopped. Several processes may share a run
+(`shared_steps.py`): they compute what one does, but for rounding.
 """
 
 import logging
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from ..runtime.console import OutputClosed, output_closed, say
 from ..runtime.device import autocast, product_dtype
 from ..runtime.interrupts import StopSignal
 from ..runtime.optimizer import Optimizers
+from ..runtime.process_group import OtherProcessError, ProcessGroup
 from ..runtime.progress import Progress
 from .cost import CostEstimate
 from .divergence import DivergedError, Divergence
@@ -30,9 +32,11 @@ from .metrics_log import MetricsLog, RunningMeans
 from .recipes import DecoderSettings, PriorSettings, TokenizerSettings
 from .run_folder import PICTURES
 from .run_state import Interval, Position, collect_state, copy_of, load_state
-from .schedule import DataOrder, learning_rate_at
-from .stage import Evaluation, Stage
+from .schedule import DataOrder, StepRandomness, learning_rate_at
+from .shared_steps import SharedSteps, Wishes
+from .stage import Batch, Evaluation, Stage
 
+ALONE = ProcessGroup()
 SAVE_EVERY_SECONDS = 60.0
 LINES_PER_EVALUATION = 20  # of the log, about the training losses
 LOWER_RATE = 0.5  # factor of the learning rate after a loss that is not finite
@@ -45,12 +49,13 @@ class LoopSettings:
     """What the loop needs to know about a run."""
 
     steps: int  # in all, those before a resume included
-    batch_size: int
+    batch_size: int  # of a step, over all processes
     learning_rate: float  # after the warm-up
     seed: int
     device: torch.device
     precision: str  # "auto", "fp32" or "bf16"
     optimizer: str = "muon"  # or "adam"
+    accumulate: int = 1  # parts that the batch of a process is computed in, one after the other
     decays: bool = True  # whether the learning rate falls to 0 at the end
     evaluations: int = 8  # over the whole run, the last at its end
     keep_best: bool = False  # model.safetensors holds the weights of the best evaluation, not the last weights
@@ -61,12 +66,19 @@ class LoopSettings:
         cls, settings: TokenizerSettings | PriorSettings | DecoderSettings, device: torch.device, **extra: Any
     ) -> "LoopSettings":
         """Return the loop settings of a training: what the user chose, and `extra`, which the user does not choose."""
-        shared = {name: getattr(settings, name) for name in ("steps", "batch_size", "seed", "precision", "optimizer")}
+        names = ("steps", "batch_size", "seed", "precision", "optimizer", "accumulate")
+        shared = {name: getattr(settings, name) for name in names}
         return cls(**shared, learning_rate=settings.lr, device=device, **extra)
 
 
 def run_training(
-    stage: Stage, info: CheckpointInfo, settings: LoopSettings, folder: Path, *, resume: SavedRun | None = None
+    stage: Stage,
+    info: CheckpointInfo,
+    settings: LoopSettings,
+    folder: Path,
+    *,
+    resume: SavedRun | None = None,
+    group: ProcessGroup = ALONE,
 ) -> CheckpointInfo:
     """Train until `settings.steps` and return the info of the final checkpoint; `folder` can be resumed at any time.
 
@@ -78,42 +90,52 @@ def run_training(
         settings: of the run.
         folder: of the run; nobody else may write into it meanwhile.
         resume: what was saved in the folder; None to start from the beginning.
+        group: the processes that share the run, each of which calls this with a stage of its own; the main process
+            alone writes.
 
     Raises:
         InputError: a loss or the state to save is not finite for the second time, or a checkpoint cannot be written;
             the last good checkpoint stays.
+        OtherProcessError: in place of an InputError, where it is raised in the main process.
         KeyboardInterrupt: Ctrl-C, after saving.
         SystemExit: SIGTERM, SIGHUP, or nobody reads standard output any more, after saving.
     """
-    trainer = _Trainer(stage, info, settings, folder)
-    with trainer.bar, StopSignal() as stop:  # closing the bar ends its line, so that an error has one of its own
-        trainer.start(resume)
-        while trainer.step < settings.steps:
-            try:
-                trainer.advance()
-                if stop.requested:
-                    trainer.save()
-                    stop.exit(f"stopped at step {trainer.step:,} and saved; --resume continues")
-                if output_closed():
-                    trainer.save()
-                    raise OutputClosed
-            except DivergedError as error:
-                if stop.requested:
-                    raise
-                trainer.roll_back(error)
+    with StopSignal() as stop:
+        trainer = _Trainer(stage, info, settings, folder, group, stop)
+        with trainer.shared.gradients_of(stage), trainer.bar:  # which ends its line before an error is printed
+            trainer.start(resume)
+            while trainer.step < settings.steps:
+                try:
+                    trainer.advance()
+                    trainer.stop_if_wished()
+                except DivergedError as error:
+                    if trainer.shared.wishes().signal:
+                        raise error if group.is_main else OtherProcessError from None
+                    trainer.roll_back(error)
     return trainer.info
 
 
 class _Trainer:
     """Holds the state of one run, which changes from step to step, and saves and restores it."""
 
-    def __init__(self, stage: Stage, info: CheckpointInfo, settings: LoopSettings, folder: Path) -> None:
+    def __init__(
+        self,
+        stage: Stage,
+        info: CheckpointInfo,
+        settings: LoopSettings,
+        folder: Path,
+        group: ProcessGroup,
+        stop: StopSignal,
+    ) -> None:
         self.stage, self.info, self.settings, self.folder = stage, info, settings, folder
+        self.group, self.stop = group, stop
+        self.shared = SharedSteps(group, self._wishes)
         self.step = 0
         self.best: dict[str, float] = {}
         self.best_weights: dict[str, Tensor] | None = None
         self.learning_rate_scale = 1.0
         self.order = DataOrder(stage.num_items, settings.batch_size, settings.seed)
+        self.randomness = StepRandomness(settings.seed, settings.batch_size)
         dtype = product_dtype(settings.device, settings.precision)
         self.optimizers = Optimizers(stage.model, settings.optimizer, settings.learning_rate, dtype=dtype)
         self.log = MetricsLog(folder / "metrics.jsonl")
@@ -131,15 +153,32 @@ class _Trainer:
         """Begin at step 0, or where the run was saved."""
         if saved is None:
             self._begin()
-            return
-        self.restore(saved)
-        self._note_saved()
+        else:
+            self.restore(saved)
+            self._note_saved()
         if self.step < self.settings.steps:
-            return
+            self._rehearse()
+        else:
+            self._nothing_to_do(saved)
+
+    def stop_if_wished(self) -> None:
+        """Save and end the program if the user, the system or a reader who left wishes it, in any process."""
+        wishes = self.shared.wishes()
+        if wishes.signal:
+            self.save()
+            self.stop.received = wishes.signal
+            self.stop.exit(f"stopped at step {self.step:,} and saved; --resume continues")
+        if wishes.output_closed:
+            self.save()
+            raise OutputClosed
+
+    def _nothing_to_do(self, saved: SavedRun | None) -> None:
+        """Say that all steps are done already; in place of a damaged save, save again."""
+        assert saved is not None
         say(f"{self.step:,} steps of this run are done already, --steps {self.settings.steps:,} adds none")
         self.info = saved.info
         if saved.is_previous:
-            self.save()  # in the place of the damaged one
+            self.save()
 
     def _begin(self) -> None:
         """Begin at step 0."""
@@ -160,33 +199,97 @@ class _Trainer:
             self._report(losses, rate)
         if self._due(self.settings.evaluations):
             self._evaluate()
-        if self.step == steps or time.monotonic() - self.saved_at > SAVE_EVERY_SECONDS:
-            self.divergence.check(losses, self.step)
+        if self.step == steps or self.shared.wishes().save:
+            self.shared.check(lambda: self.divergence.check(losses, self.step))
             self.save()
 
     def _step(self, rate: float) -> dict[str, Tensor]:
         """Take one step of the optimizer at this learning rate, count it, and return its losses.
 
         Raises:
-            DivergedError: a loss is not finite, and the device is one where it costs nothing to know, or the model
-                says so itself: no step is taken.
+            DivergedError: a loss is not finite in some process, and the device is one where it costs nothing to know,
+                or the model says so itself: no step is taken.
         """
-        self.stage.model.train()
-        try:
-            with autocast(self.settings.device, self.settings.precision):
-                losses = self.stage.losses(self.order.batch(self.step))
-        except FloatingPointError as error:  # of the model itself, such as the quantizer, before there is a loss
-            raise self.divergence.caught(error, self.step) from error
-        self.optimizers.zero_grad()
-        losses["loss"].backward()
-        self.divergence.note(losses, self.step)
-        if self.settings.device.type == "cpu":  # elsewhere it would cost a sync in each step
-            self.divergence.check(losses, self.step + 1)
+        losses = self._losses_and_gradients()
+        self.stage.finish_step()
         self.optimizers.step(rate)
         self.step += 1
         self.bar.update()
         self.means.add(losses)
         return losses
+
+    def _losses_and_gradients(self) -> dict[str, Tensor]:
+        """Compute the gradients of a step; return the losses of this process, each weighted by its share of the batch.
+
+        Raises:
+            DivergedError: as `_step`.
+        """
+        self.stage.model.train()
+        self.randomness.begin(self.step)
+        parts = self._batch().split(self.settings.accumulate)
+        self.optimizers.zero_grad()
+        try:
+            self._begin_step(parts)
+            found = [self._losses_of(part, is_last=part is parts[-1]) for part in parts]
+        except DivergedError:
+            self.stage.discard_step()
+            raise
+        return {name: torch.stack([losses[name] for losses in found]).sum() for name in found[0]}
+
+    def _begin_step(self, parts: list[Batch]) -> None:
+        """Let the stage prepare the step. Raise DivergedError if it finds what is not finite, in every process."""
+        try:
+            with autocast(self.settings.device, self.settings.precision):
+                self.stage.begin_step(parts)
+        except FloatingPointError as error:
+            raise self.divergence.caught(error, self.step) from error
+
+    def _losses_of(self, part: Batch, *, is_last: bool) -> dict[str, Tensor]:
+        """Add the gradients of part of a batch; return its losses, weighted by its share of the batch."""
+        share = len(part) / self.settings.batch_size
+        error: DivergedError | None = None
+        losses: dict[str, Tensor] = {}
+        try:
+            with autocast(self.settings.device, self.settings.precision):
+                losses = self.stage.losses(part)
+            self.divergence.note(losses, self.step)
+            if self.settings.device.type == "cpu":  # elsewhere it would cost a sync in each step
+                self.divergence.check(losses, self.step + 1)
+        except DivergedError as found:
+            error = found
+        except FloatingPointError as found:  # of the model itself, such as the quantizer, before there is a loss
+            error = self.divergence.caught(found, self.step)
+        self.shared.agree(error)
+        self.shared.backward(self.stage.network, losses["loss"], share, is_last=is_last)
+        return {name: loss.detach() * share for name, loss in losses.items()}
+
+    def _batch(self) -> Batch:
+        """Return the part of this process of the batch of the present step."""
+        own = slice(*self.group.bounds(self.settings.batch_size))
+        indices = self.order.batch(self.step)[own]
+        data = tuple(tensor.to(self.settings.device) for tensor in self.stage.load(indices))
+        return Batch(indices, self.randomness.keys(self.step)[own], data)
+
+    def _rehearse(self) -> None:
+        """Where processes share the run, compute the gradients of a step once in vain.
+
+        After its first backward pass, DistributedDataParallel puts the gradients in the order in which they came, and
+        sums are rounded by their place in it: without this, a resumed run would differ from one that never stopped.
+        """
+        if self.group.count == 1:
+            return
+        before = {name: tensor.detach().clone() for name, tensor in self.stage.model.state_dict().items()}
+        with suppress(DivergedError):  # which the step itself will raise again
+            self._losses_and_gradients()
+        self.stage.discard_step()
+        self.optimizers.zero_grad()
+        self.divergence.forget()
+        self.stage.model.load_state_dict(before)
+
+    def _wishes(self) -> Wishes:
+        """Return what is wanted in this process; the main one says when to save."""
+        is_time = self.group.is_main and time.monotonic() - self.saved_at > SAVE_EVERY_SECONDS
+        return Wishes(signal=self.stop.received, output_closed=output_closed(), save=is_time)
 
     def save(self) -> None:
         """Write the checkpoint: the weights to use, and all that a resumed run needs.
@@ -195,16 +298,20 @@ class _Trainer:
 
         Raises:
             DivergedError: some of it is not finite; nothing is written.
+            OtherProcessError: in place of an InputError, where it is raised in the main process.
             InputError: it cannot be written; the last checkpoint stays.
         """
+        self.shared.check_equal(self.stage, self.step)
         state = self._state()
         self.divergence.check_state(state.tensors, self.step)
         weights, step = self.stage.weights_to_use(), self.step
         if self.best_weights is not None:
             weights, step = self.best_weights, int(self.best["step"])
             self.divergence.check_state({f"best weights/{k}": tensor for k, tensor in weights.items()}, self.step)
-        info = replace(self.info, step=step, metrics=self.best)
-        self.info = save_checkpoint(self.folder, info, weights, state, keep_previous=self.beginning is None)
+        info, keeps = replace(self.info, step=step, metrics=self.best), self.beginning is None
+        self.info = self.group.run_on_main(
+            lambda: save_checkpoint(self.folder, info, weights, state, keep_previous=keeps)
+        )
         self._note_saved()
         self.saved_at = time.monotonic()
 
@@ -223,9 +330,9 @@ class _Trainer:
     def roll_back(self, error: DivergedError) -> None:
         """Return to the last good state with a lower learning rate. Raise `error` if that has been done before."""
         if self.learning_rate_scale < 1:
-            raise error
+            raise error if self.group.is_main else OtherProcessError from None
         if self.beginning is None:
-            self.restore(read_run(self.folder, self.info.kind))
+            self.restore(self.group.run_on_main(lambda: read_run(self.folder, self.info.kind)))
         else:
             self._load_state(self.beginning, self.best_at_beginning or {})
         self.learning_rate_scale = LOWER_RATE
@@ -234,22 +341,23 @@ class _Trainer:
 
     def _load_state(self, state: TrainingState, best_weights: Mapping[str, Tensor]) -> None:
         """Continue from a state; `best_weights` are those of the recorded evaluation, where they are kept."""
-        position = load_state(state, self.stage, self.optimizers, self.means, self.settings.device)
+        position = load_state(state, self.stage, self.optimizers, self.means, self.settings.device, self.group)
         self.step, self.best = position.step, dict(position.best)
         self.best_weights = None
         if self.settings.keep_best and self.best:
             check_outlines(outlines_of(self.stage.weights_to_use()), outlines_of(best_weights))
             self.best_weights = dict(best_weights)
         self.learning_rate_scale = position.learning_rate_scale
-        with self._unharmed_by("the log"):
-            self.log.resume(self.step, None if position.interval is None else position.interval.seconds)
+        if self.group.is_main:
+            with self._unharmed_by("the log"):
+                self.log.resume(self.step, None if position.interval is None else position.interval.seconds)
         self.bar.start_at(self.step)
 
     def _state(self) -> TrainingState:
         """Return the state that a resumed run continues from."""
         interval = Interval(self.means.count, self.log.seconds) if self.means.count else None
         position = Position(self.step, self.best, interval, self.learning_rate_scale)
-        return collect_state(position, self.stage, self.optimizers, self.means, self.settings.device)
+        return collect_state(position, self.stage, self.optimizers, self.means, self.group)
 
     def _note_saved(self) -> None:
         """Note that the folder holds a save of this run: the last, or the one before it."""
@@ -271,12 +379,17 @@ class _Trainer:
                 raise self.divergence.caught(error, self.step - 1) from error
             self._write_log("held_out", evaluation.numbers)
             self.divergence.check(evaluation.numbers, self.step)
-            with self._unharmed_by("the pictures"):
-                self.stage.preview(self.folder / PICTURES / f"step-{self.step:07d}.png", evaluation)
+            if self.group.is_main:
+                self._preview(evaluation)
         if not self.settings.keep_best or not self.best or evaluation.is_better_than(self.best):
             self._record(evaluation)
         summary = [f"  {evaluation.summary}"] if evaluation.summary else []
         say(f"step {self.step:,}: {_in_words(evaluation.numbers)}", *summary)
+
+    def _preview(self, evaluation: Evaluation) -> None:
+        """Write a picture of what the model can do, if that is possible."""
+        with self._unharmed_by("the pictures"):
+            self.stage.preview(self.folder / PICTURES / f"step-{self.step:07d}.png", evaluation)
 
     def _record(self, evaluation: Evaluation) -> None:
         """Record this evaluation for the checkpoint and, where the best weights are kept, the present weights."""
@@ -286,15 +399,16 @@ class _Trainer:
 
     def _report(self, losses: Mapping[str, Tensor], rate: float) -> None:
         """Log the mean losses since the last line; show them in the progress bar. Raise DivergedError unless finite."""
-        self.divergence.check(losses, self.step)
-        numbers = self.means.take() | self.stage.status()
+        self.shared.check(lambda: self.divergence.check(losses, self.step))
+        numbers = self.means.take(self.group) | self.stage.status()
         self.bar.set_numbers(_shown(numbers))
         self._write_log("train", numbers | {"learning_rate": rate})
 
     def _write_log(self, split: str, numbers: Mapping[str, float]) -> None:
-        """Append a line to the log, if that is possible."""
-        with self._unharmed_by("the log"):
-            self.log.write(self.step, split, numbers)
+        """Append a line to the log, if that is possible; the main process does."""
+        if self.group.is_main:
+            with self._unharmed_by("the log"):
+                self.log.write(self.step, split, numbers)
 
     @contextmanager
     def _unharmed_by(self, what: str) -> Iterator[None]:

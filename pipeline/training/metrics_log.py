@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..runtime.atomic_files import write_atomic
+from ..runtime.process_group import ProcessGroup
 
 
 class MetricsLog:
@@ -62,7 +63,10 @@ class MetricsLog:
 
 
 class RunningMeans:
-    """Holds the sums of the losses of the steps since their means were last taken."""
+    """Holds the sums of the losses of the steps since their means were last taken.
+
+    Where processes share the batches, those of this process, each weighted by its share of the batch.
+    """
 
     def __init__(self) -> None:
         self.count = 0  # steps
@@ -74,11 +78,18 @@ class RunningMeans:
             self.sums[name] = self.sums.get(name, torch.zeros_like(loss)) + loss.detach()
         self.count += 1
 
-    def take(self) -> dict[str, float]:
-        """Return the means and start anew."""
-        means = {name: float(total) / self.count for name, total in self.sums.items()}
+    def take(self, group: ProcessGroup) -> dict[str, float]:
+        """Return the means over the batches of all processes, each of which calls this, and start anew."""
+        means = {name: float(total) / self.count for name, total in self.sums_of_all(group).items()}
         self.count, self.sums = 0, {}
         return means
+
+    def sums_of_all(self, group: ProcessGroup) -> dict[str, Tensor]:
+        """Return the sums over all processes, each of which calls this."""
+        if group.count == 1 or not self.sums:
+            return self.sums
+        totals = group.sums(torch.stack([total.double() for total in self.sums.values()]))
+        return {name: total.to(own.dtype) for (name, own), total in zip(self.sums.items(), totals, strict=True)}
 
     def load(self, count: int, sums: Mapping[str, Tensor]) -> None:
         """Continue with these sums over `count` steps."""

@@ -4,18 +4,18 @@ Legend: N grids in all, n in a batch, H W positions in a grid.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from prior import GatedPixelCNN, sample_codes
 from prior.objective import cross_entropy, drop_labels
-from prior.uniforms import seeded_generator
+from prior.uniforms import draw_uniforms, seeded_generator
 from tokenizer import VQVAE
 
 from ..evaluation.likelihood import measure_prior
@@ -30,8 +30,10 @@ from ..generation.guidance import default_guidance
 from ..images.holdout import split_rows
 from ..images.png import save_grid
 from ..images.preprocessing import to_uint8
-from .stage import Evaluation
+from ..runtime.process_group import ProcessGroup
+from .stage import Batch, Evaluation
 
+ALONE = ProcessGroup()
 PREVIEW_SAMPLES = 32  # in the picture of each evaluation
 EVALUATION_BATCH = 256  # grids
 
@@ -56,12 +58,19 @@ class PriorStage:
         grids: codes, and labels where the model is conditioned on them.
         held_out_mask: bool [N], the grids that the prior is evaluated on.
         preview: writes samples; None where there is no tokenizer to decode them.
+        group: the processes that share the training.
     """
 
     def __init__(
-        self, model: GatedPixelCNN, grids: Grids, held_out_mask: np.ndarray, preview: Preview | None = None
+        self,
+        model: GatedPixelCNN,
+        grids: Grids,
+        held_out_mask: np.ndarray,
+        preview: Preview | None = None,
+        group: ProcessGroup = ALONE,
     ) -> None:
-        self.model, self.grids, self._preview = model, grids, preview
+        self.model, self.grids, self._preview, self.group = model, grids, preview, group
+        self.network: nn.Module = model
         self.device = next(model.parameters()).device
         self.train_rows, self.held_out_rows = split_rows(held_out_mask)
         self.num_items = len(self.train_rows)
@@ -69,12 +78,26 @@ class PriorStage:
     def weights_to_use(self) -> dict[str, Tensor]:
         return self.model.state_dict()
 
-    def losses(self, indices: np.ndarray) -> dict[str, Tensor]:
-        config = self.model.config
-        codes, labels = self.grids.batch(self.train_rows[indices])
-        codes, labels = codes.to(self.device), drop_labels(labels, config.label_dropout).to(self.device)
-        loss = cross_entropy(self.model(codes, labels if config.num_classes else None), codes)
+    def load(self, indices: np.ndarray) -> tuple[Tensor, ...]:
+        return self.grids.batch(self.train_rows[indices])
+
+    def begin_step(self, batches: Sequence[Batch]) -> None:
+        pass
+
+    def losses(self, batch: Batch) -> dict[str, Tensor]:
+        config, (codes, labels) = self.model.config, batch.data
+        if config.label_dropout:
+            uniforms = draw_uniforms(batch.keys.tolist(), 1)[:, 0]
+            labels = drop_labels(labels, config.label_dropout, uniforms)
+        logits = self.network(codes, labels if config.num_classes else None, batch.keys.to(self.device))
+        loss = cross_entropy(logits, codes)
         return {"loss": loss, "bits_per_code": loss.detach() / math.log(2)}
+
+    def finish_step(self) -> None:
+        pass
+
+    def discard_step(self) -> None:
+        pass
 
     def names(self, indices: np.ndarray) -> list[str]:
         names = list(self.grids.names())

@@ -30,11 +30,12 @@ class TokenizerSettings:
     image_size: tuple[int, int] | None = None  # height, width; None takes the source's own
     channels: int | None = None  # 1 or 3; None takes the source's own
     steps: int = field(default=1500, metadata=CHANGEABLE)
-    batch_size: int = 32
+    batch_size: int = 32  # of a step, over all processes
     lr: float = 3e-3
     seed: int = 0
     precision: str = field(default="auto", metadata=CHANGEABLE)
     optimizer: str = "muon"
+    accumulate: int = field(default=1, metadata=CHANGEABLE)  # parts that a batch is computed in
     compile: bool = field(default=False, metadata=CHANGEABLE)
     sharp: bool = field(default=False, metadata=CHANGEABLE)  # whether a sharp decoder is trained as the last phase
     num_codes: int = 512
@@ -70,11 +71,12 @@ class PriorSettings:
     )  # None: of the tokenizer's own images
     tokenizer: str | None = field(default=None, metadata=CHANGEABLE)  # its fingerprint is what must stay
     steps: int = field(default=2000, metadata=CHANGEABLE)
-    batch_size: int = 32
+    batch_size: int = 32  # of a step, over all processes
     lr: float = 6e-3
     seed: int = 0
     precision: str = field(default="auto", metadata=CHANGEABLE)
     optimizer: str = "muon"
+    accumulate: int = field(default=1, metadata=CHANGEABLE)  # parts that a batch is computed in
     compile: bool = field(default=False, metadata=CHANGEABLE)
     channels: int = 64
     num_layers: int = 6
@@ -98,11 +100,12 @@ class DecoderSettings:
     data: str | None = field(default=None, metadata=PATH)  # None: what the tokenizer was trained on
     data_root: str | None = field(default=None, metadata=CHANGEABLE)
     steps: int | None = field(default=None, metadata=CHANGEABLE)  # None: SHARPENING_SHARE of the tokenizer's
-    batch_size: int = 32
+    batch_size: int = 32  # of a step, over all processes
     lr: float = 1e-3
     seed: int = 0
     precision: str = field(default="auto", metadata=CHANGEABLE)
     optimizer: str = "muon"
+    accumulate: int = field(default=1, metadata=CHANGEABLE)  # parts that a batch is computed in
 
     def __post_init__(self) -> None:
         check_shared(self)

@@ -11,6 +11,7 @@ from ..models.checkpoint import TrainingState
 from ..models.optimizer_state import check_optimizer
 from ..models.tensor_file import check_finite, check_outlines, outlines_of
 from ..runtime.optimizer import Optimizers
+from ..runtime.process_group import ProcessGroup
 from ..runtime.schema import from_json, short
 from .metrics_log import RunningMeans
 from .stage import Stage
@@ -55,9 +56,11 @@ class Position:
 
 
 def collect_state(
-    position: Position, stage: Stage, optimizers: Optimizers, means: RunningMeans, device: torch.device
+    position: Position, stage: Stage, optimizers: Optimizers, means: RunningMeans, group: ProcessGroup
 ) -> TrainingState:
-    """Return the state of a run.
+    """Return the state of a run, the same in every process of the group, each of which calls this.
+
+    There are no random states in it: random numbers are functions of the step (`schedule.StepRandomness`).
 
     At the end of a run there is no interval: the log has the seconds, and two runs that did the same have the same
     state, byte for byte.
@@ -65,10 +68,7 @@ def collect_state(
     tensors = {f"model/{name}": tensor for name, tensor in stage.model.state_dict().items()}
     tensors |= {f"optimizer/{name}": tensor for name, tensor in optimizers.tensors().items()}
     tensors |= {f"stage/{name}": tensor for name, tensor in stage.state().items()}
-    tensors |= {f"interval/{name}": total for name, total in means.sums.items()}
-    tensors["random/cpu"] = torch.get_rng_state()
-    if device.type == "cuda":
-        tensors["random/cuda"] = torch.cuda.get_rng_state()
+    tensors |= {f"interval/{name}": total for name, total in means.sums_of_all(group).items()}
     defaults = asdict(Position(position.step, position.best))
     values = {
         name: value for name, value in asdict(position).items() if name in ("step", "best") or value != defaults[name]
@@ -77,7 +77,12 @@ def collect_state(
 
 
 def load_state(
-    state: TrainingState, stage: Stage, optimizers: Optimizers, means: RunningMeans, device: torch.device
+    state: TrainingState,
+    stage: Stage,
+    optimizers: Optimizers,
+    means: RunningMeans,
+    device: torch.device,
+    group: ProcessGroup,
 ) -> Position:
     """Restore what `collect_state` returned, but for the position, which is returned.
 
@@ -93,11 +98,11 @@ def load_state(
         stage.model.load_state_dict(groups["model"])
         stage.load_state(groups.get("stage", {}))
         optimizers.load_tensors(groups.get("optimizer", {}))
-        _set_random_states(groups["random"], device)
     except KeyError as error:
         raise ValueError(f"no {short(error.args[0])}") from error
     steps = 0 if position.interval is None else position.interval.steps
-    means.load(steps, {name: total.to(device) for name, total in sums.items()})
+    counted = 1 if group.is_main else 0  # they are counted once
+    means.load(steps, {name: counted * total.to(device) for name, total in sums.items()})
     return position
 
 
@@ -107,18 +112,6 @@ def copy_of(state: TrainingState) -> TrainingState:
     return TrainingState(
         tensors={name: tensor.detach().to("cpu", copy=True) for name, tensor in state.tensors.items()}, values=values
     )
-
-
-def _set_random_states(states: Mapping[str, Tensor], device: torch.device) -> None:
-    """Set the state of torch's generators; a run from another device may have none for this one. Raise ValueError."""
-    present = torch.get_rng_state()
-    check_outlines(outlines_of({"random/cpu": present}), outlines_of({"random/cpu": states["cpu"]}))
-    try:
-        torch.set_rng_state(states["cpu"])
-        if device.type == "cuda" and "cuda" in states:
-            torch.cuda.set_rng_state(states["cuda"])
-    except (TypeError, RuntimeError) as error:
-        raise ValueError(" ".join(str(error).split())) from error
 
 
 def _checked_sums(sums: dict[str, Tensor], position: Position) -> dict[str, Tensor]:

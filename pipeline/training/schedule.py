@@ -1,10 +1,16 @@
-"""The learning rate of a step and the items of its batch, which depend on the number of the step alone."""
+"""The learning rate of a step, the items of its batch and its random numbers: functions of the step and the seed.
 
+So nothing of them is saved, and any number of processes may share a batch: each takes a slice.
+"""
+
+import hashlib
 import math
 
 import numpy as np
+import torch
+from torch import Tensor
 
-from ..runtime.device import torch_seed
+from ..runtime.device import manual_seed, torch_seed
 
 WARMUP_STEPS = 100
 
@@ -45,3 +51,23 @@ class DataOrder:
             self._epoch = epoch
             self._permutation = np.random.default_rng([self.seed, epoch]).permutation(self.num_items)
         return self._permutation
+
+
+class StepRandomness:
+    """The random numbers of each step of a run, and of each item of its batch.
+
+    Args:
+        seed: of the run.
+        batch_size: items a step, of all processes.
+    """
+
+    def __init__(self, seed: int, batch_size: int) -> None:
+        self.seed, self.batch_size = seed, batch_size
+
+    def begin(self, step: int) -> None:
+        """Set torch's generators to what they are in this step, in every process and whatever came before."""
+        manual_seed(int.from_bytes(hashlib.sha256(f"{self.seed}/{step}".encode()).digest()[:8], "big"))
+
+    def keys(self, step: int) -> Tensor:
+        """Return the key of each item of the batch of a step, int64 [batch_size] in [0, 2^62)."""
+        return torch.from_numpy(np.random.default_rng([self.seed, step, 1]).integers(2**62, size=self.batch_size))

@@ -79,6 +79,8 @@ def check_shared(settings: Any) -> None:
     """Raise ValueError if a setting that all trainings have is out of its range; the message names it."""
     _require(settings.steps is None or settings.steps >= 1, settings, "steps", "at least 1")
     _require(1 <= settings.batch_size <= LARGEST_BATCH, settings, "batch_size", f"from 1 to {LARGEST_BATCH:,}")
+    most = settings.batch_size
+    _require(1 <= settings.accumulate <= most, settings, "accumulate", f"from 1 to batch_size, which is {most:,}")
     _require(0 < settings.lr < math.inf, settings, "lr", "a finite number above 0")
     _require(settings.seed >= 0, settings, "seed", "0 or more")
     _require(settings.precision in ("auto", "fp32", "bf16"), settings, "precision", "auto, fp32 or bf16")

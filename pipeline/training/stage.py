@@ -1,7 +1,8 @@
 """What the training loop needs of a stage: a model, its losses, and how good it is on held-out items."""
 
+import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -27,10 +28,34 @@ class Evaluation:
         return self.numbers[self.score_name] < best.get(self.score_name, math.inf)
 
 
+@dataclass(frozen=True)
+class Batch:
+    """Holds the items of a step that one process computes at once: all, or its part, or a part of that."""
+
+    indices: np.ndarray  # [B] int64 in [0,num_items)
+    keys: Tensor  # [B] int64 on the CPU, what the random numbers of each item come from (`StepRandomness`)
+    data: tuple[Tensor, ...]  # [B,...] each, what `Stage.load` returned, on the device
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def split(self, parts: int) -> list["Batch"]:
+        """Return the batch in this many parts, of sizes that differ by one at most, in order."""
+        bounds = [len(self) * part // parts for part in range(parts + 1)]
+        slices = [slice(first, last) for first, last in itertools.pairwise(bounds)]
+        return [
+            Batch(self.indices[part], self.keys[part], tuple(tensor[part] for tensor in self.data)) for part in slices
+        ]
+
+
 class Stage(Protocol):
-    """A model in training, the items it is trained on, and others that are held out."""
+    """A model in training, the items it is trained on, and others that are held out.
+
+    Where processes share a training, each has a stage, and all call these functions at the same time.
+    """
 
     num_items: int  # training items; a batch is chosen from range(num_items)
+    network: nn.Module  # what `losses` calls: the model or a part of it, which the loop may wrap
 
     @property
     def model(self) -> nn.Module:
@@ -39,8 +64,20 @@ class Stage(Protocol):
     def weights_to_use(self) -> dict[str, Tensor]:
         """Return the weights of what `evaluate` measures, for model.safetensors."""
 
-    def losses(self, indices: np.ndarray) -> dict[str, Tensor]:
-        """Return the scalar losses of a batch of items [B]; "loss" is the one that is minimised."""
+    def load(self, indices: np.ndarray) -> tuple[Tensor, ...]:
+        """Return what `losses` needs of items [B], on the CPU; a function of the indices, called from any thread."""
+
+    def begin_step(self, batches: Sequence[Batch]) -> None:
+        """Prepare a step of the optimizer over these batches, each of which is then given to `losses`."""
+
+    def losses(self, batch: Batch) -> dict[str, Tensor]:
+        """Return the scalar losses, means over the items; "loss" is the one that is minimised."""
+
+    def finish_step(self) -> None:
+        """Learn what is not learned by gradients, once every loss of the step has been computed."""
+
+    def discard_step(self) -> None:
+        """Forget the losses since `begin_step`: the step is not taken."""
 
     def names(self, indices: np.ndarray) -> list[str]:
         """Return the names of the images behind items [B], for messages."""

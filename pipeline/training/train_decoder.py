@@ -9,6 +9,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..images.image_set import ImageSet
 from ..models.checkpoint import (
     CheckpointInfo,
@@ -25,11 +27,13 @@ from ..runtime.console import say
 from ..runtime.device import choose_device, manual_seed
 from ..runtime.folder_lock import only_writer
 from ..runtime.output_paths import check_output_folder
+from ..runtime.process_group import ProcessGroup, process_group
 from .decoder_stage import DecoderStage
 from .loop import LoopSettings, run_training
 from .recipes import SHARPENING_SHARE, DecoderSettings
 from .run_folder import RunFolder, check_run_folder, prepare_run_folder, saved_run
 from .settings import recorded, resolve
+from .shared_steps import check_batch_size, check_same_images
 from .split_summary import split_summary
 
 
@@ -50,8 +54,8 @@ def train_decoder(run: RunFolder, overrides: Mapping[str, Any], tokenizer_folder
             loss is not finite for the second time, which leaves the best decoder so far.
         ValueError: a setting is out of its range.
     """
-    with only_writer(run.out, "training run"):
-        return _train(run, overrides, tokenizer_folder)
+    with process_group() as group, group.entered_by_main(lambda: only_writer(run.out, "training run")):
+        return _train(run, overrides, tokenizer_folder, group)
 
 
 def sharpen(run: RunFolder, tokenizer: CheckpointInfo, overrides: Mapping[str, Any]) -> CheckpointInfo:
@@ -67,7 +71,8 @@ def sharpen(run: RunFolder, tokenizer: CheckpointInfo, overrides: Mapping[str, A
     Raises:
         InputError, ValueError: as `train_decoder`.
     """
-    fingerprint = _begun_for(decoder_folder(run.out))
+    with process_group() as group:
+        fingerprint = group.run_on_main(lambda: _begun_for(decoder_folder(run.out)))
     changeable, fixed = ("data_root", "precision"), ("batch_size", "seed", "optimizer")
     chosen = changeable if fingerprint == tokenizer.fingerprint else (*changeable, *fixed)
     settings = tokenizer.training | {name: value for name, value in overrides.items() if value is not None}
@@ -81,27 +86,48 @@ def default_steps(tokenizer: CheckpointInfo) -> int:
     return max(1, round(SHARPENING_SHARE * tokenizer.step))
 
 
-def _train(run: RunFolder, overrides: Mapping[str, Any], tokenizer_folder: Path) -> CheckpointInfo:
+def _train(run: RunFolder, overrides: Mapping[str, Any], tokenizer_folder: Path, group: ProcessGroup) -> CheckpointInfo:
     """Train, while nobody else writes into the folder."""
     decoder_run = replace(run, out=decoder_folder(run.out))
-    saved = saved_run(decoder_run, "decoder")
+    saved = group.run_on_main(lambda: saved_run(decoder_run, "decoder"))
+    settings, device = group.run_on_all(lambda: _settings(run, overrides, saved, group))
+    tokenizer = group.run_on_all(lambda: load_trained_tokenizer(tokenizer_folder, device, decoder="plain"))
+    group.run_on_main(lambda: _check_folders(run, decoder_run, saved, tokenizer))
+    images = group.main_first(lambda: images_of(tokenizer.info, data=settings.data, data_root=settings.data_root))
+    check_same_images(images.train, group)
+    manual_seed(settings.seed)
+    stage = DecoderStage(tokenizer.model, images.train, group)
+    settings = replace(settings, steps=settings.steps or default_steps(tokenizer.info), data=images.source)
+    group.run_on_main(lambda: _prepare_folders(run, decoder_run, saved, tokenizer))
+    say(*_explanation(stage, images, tokenizer_folder, decoder_run.out))
+    loop = LoopSettings.from_settings(settings, device, decays=False, keep_best=True, evaluate_first=True)
+    return run_training(stage, _info(settings, tokenizer, images), loop, decoder_run.out, resume=saved, group=group)
+
+
+def _settings(
+    run: RunFolder, overrides: Mapping[str, Any], saved: SavedRun | None, group: ProcessGroup
+) -> tuple[DecoderSettings, torch.device]:
+    """Return the settings of the run and the device of this process."""
     settings = resolve(DecoderSettings, overrides, None if saved is None else saved.info.training)
-    device = choose_device(run.device)
-    tokenizer = load_trained_tokenizer(tokenizer_folder, device, decoder="plain")
+    check_batch_size(settings.batch_size, settings.accumulate, group)
+    return settings, choose_device(group.device(run.device))
+
+
+def _check_folders(run: RunFolder, decoder_run: RunFolder, saved: SavedRun | None, tokenizer: TrainedTokenizer) -> None:
+    """Raise InputError unless the run may write where it will."""
     _check_place(run, tokenizer)
     if saved is not None:
         _check_resumable(saved, tokenizer, decoder_run.out)
     check_run_folder(decoder_run, saved)
-    images = images_of(tokenizer.info, data=settings.data, data_root=settings.data_root)
-    manual_seed(settings.seed)
-    stage = DecoderStage(tokenizer.model, images.train)
-    settings = replace(settings, steps=settings.steps or default_steps(tokenizer.info), data=images.source)
-    if not _is_same_folder(run.out, tokenizer_folder):
-        copy_checkpoint(tokenizer_folder, run.out, "tokenizer", tokenizer.info.fingerprint)
+
+
+def _prepare_folders(
+    run: RunFolder, decoder_run: RunFolder, saved: SavedRun | None, tokenizer: TrainedTokenizer
+) -> None:
+    """Make the folders of the run; a folder other than the tokenizer's becomes a copy of it."""
+    if not _is_same_folder(run.out, tokenizer.folder):
+        copy_checkpoint(tokenizer.folder, run.out, "tokenizer", tokenizer.info.fingerprint)
     prepare_run_folder(decoder_run, saved)
-    say(*_explanation(stage, images, tokenizer_folder, decoder_run.out))
-    loop = LoopSettings.from_settings(settings, device, decays=False, keep_best=True, evaluate_first=True)
-    return run_training(stage, _info(settings, tokenizer, images), loop, decoder_run.out, resume=saved)
 
 
 def _check_place(run: RunFolder, tokenizer: TrainedTokenizer) -> None:

@@ -23,15 +23,18 @@ from ..images.holdout import held_out
 from ..models.checkpoint import CONFIG, CheckpointInfo, SavedRun, add_metrics, check_same_tokenizer
 from ..models.labels import all_labelled
 from ..models.loading import TrainedTokenizer, config_of_run, load_prior, load_trained_tokenizer
+from ..runtime.atomic_files import sha256
 from ..runtime.console import say
 from ..runtime.device import choose_device, compile_networks, manual_seed
 from ..runtime.folder_lock import only_writer
+from ..runtime.process_group import ProcessGroup, process_group
 from ..runtime.schema import short
 from .loop import LoopSettings, run_training
 from .prior_stage import PriorStage, sample_preview
 from .recipes import ATTENTION_EVERY, FIRST_KERNEL, LABEL_DROPOUT, MOST_ATTENDED, MOST_CODES, PriorSettings
 from .run_folder import CODES, RunFolder, check_run_folder, prepare_run_folder, saved_run
 from .settings import recorded, resolve
+from .shared_steps import check_batch_size, check_same
 from .split_summary import split_summary
 
 
@@ -49,48 +52,77 @@ def train_prior(run: RunFolder, overrides: Mapping[str, Any], default_tokenizer:
             loss is not finite.
         ValueError: a setting is out of its range.
     """
-    with only_writer(run.out, "training run"):
-        return _train(run, overrides, default_tokenizer)
+    with process_group() as group, group.entered_by_main(lambda: only_writer(run.out, "training run")):
+        return _train(run, overrides, default_tokenizer, group)
 
 
-def _train(run: RunFolder, overrides: Mapping[str, Any], default_tokenizer: Path) -> CheckpointInfo:
+def _train(
+    run: RunFolder, overrides: Mapping[str, Any], default_tokenizer: Path, group: ProcessGroup
+) -> CheckpointInfo:
     """Train, while nobody else writes into the folder."""
-    saved = saved_run(run, "prior")
-    settings = resolve(PriorSettings, overrides, _started_with(saved))
-    # refuses impossible settings before codes are exported
-    network_config(settings, num_codes=2, num_classes=1, grid=(1, 1))
-    device = choose_device(run.device)
-    check_run_folder(run, saved)
+    saved = group.run_on_main(lambda: saved_run(run, "prior"))
+    settings, device = group.run_on_all(lambda: _settings(run, overrides, saved, group))
+    group.run_on_main(lambda: check_run_folder(run, saved))
     tokenizer_folder = Path(settings.tokenizer) if settings.tokenizer is not None else default_tokenizer
     required = settings.tokenizer is not None or settings.codes is None
     # A tokenizer without codes is refused before anything is written.
-    tokenizer = _tokenizer_for_pictures(tokenizer_folder, device) if required else None
-    if tokenizer is not None and settings.codes is None and not tokenizer.info.class_names:
-        _check_label_dropout(settings, f"images of the tokenizer in {tokenizer.folder}")
-    codes = _open_codes(run, saved, settings, tokenizer)
-    if tokenizer is None:
-        tokenizer = _optional_tokenizer(tokenizer_folder, codes, device)
-    else:
-        remedy = f"export them again with export-codes --tokenizer {tokenizer.folder}"
-        check_made_by(codes, tokenizer, f"{remedy}, or name the tokenizer that made them")
+    tokenizer = group.run_on_all(lambda: _required_tokenizer(tokenizer_folder, device, settings)) if required else None
+    codes = _open_codes(run, saved, settings, tokenizer, group)
+    tokenizer = group.run_on_all(lambda: _fitting_tokenizer(tokenizer, tokenizer_folder, codes, device))
 
     manual_seed(settings.seed)
-    config = config_for(settings, codes) if saved is None else _config_of(run, saved, codes)
+    config = group.run_on_all(lambda: config_for(settings, codes) if saved is None else _config_of(run, saved, codes))
     model = GatedPixelCNN(config).to(device)
     if settings.compile:
         compile_networks(model)
     preview = None
     if tokenizer is not None:
         preview = sample_preview(model, tokenizer.model, codes.manifest.grid, settings.seed)
-    stage = PriorStage(model, codes, held_out(codes.names()), preview)
+    stage = PriorStage(model, codes, held_out(codes.names()), preview, group)
     info = _info(settings, config, codes, tokenizer_folder if required else None)
-    prepare_run_folder(run, saved)
+    group.run_on_main(lambda: prepare_run_folder(run, saved))
     say(*explanation(stage, codes, run.out))
     loop = LoopSettings.from_settings(settings, device, keep_best=True)
-    info = run_training(stage, info, loop, run.out, resume=saved)
+    info = run_training(stage, info, loop, run.out, resume=saved, group=group)
     if config.label_dropout == 0 or MEASURED in info.metrics:
         return info
-    return _with_guidance(info, run.out, codes.manifest.grid, device)
+    return group.run_on_main(lambda: _with_guidance(info, run.out, codes.manifest.grid, device))
+
+
+def _settings(
+    run: RunFolder, overrides: Mapping[str, Any], saved: SavedRun | None, group: ProcessGroup
+) -> tuple[PriorSettings, torch.device]:
+    """Return the settings of the run and the device of this process. Raises before codes are exported."""
+    settings = resolve(PriorSettings, overrides, _started_with(saved))
+    network_config(settings, num_codes=2, num_classes=1, grid=(1, 1))  # refuses impossible settings
+    check_batch_size(settings.batch_size, settings.accumulate, group)
+    return settings, choose_device(group.device(run.device))
+
+
+def _required_tokenizer(folder: Path, device: torch.device, settings: PriorSettings) -> TrainedTokenizer:
+    """Return the tokenizer. Raise InputError if there is none, or labels that its images lack are to be dropped."""
+    tokenizer = _tokenizer_for_pictures(folder, device)
+    if settings.codes is None and not tokenizer.info.class_names:
+        _check_label_dropout(settings, f"images of the tokenizer in {tokenizer.folder}")
+    return tokenizer
+
+
+def _fitting_tokenizer(
+    tokenizer: TrainedTokenizer | None, folder: Path, codes: CodeDataset, device: torch.device
+) -> TrainedTokenizer | None:
+    """Return the tokenizer that made the codes, if there is one. Raise InputError if the one that is required did not.
+
+    Args:
+        tokenizer: the one that is required; None if none is.
+        folder: where there may be one in that case.
+        codes: to learn.
+        device: where to compute.
+    """
+    if tokenizer is None:
+        return _optional_tokenizer(folder, codes, device)
+    remedy = f"export them again with export-codes --tokenizer {tokenizer.folder}"
+    check_made_by(codes, tokenizer, f"{remedy}, or name the tokenizer that made them")
+    return tokenizer
 
 
 def config_for(settings: PriorSettings, codes: CodeDataset) -> PriorConfig:
@@ -221,14 +253,25 @@ def _with_guidance(info: CheckpointInfo, folder: Path, grid: tuple[int, int], de
 
 
 def _open_codes(
-    run: RunFolder, saved: SavedRun | None, settings: PriorSettings, tokenizer: TrainedTokenizer | None
+    run: RunFolder,
+    saved: SavedRun | None,
+    settings: PriorSettings,
+    tokenizer: TrainedTokenizer | None,
+    group: ProcessGroup,
 ) -> CodeDataset:
     """Return the codes to learn, exported into the run first if none were named, which takes the tokenizer."""
     if settings.codes is not None:
         folders: str | Path | Sequence[str] = settings.codes
     else:
         assert tokenizer is not None
-        folders = _exported_codes(tokenizer, run, saved)
+        folders = _exported_codes(tokenizer, run, saved, group)
+    codes = group.run_on_all(lambda: _checked_codes(folders, saved))
+    check_same("codes", sha256(repr(codes.manifest.shards).encode()), group)
+    return codes
+
+
+def _checked_codes(folders: str | Path | Sequence[str], saved: SavedRun | None) -> CodeDataset:
+    """Return the codes in folders. Raise InputError if they are damaged, or not those that a resumed run learns."""
     codes = CodeDataset(folders)
     codes.check_files()
     _check_learnable(codes)
@@ -263,16 +306,17 @@ def _check_learnable(codes: CodeDataset) -> None:
         )
 
 
-def _exported_codes(tokenizer: TrainedTokenizer, run: RunFolder, saved: SavedRun | None) -> Path:
+def _exported_codes(tokenizer: TrainedTokenizer, run: RunFolder, saved: SavedRun | None, group: ProcessGroup) -> Path:
     """Return the folder of the codes of the tokenizer's own images, exported into the run unless they exist.
 
     An interrupted export continues, or with --force starts anew.
     """
+    out, fingerprint = run.out / CODES, tokenizer.info.fingerprint
     if saved is not None:
-        _check_resumable(saved.info, tokenizer.info.fingerprint, f"a tokenizer in {tokenizer.folder}")
-    out = run.out / CODES
-    existing = _existing_export(out, run)
-    is_other = existing is not None and existing.tokenizer_fingerprint != tokenizer.info.fingerprint
+        info, what = saved.info, f"a tokenizer in {tokenizer.folder}"
+        group.run_on_all(lambda: _check_resumable(info, fingerprint, what))
+    existing = group.run_on_main(lambda: _existing_export(out, run))
+    is_other = existing is not None and existing.tokenizer_fingerprint != fingerprint
     if existing is None or is_other or not existing.complete:
         export_codes(tokenizer.folder, out, device=run.device, force=run.force or is_other)
     return out

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from tokenizer import TokenizerConfig, build_model
 
@@ -17,10 +18,12 @@ from ..models.loading import config_of_run
 from ..runtime.console import say
 from ..runtime.device import choose_device, compile_networks, manual_seed
 from ..runtime.folder_lock import only_writer
+from ..runtime.process_group import ProcessGroup, process_group
 from .loop import LoopSettings, run_training
 from .recipes import TokenizerSettings
 from .run_folder import RunFolder, check_decoder_folder, check_run_folder, prepare_run_folder, remove_decoder, saved_run
 from .settings import recorded, resolve
+from .shared_steps import check_batch_size, check_same_images
 from .split_summary import split_summary
 from .tokenizer_stage import BaselineStage, TokenizerStage, stage_for
 
@@ -47,33 +50,52 @@ def train_tokenizer(run: RunFolder, overrides: Mapping[str, Any]) -> CheckpointI
             finite.
         ValueError: a setting is out of its range.
     """
-    with only_writer(run.out, "training run"):
-        return _train(run, overrides)
+    with process_group() as group, group.entered_by_main(lambda: only_writer(run.out, "training run")):
+        return _train(run, overrides, group)
 
 
-def _train(run: RunFolder, overrides: Mapping[str, Any]) -> CheckpointInfo:
+def _train(run: RunFolder, overrides: Mapping[str, Any], group: ProcessGroup) -> CheckpointInfo:
     """Train, while nobody else writes into the folder."""
-    saved = saved_run(run, "tokenizer")
-    settings = resolve(TokenizerSettings, overrides, OF_OLD_RUNS | saved.info.training if saved else None)
-    _refuse_idle_options(settings.bottleneck, overrides)
-    _config(settings, in_channels=1, data_variance=1.0)  # refuses impossible settings before images are prepared
-    device = choose_device(run.device)
-    check_run_folder(run, saved)
-    if settings.sharp:
-        check_decoder_folder(run)
-    images = _open_images(settings)
-    config = config_for(settings, images) if saved is None else _config_of(run, saved, images)
+    saved = group.run_on_main(lambda: saved_run(run, "tokenizer"))
+    settings, device = group.run_on_all(lambda: _settings(run, overrides, saved, group))
+    group.run_on_main(lambda: _check_folders(run, saved, settings))
+    images = group.main_first(lambda: _open_images(settings))
+    check_same_images(images.train, group)
+    config = group.run_on_all(lambda: config_for(settings, images) if saved is None else _config_of(run, saved, images))
     manual_seed(settings.seed)
     model = build_model(config).to(device)
     if settings.compile:
         compile_networks(model.encoder, model.decoder)
-    stage = stage_for(model, images.train)
+    stage = stage_for(model, images.train, group)
+    group.run_on_main(lambda: _prepare_folder(run, saved))
+    say(*explanation(stage, images, run.out))
+    loop = LoopSettings.from_settings(settings, device)
+    return run_training(stage, _info(settings, config, images), loop, run.out, resume=saved, group=group)
+
+
+def _settings(
+    run: RunFolder, overrides: Mapping[str, Any], saved: SavedRun | None, group: ProcessGroup
+) -> tuple[TokenizerSettings, torch.device]:
+    """Return the settings of the run and the device of this process. Raises before images are prepared."""
+    settings = resolve(TokenizerSettings, overrides, OF_OLD_RUNS | saved.info.training if saved else None)
+    _refuse_idle_options(settings.bottleneck, overrides)
+    _config(settings, in_channels=1, data_variance=1.0)  # refuses impossible settings
+    check_batch_size(settings.batch_size, settings.accumulate, group)
+    return settings, choose_device(group.device(run.device))
+
+
+def _check_folders(run: RunFolder, saved: SavedRun | None, settings: TokenizerSettings) -> None:
+    """Raise InputError unless the run may write where it will."""
+    check_run_folder(run, saved)
+    if settings.sharp:
+        check_decoder_folder(run)
+
+
+def _prepare_folder(run: RunFolder, saved: SavedRun | None) -> None:
+    """Make the folder, and remove what an older run logged there and what was trained for its codes."""
     prepare_run_folder(run, saved)
     if saved is None:
         remove_decoder(run.out)
-    say(*explanation(stage, images, run.out))
-    loop = LoopSettings.from_settings(settings, device)
-    return run_training(stage, _info(settings, config, images), loop, run.out, resume=saved)
 
 
 def _refuse_idle_options(bottleneck: str, overrides: Mapping[str, Any]) -> None:

@@ -85,7 +85,7 @@ def test_gate() -> None:
 def test_a_layer_is_figure_2_of_the_paper(first: bool, num_classes: int) -> None:
     torch.manual_seed(0)
     channels, kernel = 2, 5
-    layer = GatedLayer(channels, kernel, label_rows=num_classes, first=first).double()
+    layer = GatedLayer(channels, kernel, label_rows=num_classes, index=0 if first else 2).double()
     vertical, horizontal = numbers(3, channels, 4, 7), numbers(3, channels, 4, 7, seed=1)
     labels = torch.tensor([2, 0, 2]) if num_classes else None
 

@@ -67,7 +67,7 @@ def gradients(network: nn.Module, loss: Tensor) -> list[Tensor]:
 def the_same_augmentation(count: int) -> Augmentation:
     """The one that `Case.losses` draws."""
     torch.manual_seed(1)
-    return Augmentation.draw(count, GRID, torch.device("cpu"))
+    return Augmentation.draw(torch.rand(count, 3), GRID, torch.device("cpu"))
 
 
 def test_each_network_follows_the_gradient_of_its_own_loss_alone(case: Case) -> None:
@@ -169,7 +169,7 @@ def test_in_bf16_the_losses_are_of_float32() -> None:
 def test_an_augmentation_moves_pixels_as_a_slow_loop_does(channels: int) -> None:
     torch.manual_seed(3)
     images = torch.rand(40, channels, *SIZE)
-    augment = Augmentation.draw(len(images), GRID, images.device)
+    augment = Augmentation.draw(torch.rand(len(images), 3), GRID, images.device)
     moved = augment(images)
     height, width = SIZE
     for index in range(len(images)):
@@ -194,7 +194,7 @@ def test_every_cell_of_an_augmented_picture_keeps_its_code() -> None:
     torch.manual_seed(0)
     vectors = torch.arange(GRID[0] * GRID[1], dtype=torch.float32).view(1, 1, *GRID).repeat(40, 1, 1, 1)
     pictures = vectors.repeat_interleave(CELL, dim=2).repeat_interleave(CELL, dim=3)
-    augment = Augmentation.draw(40, GRID, vectors.device)
+    augment = Augmentation.draw(torch.rand(40, 3), GRID, vectors.device)
     moved, codes = augment(pictures), augment(vectors)
     assert torch.equal(moved, codes.repeat_interleave(CELL, dim=2).repeat_interleave(CELL, dim=3))
     assert not torch.equal(codes, vectors)
@@ -205,7 +205,7 @@ def test_a_pattern_with_the_period_of_the_codes_stays_in_place() -> None:
     torch.manual_seed(0)
     cells = torch.arange(CELL * CELL, dtype=torch.float32).view(1, 1, CELL, CELL)
     pattern = cells.repeat(30, 1, *(side // CELL for side in SIZE))
-    augment = Augmentation.draw(30, GRID, pattern.device)
+    augment = Augmentation.draw(torch.rand(30, 3), GRID, pattern.device)
     moved = augment(pattern)
     mirrored = torch.where(augment.flips[:, None, None, None], pattern.flip(3), pattern)
     edge = int(max(SIZE) * LARGEST_SHIFT)
@@ -214,7 +214,7 @@ def test_a_pattern_with_the_period_of_the_codes_stays_in_place() -> None:
 
 
 def test_grids_too_small_for_a_shift_are_flipped_alone() -> None:
-    augment = Augmentation.draw(20, (1, 2), torch.device("cpu"))
+    augment = Augmentation.draw(torch.rand(20, 3), (1, 2), torch.device("cpu"))
     assert not bool(augment.down.any() or augment.right.any())
     assert bool(augment.flips.any())
 
@@ -245,7 +245,7 @@ def test_real_and_drawn_images_are_augmented_alike(case: Case, monkeypatch: pyte
 def test_the_gradient_goes_back_through_the_augmentation() -> None:
     torch.manual_seed(0)
     images = torch.rand(2, 1, 16, 8, dtype=torch.float64, requires_grad=True)
-    augment = Augmentation.draw(2, (16, 8), images.device)
+    augment = Augmentation.draw(torch.rand(2, 3), (16, 8), images.device)
     assert torch.autograd.gradcheck(augment, (images,))
 
 

@@ -20,10 +20,11 @@ from pipeline.training.prior_stage import PriorStage
 from pipeline.training.recipes import LABEL_DROPOUT, PriorSettings
 from pipeline.training.train_prior import config_for
 from prior import GatedPixelCNN
+from prior.uniforms import draw_uniforms
 
 from ..conftest import Codegrid, Trained
 from ..support import LEVELS, brightness_tokenizer, digest_of, fill_with_cells, save_tokenizer, tiny_prior
-from .training_runs import evaluations_of
+from .training_runs import evaluations_of, losses_of
 
 SMALL = ["--channels", 2, "--num-layers", 1, "--steps", 1]
 
@@ -49,12 +50,10 @@ def stage_of(model: GatedPixelCNN) -> PriorStage:
 
 
 def test_the_loss_is_that_of_the_labels_that_are_left() -> None:
-    """Dropped by the same random numbers here: about half of 30, some of each class."""
+    """Dropped by the keys of the items: about half of 30, some of each class."""
     model, rows = tiny_prior(num_classes=3, label_dropout=0.5), np.arange(40)[np.arange(40) % 4 != 0]
-    torch.manual_seed(5)
-    hidden = torch.rand(30) < 0.5
-    torch.manual_seed(5)
-    found = stage_of(model).losses(np.arange(30))["loss"]
+    hidden = draw_uniforms(range(30), 1)[:, 0] < 0.5
+    found = losses_of(stage_of(model), np.arange(30))["loss"]
     codes, labels = Grids().batch(rows)
     assert 8 < int(hidden.sum()) < 22
     left = torch.where(hidden, -1, labels)
@@ -66,7 +65,7 @@ def test_a_prior_without_label_dropout_hides_none_and_takes_no_random_number() -
     model, rows = tiny_prior(num_classes=3), np.arange(40)[np.arange(40) % 4 != 0]
     state, (codes, labels) = torch.get_rng_state(), Grids().batch(rows)
     expected = F.cross_entropy(model(codes, labels), codes)
-    torch.testing.assert_close(stage_of(model).losses(np.arange(30))["loss"], expected)
+    torch.testing.assert_close(losses_of(stage_of(model), np.arange(30))["loss"], expected)
     assert torch.equal(torch.get_rng_state(), state)
 
 

@@ -12,7 +12,7 @@ from pipeline.training.recipes import LARGE_TOKENIZER, DecoderSettings, PriorSet
 from pipeline.training.settings import recorded, resolve
 
 STAGES = {"train-tokenizer": TokenizerSettings, "train-decoder": DecoderSettings, "train-prior": PriorSettings}
-CHANGEABLE = {"steps", "precision", "compile", "sharp", "data_root", "tokenizer"}
+CHANGEABLE = {"accumulate", "steps", "precision", "compile", "sharp", "data_root", "tokenizer"}
 
 
 def another(name: str, value: Any) -> Any:

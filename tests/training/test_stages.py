@@ -31,7 +31,7 @@ from prior import sample_codes
 
 from ..conftest import CLASS_NAMES, Codegrid, Trained
 from ..support import LEVELS, brightness_tokenizer, cells_of, fill_with_cells, save_tokenizer, tiny_prior
-from .training_runs import Toy, lines_of, settings_of, toy_info
+from .training_runs import Toy, lines_of, losses_of, settings_of, toy_info
 
 
 @pytest.fixture
@@ -59,7 +59,7 @@ def test_the_codes_in_use_are_those_since_the_last_time(
     found = []
     for indices in ([0], [1], [0, 1, 2], []):
         for index in indices:
-            stage.losses(np.array([index]))
+            losses_of(stage, [index])
         codes = codes_of(images, stage.train_rows[indices], grey_folder) if indices else np.empty(0)
         found.append((stage.status()["codes_in_use"], len(np.unique(codes))))
     assert [reported for reported, _ in found] == [counted for _, counted in found]
@@ -111,7 +111,7 @@ def test_the_loss_of_a_prior_is_that_of_the_labels_of_its_rows() -> None:
 
     held_out_mask = np.array([True, False, False, True, False, False])
     rows = torch.tensor([1, 2, 4, 5])
-    found = PriorStage(model, Grids(), held_out_mask).losses(np.array([3, 0]))["loss"]
+    found = losses_of(PriorStage(model, Grids(), held_out_mask), [3, 0])["loss"]
     chosen = rows[[3, 0]]
     expected = torch.nn.functional.cross_entropy(model(codes[chosen], labels[chosen]), codes[chosen])
     torch.testing.assert_close(found, expected)

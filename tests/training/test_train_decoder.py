@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -39,7 +40,7 @@ from tokenizer.networks import Decoder
 
 from ..conftest import Codegrid, Trained
 from ..support import digest_of
-from .training_runs import Killed, evaluations_of, lines_of, same_run
+from .training_runs import Killed, evaluations_of, lines_of, losses_of, same_run
 
 QUICK = ("--precision", "fp32", "--device", "cpu", "--batch-size", 4)
 
@@ -214,7 +215,7 @@ def test_what_is_measured_and_written_is_the_moving_average(stage: DecoderStage)
     for name, tensor in stage.weights_to_use().items():
         assert torch.equal(tensor, expected[name])  # before the first step it is the plain decoder
     for step in range(4):
-        stage.losses(np.arange(4))
+        losses_of(stage, np.arange(4))
         for name, tensor in stage.decoder.state_dict().items():
             share = 1 if step == 0 else 9 / (10 + step)
             expected[name] = (1 - share) * expected[name] + share * tensor
@@ -231,7 +232,7 @@ def test_what_is_measured_and_written_is_the_moving_average(stage: DecoderStage)
 
 def test_only_the_decoder_and_its_discriminator_learn(stage: DecoderStage) -> None:
     before = {name: tensor.clone() for name, tensor in stage.tokenizer.state_dict().items()}
-    stage.losses(np.arange(5))["loss"].backward()
+    losses_of(stage, np.arange(5))["loss"].backward()
     assert all(parameter.grad is None for parameter in stage.tokenizer.parameters())
     assert all(parameter.grad is not None for parameter in stage.model.parameters())
     assert all(torch.equal(tensor, before[name]) for name, tensor in stage.tokenizer.state_dict().items())
@@ -246,16 +247,16 @@ def test_it_learns_from_the_codes_of_images_that_are_not_held_out(
     assert stage.distance.rows.tolist() == np.flatnonzero(aside).tolist()
     seen: list[tuple[Tensor, Tensor]] = []
 
-    def losses(*arguments: object) -> SharpeningLosses:
-        seen.append((arguments[2], arguments[3]))  # type: ignore[arg-type]
-        return sharpening_losses(*arguments)  # type: ignore[arg-type]
+    def losses(*arguments: Any, **options: Any) -> SharpeningLosses:
+        seen.append((arguments[2], arguments[3]))
+        return sharpening_losses(*arguments, **options)
 
     monkeypatch.setattr(decoder_stage, "sharpening_losses", losses)
     model, indices = load_tokenizer(trained.tokenizer), np.array([4, 0, 7])
     types: list[torch.dtype] = []
     stage.tokenizer.encoder.register_forward_hook(lambda module, images, latents: types.append(latents.dtype))
     with torch.autocast("cpu", dtype=torch.bfloat16):  # in which a code may be another
-        stage.losses(indices)
+        losses_of(stage, indices)
     batch = images.batch(stage.train_rows[indices])
     assert torch.equal(seen[0][1], batch)
     assert torch.equal(seen[0][0], model.quantizer.lookup(model.encode(batch)))

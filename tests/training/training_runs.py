@@ -4,7 +4,7 @@ import json
 import os
 import re
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from pipeline.models.checkpoint import CheckpointInfo, load_training, read_run
 from pipeline.training.loop import LoopSettings, run_training
 from pipeline.training.prior_stage import PriorStage
-from pipeline.training.stage import Evaluation, Stage
+from pipeline.training.stage import Batch, Evaluation, Stage
 from pipeline.training.tokenizer_stage import TokenizerStage
 
 from ..support import digest_of
@@ -27,12 +27,28 @@ def settings_of(**changes: Any) -> LoopSettings:
     return LoopSettings(**{**defaults, **changes}, device=torch.device("cpu"))
 
 
+def batch_of(stage: Stage, indices: Sequence[int] | np.ndarray, keys: Sequence[int] | None = None) -> Batch:
+    """Return a batch of these items, on the CPU; their keys are 0, 1, .. by default."""
+    rows = np.asarray(indices, dtype=np.int64)
+    return Batch(rows, torch.tensor(range(len(rows)) if keys is None else keys), stage.load(rows))
+
+
+def losses_of(stage: Stage, indices: Sequence[int] | np.ndarray) -> dict[str, Tensor]:
+    """Return the losses of a stage of these items, as in a step of which they are the batch."""
+    batch = batch_of(stage, indices)
+    stage.begin_step([batch])
+    losses = stage.losses(batch)
+    stage.finish_step()
+    return losses
+
+
 class Toy:
     """A stage with one weight, which the loss pushes up by Adam's step; its score is a function of the weight."""
 
     def __init__(self, score_of: Callable[[float], float] = lambda weight: weight, num_items: int = 5) -> None:
         self.model = nn.Linear(1, 1, bias=False)
         nn.init.zeros_(self.model.weight)
+        self.network: nn.Module = self.model
         self.num_items, self.score_of = num_items, score_of
         self.seen: list[list[int]] = []
         self.weights: list[float] = []  # before each step
@@ -45,9 +61,22 @@ class Toy:
     def weights_to_use(self) -> dict[str, Tensor]:
         return self.model.state_dict()
 
-    def losses(self, indices: np.ndarray) -> dict[str, Tensor]:
+    def load(self, indices: np.ndarray) -> tuple[Tensor, ...]:
+        return (torch.from_numpy(indices),)
+
+    def begin_step(self, batches: Sequence[Batch]) -> None:
+        pass
+
+    def finish_step(self) -> None:
+        pass
+
+    def discard_step(self) -> None:
+        pass
+
+    def losses(self, batch: Batch) -> dict[str, Tensor]:
         assert self.model.training
-        self.seen.append(indices.tolist())
+        assert batch.data[0].tolist() == batch.indices.tolist()
+        self.seen.append(batch.indices.tolist())
         self.weights.append(self.weight)
         self.at_step(len(self.seen))
         return {"loss": -self.model.weight.sum()}
@@ -134,9 +163,9 @@ def during(patch: pytest.MonkeyPatch, step: int, act: Callable[[], object]) -> N
     calls = []
     for stage in (TokenizerStage, PriorStage):
 
-        def losses(self: Any, indices: np.ndarray, real: Any = stage.losses) -> dict[str, Tensor]:
-            calls.append(indices)
-            found: dict[str, Tensor] = real(self, indices)
+        def losses(self: Any, batch: Batch, real: Any = stage.losses) -> dict[str, Tensor]:
+            calls.append(batch)
+            found: dict[str, Tensor] = real(self, batch)
             changed = act() if len(calls) == step else None
             return changed if isinstance(changed, dict) else found
 

@@ -1,0 +1,168 @@
+"""What the processes that share a training do together in each step; one process alone does nothing of it.
+
+Each takes a contiguous part of the batch of a step (`ProcessGroup.share`), and torch's DistributedDataParallel adds up
+their gradients while they are computed. What one of them finds out (a loss that is not finite, a signal, that it is
+time to save) holds for all from the same step on.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from inspect import signature
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ..codes.encoded_images import rows_sha256
+from ..errors import InputError
+from ..images.image_set import ImageSplit
+from ..runtime.process_group import OtherProcessError, ProcessGroup
+from .divergence import DivergedError
+from .stage import Stage
+
+# The quantizer itself keeps its buffers equal; the older of the two names is deprecated in torch 2.14.
+SYNC_BUFFERS = next(
+    name
+    for name in ("forward_sync_buffers", "broadcast_buffers")
+    if name in signature(DistributedDataParallel.__init__).parameters
+)
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What is wanted of a run after the step in progress."""
+
+    signal: int = 0  # the number of the signal that asks to stop; 0 for none
+    output_closed: bool = False  # nobody reads standard output any more
+    save: bool = False  # it is time to save
+
+
+class SharedSteps:
+    """The processes of a training, as its loop sees them.
+
+    Args:
+        group: the processes.
+        wishes: returns what is wanted in this process.
+    """
+
+    def __init__(self, group: ProcessGroup, wishes: Callable[[], Wishes]) -> None:
+        self.group, self._wishes = group, wishes
+        self._agreed = Wishes()
+
+    @contextmanager
+    def gradients_of(self, stage: Stage) -> Iterator[None]:
+        """Let the gradients of the stage's network be added up over all processes, within `with`.
+
+        Its weights and buffers become those of the main process.
+        """
+        network = stage.network
+        if self.group.count > 1:
+            device = next(network.parameters()).device
+            devices = [device] if device.type == "cuda" else None
+            stage.network = DistributedDataParallel(network, device_ids=devices, **{SYNC_BUFFERS: False})
+        try:
+            yield
+        finally:
+            stage.network = network  # what is wrapped holds on to the process group, which ends before the program
+
+    def backward(self, network: nn.Module, loss: Tensor, share: float, *, is_last: bool) -> None:
+        """Add the gradients of part of a batch.
+
+        Args:
+            network: what the loss was computed with.
+            loss: the mean over the items of the part.
+            share: of the whole batch that the part is.
+            is_last: whether it is the last part of this process, after which gradients are added up over all.
+        """
+        waits = isinstance(network, DistributedDataParallel) and not is_last
+        context: AbstractContextManager[object] = network.no_sync() if waits else nullcontext()  # type: ignore[operator]
+        with context:
+            (loss * (share * self.group.count)).backward()  # of which DistributedDataParallel takes the mean
+
+    def agree(self, error: DivergedError | None) -> None:
+        """Agree with the other processes on what is wanted.
+
+        Raises:
+            DivergedError: in every process, if one has an error; it is that of the first that has one.
+        """
+        if self.group.count > 1:
+            wishes = self._wishes()
+            flags = [float(error is not None), float(wishes.signal), float(wishes.output_closed), float(wishes.save)]
+            failed, signal, closed, save = self.group.maxima(flags)
+            self._agreed = Wishes(signal=int(signal), output_closed=bool(closed), save=bool(save))
+            if failed:
+                self._raise_first(error)
+        elif error is not None:
+            raise error
+
+    def check(self, check: Callable[[], None]) -> None:
+        """Call `check` in every process. Raise DivergedError in each, if it raises one in any."""
+        found: DivergedError | None = None
+        try:
+            check()
+        except DivergedError as error:
+            found = error
+        if self.group.maxima([float(found is not None)])[0]:
+            self._raise_first(found)
+
+    def wishes(self) -> Wishes:
+        """Return what is wanted, the same in every process after the same step."""
+        return self._wishes() if self.group.count == 1 else self._agreed
+
+    def check_equal(self, stage: Stage, step: int) -> None:
+        """Raise InputError, in the main process, unless the weights and the codebook are the same in every process.
+
+        In the others, OtherProcessError. Costs a copy of the weights to the CPU and their hash.
+        """
+        if self.group.count == 1:
+            return
+        remedy = "give all processes the same kind of device and the same versions, and continue with --resume"
+        check_same(f"weights and codebook after {step:,} steps", digest(stage.model), self.group, remedy)
+
+    def _raise_first(self, error: DivergedError | None) -> None:
+        """Raise the error of the first process that has one."""
+        own = None if error is None else {"expected": error.expected, "got": error.got, "do": error.do}
+        raise DivergedError(**next(each for each in self.group.gather(own) if each is not None))
+
+
+def digest(model: nn.Module) -> str:
+    """Return the SHA-256 of all weights and buffers."""
+    found = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        found.update(name.encode())
+        found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
+def check_same_images(images: ImageSplit, group: ProcessGroup) -> None:
+    """Raise as `check_same` does unless every process has these images."""
+    check_same("images", rows_sha256(images) if group.count > 1 else "", group)
+
+
+def check_same(what: str, sha256: str, group: ProcessGroup, do: str = "give all machines the same") -> None:
+    """Raise InputError, in the main process, unless every process has this hash. In the others, OtherProcessError."""
+    found = group.gather(sha256)
+    other = next((rank for rank, each in enumerate(found) if each != found[0]), None)
+    if other is None:
+        return
+    if not group.is_main:
+        raise OtherProcessError
+    raise InputError(
+        expected=f"the same {what} in all {group.count} processes",
+        got=f"others in process {other} than in process 0",
+        do=do,
+    )
+
+
+def check_batch_size(batch_size: int, accumulate: int, group: ProcessGroup) -> None:
+    """Raise InputError unless every process has an item of every part of a batch."""
+    least = group.count * accumulate
+    if batch_size < least:
+        parts = f"{group.count} processes" if accumulate == 1 else f"{group.count} x {accumulate} parts"
+        raise InputError(
+            expected=f"--batch-size of {least} or more, the items of all processes, for {parts}",
+            got=f"{batch_size}",
+            do="raise --batch-size, or start fewer processes",
+        )
