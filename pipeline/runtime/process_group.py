@@ -1,23 +1,28 @@
 """Several processes of one command, on one machine or many, as `torchrun` starts them; without it there is one.
 
-They exchange messages through gloo, which every build of torch has, about what to do; results go through files.
+They exchange messages through gloo, which every build of torch has, about what to do; tensors on GPUs go through NCCL,
+and results through files. A process that is lost ends all: `heartbeat.py`.
+
+N numbers.
 """
 
-import os
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from datetime import timedelta
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from ..errors import InputError
+from .meeting import read_launch
+from .membership import Membership, OtherProcessError, is_loss, membership
+
+__all__ = ["OtherProcessError", "ProcessGroup", "process_group"]
 
 T = TypeVar("T")
-
-PATIENCE = timedelta(days=7)  # how long a process waits for the others, whose shares of the work take different times
 
 
 @dataclass(frozen=True)
@@ -27,6 +32,7 @@ class ProcessGroup:
     rank: int = 0
     count: int = 1
     local_rank: int = 0  # on this machine
+    _member: Membership | None = field(default=None, kw_only=True, compare=False, repr=False)
 
     @property
     def is_main(self) -> bool:
@@ -75,43 +81,88 @@ class ProcessGroup:
         return items[first:last]
 
     def device(self, name: str) -> str:
-        """Return `name`, or the GPU of this process if `name` does not say which of several."""
+        """Return `name`, or the GPU of this process if `name` does not say which of several.
+
+        That GPU is also what "cuda" means from then on, as NCCL needs it.
+        """
         if self.count > 1 and name in ("auto", "cuda") and torch.cuda.is_available():
-            return f"cuda:{self.local_rank % torch.cuda.device_count()}"
+            name = f"cuda:{self.local_rank % torch.cuda.device_count()}"
+            torch.cuda.set_device(name)
         return name
 
     def gather(self, value: T) -> list[T]:
-        """Return the values of all processes, by rank. Raise InputError if one of them is lost."""
+        """Return the values of all processes, by rank. Raise as `explaining_loss` does."""
         if self.count == 1:
             return [value]
         values: list[Any] = [None] * self.count
-        try:
+        with self.explaining_loss():
             dist.all_gather_object(values, value)
-        except RuntimeError as error:
-            raise InputError(
-                expected=f"all {self.count} processes to continue",
-                got=f"one lost ({str(error).splitlines()[0]})",
-                do="run the same command again: what is written is kept",
-            ) from None
         return values
 
+    def maxima(self, values: Sequence[float]) -> list[float]:
+        """Return the greatest value over all processes of each of N numbers, exactly; NaN if one is NaN.
 
-class OtherProcessError(SystemExit):
-    """Ends this process with status 1 and no message, because another one says what went wrong."""
+        It takes one message between processes on the CPU: 0.2 ms between two on one machine. Raises as
+        `explaining_loss` does.
+        """
+        if self.count == 1:
+            return list(values)
+        numbers = [(-math.inf, 1.0) if math.isnan(value) else (value, 0.0) for value in values]
+        reduced = torch.tensor(numbers, dtype=torch.float64)  # (N, 2): gloo's maximum may lose a NaN, so beside it
+        with self.explaining_loss():
+            dist.all_reduce(reduced, dist.ReduceOp.MAX)
+        return [math.nan if is_nan else number for number, is_nan in reduced.tolist()]
 
-    def __init__(self) -> None:
-        super().__init__(1)
+    def sums(self, tensor: Tensor) -> Tensor:
+        """Return the sum over all processes of each element of `tensor`, a new float64 tensor on its device.
+
+        All processes get the same bits. One process alone returns `tensor` as it is. Raises as `explaining_loss` does.
+        """
+        if self.count == 1:
+            return tensor
+        total = tensor.detach().to(torch.float64, copy=True, memory_format=torch.contiguous_format)
+        with self.explaining_loss():
+            dist.all_reduce(total)
+        return total
+
+    @contextmanager
+    def explaining_loss(self) -> Iterator[None]:
+        """Turn what gloo and NCCL raise within `with` when another process is gone into an error that says so.
+
+        Raises:
+            InputError: a process is lost, and this is the first to notice it.
+            OtherProcessError: another process says what went wrong.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            if self._member is None or not is_loss(error):
+                raise
+            raise self._member.loss(error) from None
+
+
+ALONE = ProcessGroup()
+_open: ProcessGroup | None = None  # the group, while a `with` of `process_group` is entered
 
 
 @contextmanager
 def process_group() -> Iterator[ProcessGroup]:
-    """Yield the processes that torchrun started together with this one, or this one alone."""
-    count = int(os.environ.get("WORLD_SIZE", "1"))
-    if count == 1 or "RANK" not in os.environ:
-        yield ProcessGroup()
+    """Yield the processes that a launcher started together with this one, or this one alone.
+
+    Within `with`, a further `with process_group()` yields the same group, and only the outermost ends it. Every process
+    must call this equally often.
+
+    Raises:
+        InputError: the environment says too little about the others, or they are not there within half an hour.
+    """
+    global _open
+    launch = read_launch() if _open is None else None
+    if launch is None:
+        yield _open or ALONE
         return
-    dist.init_process_group("gloo", timeout=PATIENCE)
-    try:
-        yield ProcessGroup(int(os.environ["RANK"]), count, int(os.environ.get("LOCAL_RANK", "0")))
-    finally:
-        dist.destroy_process_group()
+    with membership(launch) as member:
+        _open = ProcessGroup(launch.rank, launch.count, launch.local_rank, _member=member)
+        try:
+            yield _open
+        finally:
+            _open = None
