@@ -17,7 +17,7 @@ from click.shell_completion import shell_complete
 from pipeline import __version__
 from pipeline.errors import InputError, printable
 from pipeline.generation.guidance import DEFAULT_GUIDANCE
-from pipeline.runtime.console import check_output, end_status, note, prepare_console, record_closed, say
+from pipeline.runtime.console import check_output, end_status, note, prepare_console, record_closed, report, say
 from pipeline.runtime.interrupts import ending_by_signal
 from pipeline.training.recipes import (
     ATTENTION_EVERY,
@@ -677,7 +677,8 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     """Run a command and exit.
 
     The status is 0 when it is done, 1 if it failed, 2 if the command line is wrong, 130 on Ctrl-C, 143 after SIGTERM,
-    129 after SIGHUP, 141 if nobody reads standard output any more.
+    129 after SIGHUP, 141 if nobody reads standard output any more. Of several processes only the first prints, except
+    what went wrong.
     """
     prepare_console()
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -736,9 +737,9 @@ def in_one_line(message: str) -> str:
 
 
 def fail(message: str, status: int) -> NoReturn:
-    """Print an error in one line and exit with this status."""
+    """Print an error in one line, in whichever process it is, and exit with this status."""
     say()  # writes what is left, so that nothing fails as the program ends
-    note(f"Error: {message}")
+    report(f"Error: {message}")
     sys.exit(status)
 
 

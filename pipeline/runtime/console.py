@@ -38,6 +38,7 @@ class OutputClosed(SystemExit):
 
 
 _status_lines: list[StatusLine] = []  # on the terminal now
+_process = (0, 1)  # the rank of this process and how many there are, if a launcher started several
 _lost: OSError | None = None  # why a line on standard output was not written
 
 
@@ -45,10 +46,11 @@ def prepare_console() -> None:
     """Make standard output and error ready; the first thing that the program does.
 
     What an encoding lacks is escaped from now on, a stream that was closed from the start goes nowhere, and the
-    warnings of the program's loggers are printed by `note`.
+    warnings of the program's loggers are printed by `note`. Of several processes that torchrun or another launcher
+    started, only that of rank 0 prints from now on, except by `report`.
     """
-    global _lost
-    _lost = None
+    global _lost, _process
+    _lost, _process = None, _started_process()
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
@@ -59,15 +61,28 @@ def prepare_console() -> None:
         logger.addHandler(_Notes())
 
 
+def is_silent() -> bool:
+    """Return whether another process prints what this one has to say."""
+    return _process[0] > 0
+
+
 def say(*lines: str) -> None:
     """Print each text as a line on standard output; what cannot be written is recorded, and raises nothing."""
     global _lost
-    _lost = _print(sys.stdout, lines) or _lost
+    if not is_silent():
+        _lost = _print(sys.stdout, lines) or _lost
 
 
 def note(*lines: str) -> None:
     """Print each text as a line on standard error, if it can be written."""
-    _print(sys.stderr, lines)
+    if not is_silent():
+        _print(sys.stderr, lines)
+
+
+def report(line: str) -> None:
+    """Print an error on standard error, if it can be written, in every process: with its name, if `note` is silent."""
+    rank, count = _process
+    _print(sys.stderr, (f"process {rank + 1} of {count}: {line}" if is_silent() else line,))
 
 
 def output_closed() -> bool:
@@ -137,6 +152,14 @@ def write_text(stream: TextIO | None, text: str) -> OSError | None:
         with suppress(OSError, ValueError):
             os.write(stream.fileno(), text.encode("utf-8", "backslashreplace"))
     return None
+
+
+def _started_process() -> tuple[int, int]:
+    """Return the rank and the count of processes that a launcher put into the environment; 0 and 1 without one."""
+    rank, count = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE"))
+    if not all(text.isascii() and text.isdigit() for text in (rank, count)) or int(count) < 2:
+        return 0, 1
+    return int(rank), int(count)
 
 
 class _Notes(logging.Handler):

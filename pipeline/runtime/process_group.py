@@ -1,23 +1,28 @@
 """Several processes of one command, on one machine or many, as `torchrun` starts them; without it there is one.
 
-They exchange messages through gloo, which every build of torch has, about what to do; results go through files.
+They exchange messages through gloo, which every build of torch has, about what to do; tensors on GPUs go through NCCL,
+and results through files. A process that is lost ends all: `heartbeat.py`.
+
+N numbers.
 """
 
-import os
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
-from datetime import timedelta
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from ..errors import InputError
+from .meeting import read_launch
+from .membership import Membership, OtherProcessError, is_loss, membership
+
+__all__ = ["OtherProcessError", "ProcessGroup", "process_group"]
 
 T = TypeVar("T")
-
-PATIENCE = timedelta(days=7)  # how long a process waits for the others, whose shares of the work take different times
 
 
 @dataclass(frozen=True)
@@ -27,6 +32,7 @@ class ProcessGroup:
     rank: int = 0
     count: int = 1
     local_rank: int = 0  # on this machine
+    _member: Membership | None = field(default=None, kw_only=True, compare=False, repr=False)
 
     @property
     def is_main(self) -> bool:
@@ -55,15 +61,8 @@ class ProcessGroup:
 
     def run_on_main(self, action: Callable[[], T]) -> T:
         """Run `action` in the main process; return its result in every process. Raises as `run_on_all` does."""
-        result: Any = self.gather(self.run_on_all(lambda: action() if self.is_main else None))[0]
-        return result
-
-    def main_first(self, action: Callable[[], T]) -> T:
-        """Run `action` in one process of each machine, then in its others, which find on disk what the first wrote."""
-        first = self.run_on_all(lambda: action() if self.local_rank == 0 else None)
-        others = self.run_on_all(lambda: None if self.local_rank == 0 else action())
-        result: Any = first if self.local_rank == 0 else others
-        return result
+        result: Any = self.run_on_all(lambda: action() if self.is_main else None)
+        return self.of_main(result)
 
     @contextmanager
     def entered_by_main(self, context: Callable[[], AbstractContextManager[object]]) -> Iterator[None]:
@@ -72,72 +71,118 @@ class ProcessGroup:
             self.run_on_main(lambda: bool(stack.enter_context(context())))
             yield
 
+    def main_first(self, action: Callable[[], T]) -> T:
+        """Run `action` in one process of each machine, then in its others, which find on disk what the first wrote."""
+        first = self.run_on_all(lambda: action() if self.local_rank == 0 else None)
+        others = self.run_on_all(lambda: None if self.local_rank == 0 else action())
+        result: Any = first if self.local_rank == 0 else others
+        return result
+
     def wait(self) -> None:
         """Return once every process has called this."""
         self.gather(None)
 
     def share(self, items: list[T]) -> list[T]:
         """Return this process's share of `items`: each item is in exactly one share, and a share is contiguous."""
-        first, last = self.bounds(len(items))
-        return items[first:last]
+        return items[slice(*self.bounds(len(items)))]
 
     def bounds(self, count: int) -> tuple[int, int]:
         """Return the first of `count` items that is in this process's share, and the first after it."""
         first, last = (count * rank // self.count for rank in (self.rank, self.rank + 1))
         return first, last
 
-    def maxima(self, values):
-        if self.count == 1:
-            return list(values)
-        t = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(t, op=dist.ReduceOp.MAX)
-        return t.tolist()
-
-    def sums(self, tensor):
-        if self.count == 1:
-            return tensor
-        t = tensor.double()
-        dist.all_reduce(t)
-        return t
-
     def device(self, name: str) -> str:
-        """Return `name`, or the GPU of this process if `name` does not say which of several."""
+        """Return `name`, or the GPU of this process if `name` does not say which of several.
+
+        That GPU is also what "cuda" means from then on, as NCCL needs it.
+        """
         if self.count > 1 and name in ("auto", "cuda") and torch.cuda.is_available():
-            return f"cuda:{self.local_rank % torch.cuda.device_count()}"
+            name = f"cuda:{self.local_rank % torch.cuda.device_count()}"
+            torch.cuda.set_device(name)
         return name
 
     def gather(self, value: T) -> list[T]:
-        """Return the values of all processes, by rank. Raise InputError if one of them is lost."""
+        """Return the values of all processes, by rank. Raise as `explaining_loss` does."""
         if self.count == 1:
             return [value]
         values: list[Any] = [None] * self.count
-        try:
+        with self.explaining_loss():
             dist.all_gather_object(values, value)
-        except RuntimeError as error:
-            raise InputError(
-                expected=f"all {self.count} processes to continue",
-                got=f"one lost ({str(error).splitlines()[0]})",
-                do="run the same command again: what is written is kept",
-            ) from None
         return values
 
+    def of_main(self, value: T) -> T:
+        """Return the value of the main process. Raise as `explaining_loss` does."""
+        if self.count == 1:
+            return value
+        values = [value]
+        with self.explaining_loss():
+            dist.broadcast_object_list(values, src=0, device=torch.device("cpu"))
+        return values[0]
 
-class OtherProcessError(SystemExit):
-    """Ends this process with status 1 and no message, because another one says what went wrong."""
+    def maxima(self, values: Sequence[float]) -> list[float]:
+        """Return the greatest value over all processes of each of N numbers, exactly; NaN if one is NaN.
 
-    def __init__(self) -> None:
-        super().__init__(1)
+        It takes one message between processes on the CPU: 0.2 ms between two on one machine. Raises as
+        `explaining_loss` does.
+        """
+        if self.count == 1:
+            return list(values)
+        numbers = [(-math.inf, 1.0) if math.isnan(value) else (value, 0.0) for value in values]
+        reduced = torch.tensor(numbers, dtype=torch.float64)  # (N, 2): gloo's maximum may lose a NaN, so beside it
+        with self.explaining_loss():
+            dist.all_reduce(reduced, dist.ReduceOp.MAX)
+        return [math.nan if is_nan else number for number, is_nan in reduced.tolist()]
+
+    def sums(self, tensor: Tensor) -> Tensor:
+        """Return the sum over all processes of each element of `tensor`, a new float64 tensor on its device.
+
+        All processes get the same bits. One process alone returns `tensor` as it is. Raises as `explaining_loss` does.
+        """
+        if self.count == 1:
+            return tensor
+        total = tensor.detach().to(torch.float64, copy=True, memory_format=torch.contiguous_format)
+        with self.explaining_loss():
+            dist.all_reduce(total)
+        return total
+
+    @contextmanager
+    def explaining_loss(self) -> Iterator[None]:
+        """Turn what gloo and NCCL raise within `with` when another process is gone into an error that says so.
+
+        Raises:
+            InputError: a process is lost, and this is the first to notice it.
+            OtherProcessError: another process says what went wrong.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            if self._member is None or not is_loss(error):
+                raise
+            raise self._member.loss(error) from None
+
+
+ALONE = ProcessGroup()
+_open: ProcessGroup | None = None  # the group, while a `with` of `process_group` is entered
 
 
 @contextmanager
 def process_group() -> Iterator[ProcessGroup]:
-    """Yield the processes that torchrun started together with this one, or this one alone."""
-    count = int(os.environ.get("WORLD_SIZE", "1"))
-    if count == 1 or "RANK" not in os.environ:
-        yield ProcessGroup()
+    """Yield the processes that a launcher started together with this one, or this one alone.
+
+    Within `with`, a further `with process_group()` yields the same group, and only the outermost ends it. Every process
+    must call this equally often.
+
+    Raises:
+        InputError: the environment says too little about the others, or they are not there within half an hour.
+    """
+    global _open
+    launch = read_launch() if _open is None else None
+    if launch is None:
+        yield _open or ALONE
         return
-    dist.init_process_group("gloo", timeout=PATIENCE)
-    try:
-        yield ProcessGroup(int(os.environ["RANK"]), count, int(os.environ.get("LOCAL_RANK", "0")))
-    finally:
-        dist.destroy_process_group()
+    with membership(launch) as member:
+        _open = ProcessGroup(launch.rank, launch.count, launch.local_rank, _member=member)
+        try:
+            yield _open
+        finally:
+            _open = None

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from tqdm import tqdm
 
 from ..errors import printable
-from .console import hide_status, note, show_status, write_text
+from .console import hide_status, is_silent, note, show_status, write_text
 
 Item = TypeVar("Item")
 
@@ -65,7 +65,7 @@ class Progress:
 
     def __enter__(self) -> "Progress":
         self._rate = _Rate(self._clock(), self.done)
-        if self._shown:
+        if self._shown and not is_silent():
             self._view = _TerminalLine(self.line()) if _is_terminal() else _PlainLines(self._clock())
         return self
 

@@ -211,7 +211,8 @@ class _Trainer:
                 or the model says so itself: no step is taken.
         """
         losses = self._losses_and_gradients()
-        self.stage.finish_step()
+        with self.group.explaining_loss():
+            self.stage.finish_step()
         self.optimizers.step(rate)
         self.step += 1
         self.bar.update()
@@ -229,8 +230,9 @@ class _Trainer:
         parts = self._batch().split(self.settings.accumulate)
         self.optimizers.zero_grad()
         try:
-            self._begin_step(parts)
-            found = [self._losses_of(part, is_last=part is parts[-1]) for part in parts]
+            with self.group.explaining_loss():
+                self._begin_step(parts)
+                found = [self._losses_of(part, is_last=part is parts[-1]) for part in parts]
         except DivergedError:
             self.stage.discard_step()
             raise

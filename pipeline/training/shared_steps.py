@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from inspect import signature
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,12 +23,11 @@ from ..runtime.process_group import OtherProcessError, ProcessGroup
 from .divergence import DivergedError
 from .stage import Stage
 
-# The quantizer itself keeps its buffers equal; the older of the two names is deprecated in torch 2.14.
-SYNC_BUFFERS = next(
-    name
-    for name in ("forward_sync_buffers", "broadcast_buffers")
-    if name in signature(DistributedDataParallel.__init__).parameters
-)
+# The quantizer keeps its buffers equal itself. The older of the two names is deprecated in torch 2.14.
+PARAMETERS = signature(DistributedDataParallel.__init__).parameters
+OWN_BUFFERS: dict[str, Any] = {
+    "forward_sync_buffers" if "forward_sync_buffers" in PARAMETERS else "broadcast_buffers": False
+}
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class SharedSteps:
         if self.group.count > 1:
             device = next(network.parameters()).device
             devices = [device] if device.type == "cuda" else None
-            stage.network = DistributedDataParallel(network, device_ids=devices, **{SYNC_BUFFERS: False})
+            stage.network = DistributedDataParallel(network, device_ids=devices, **OWN_BUFFERS)
         try:
             yield
         finally:
