@@ -171,7 +171,7 @@ def run_in_blocks_of_all(
     """
 
     def share(start: int, stop: int) -> Iterator[tuple[Tensor, ...]]:
-        batches = run_in_blocks(model, compute, load, stop - start, first=start)
+        batches = run_in_blocks(model, compute, load, stop - start, first=start, batch_size=BLOCK)
         words = of_process(description or "", group)
         return with_progress(
             batches, stop - start, words, size=lambda batch: len(batch[0]), shown=description is not None
