@@ -32,6 +32,7 @@ from pipeline.training.recipes import (
 from pipeline.training.settings import LARGEST_BATCH
 
 if TYPE_CHECKING:
+    from pipeline.evaluation.evaluate import Evaluation
     from pipeline.models.checkpoint import CheckpointInfo
     from pipeline.models.decoders import DecoderChoice
 
@@ -447,17 +448,22 @@ def sample(
 ) -> None:
     """Sample new images.
 
-    Writes grid.png, images/, codes.npy and sample.json. Ctrl-C keeps the images that are finished.
+    Writes grid.png, images/, codes.npy and sample.json. Ctrl-C keeps the images that are finished. Processes that
+    torchrun starts share the sampling; the files are those of one.
     """
     from pipeline.generation.image_pipeline import ImagePipeline
     from pipeline.generation.sample_folder import SampleOptions, sample_to_folder
-    from pipeline.generation.sample_record import SAMPLE, only_run_in
+    from pipeline.generation.sample_record import SAMPLE, check_run_in
+    from pipeline.runtime.process_group import process_group
 
-    with only_run_in(out, SAMPLE, chosen["n"], force=force):
-        pass  # whatever refuses it does so before the models are loaded
-    images = ImagePipeline.from_pretrained(tokenizer, prior, device, decoder=decoder)
-    picture = sample_to_folder(images, SampleOptions.of(**chosen), out, force=force)
-    say(f"{chosen['n']} new images: {picture}")
+    with process_group() as group:
+        group.run_on_main(lambda: check_run_in(out, SAMPLE, chosen["n"], force=force))  # before models are loaded
+        images = group.run_on_all(
+            lambda: ImagePipeline.from_pretrained(tokenizer, prior, group.device(device), decoder=decoder)
+        )
+        picture = sample_to_folder(images, SampleOptions.of(**chosen), out, force=force, group=group)
+        if group.is_main:
+            say(f"{chosen['n']} new images: {picture}")
 
 
 @cli.command()
@@ -486,14 +492,16 @@ def complete(
     The rest is conditioned exactly on what is kept above it. It is conditioned on what is kept beside or below it by
     sampling many candidates and preferring those that fit. Without --label, what is kept also chooses the class.
 
-    Writes grid.png (the picture, what is kept, the completions), images/, codes.npy and complete.json.
+    Writes grid.png (the picture, what is kept, the completions), images/, codes.npy and complete.json. Of several
+    processes that torchrun starts, one does it all.
     """
+    if not is_main_process():
+        return
     from pipeline.generation.image_pipeline import ImagePipeline
     from pipeline.generation.sample_folder import SampleOptions, complete_to_folder
-    from pipeline.generation.sample_record import COMPLETION, only_run_in
+    from pipeline.generation.sample_record import COMPLETION, check_run_in
 
-    with only_run_in(out, COMPLETION, chosen["n"], force=force):
-        pass  # whatever refuses it does so before the models are loaded
+    check_run_in(out, COMPLETION, chosen["n"], force=force)  # before models are loaded
     pipeline = ImagePipeline.from_pretrained(tokenizer, prior, device, decoder=decoder)
     options = SampleOptions.of(**chosen)
     picture = complete_to_folder(pipeline, image, keep, options, out, candidates=candidates, force=force)
@@ -515,6 +523,8 @@ def reconstruct(tokenizer: Path, out: Path, **chosen: Any) -> None:
     A sharp decoder, which auto takes if there is one, invents likely detail: its error is a little larger than that of
     the plain one.
     """
+    if not is_main_process():
+        return
     from pipeline.evaluation.reconstruction_picture import reconstruct_to_file
 
     say(f"originals above reconstructions: {reconstruct_to_file(tokenizer, out, **chosen)}")
@@ -556,27 +566,16 @@ def evaluate(
     check_two_files(ctx, picture, chosen["nearest"])
     from pipeline.evaluation.evaluate import evaluate as run
     from pipeline.evaluation.sample_quality import QualityOptions
-    from pipeline.images.png import check_png, png_bytes
-    from pipeline.runtime.atomic_files import to_json, write_atomic
-    from pipeline.runtime.output_paths import check_output_file
+    from pipeline.runtime.process_group import process_group
 
-    if json_file is not None:
-        check_output_file(json_file, force=force, option="--json", suffix=".json")
     pictures = {"picture": picture, "nearest": chosen["nearest"]}
-    for name, path in pictures.items():
-        if path is not None:
-            check_png(path, force=force, option=f"--{name}")
     of_samples = {name: chosen.pop(name) for name in OF_SAMPLES} | {"nearest": pictures["nearest"] is not None}
     quality = None if samples is None else QualityOptions.of(samples, **of_samples)
-    evaluation = run(tokenizer, prior, with_picture=picture is not None, quality=quality, **chosen)
-    say(*evaluation.lines())
-    if json_file is not None:
-        write_atomic(json_file, to_json(evaluation.to_json()))
-    for name, path in pictures.items():
-        made = evaluation.pictures.get(name)
-        if path is not None and made is not None:
-            write_atomic(path, png_bytes(made))
-            say(f"{name:>14}  {path}")
+    with process_group() as group:
+        group.run_on_main(lambda: check_evaluation_files(json_file, pictures, force=force))
+        evaluation = run(tokenizer, prior, with_picture=picture is not None, quality=quality, group=group, **chosen)
+        if group.is_main:
+            write_evaluation(evaluation, json_file, pictures)
 
 
 @cli.command("measure-rate")
@@ -624,6 +623,41 @@ def check_given_with_samples(ctx: click.Context, samples: int | None, prior: Pat
             raise click.UsageError(f"expected --samples N with {option.opts[0]}, got none; add it", ctx)
     if samples is not None and prior is None:
         raise click.UsageError("expected --prior DIR with --samples, got none; name the prior to sample from", ctx)
+
+
+def check_evaluation_files(json_file: Path | None, pictures: dict[str, Path | None], *, force: bool) -> None:
+    """Raise InputError if a file that `evaluate` is to write, pictures by the names of their options, cannot be."""
+    from pipeline.images.png import check_png
+    from pipeline.runtime.output_paths import check_output_file
+
+    if json_file is not None:
+        check_output_file(json_file, force=force, option="--json", suffix=".json")
+    for name, path in pictures.items():
+        if path is not None:
+            check_png(path, force=force, option=f"--{name}")
+
+
+def write_evaluation(evaluation: "Evaluation", json_file: Path | None, pictures: dict[str, Path | None]) -> None:
+    """Print the numbers, and write the files that were asked for."""
+    from pipeline.images.png import png_bytes
+    from pipeline.runtime.atomic_files import to_json, write_atomic
+
+    say(*evaluation.lines())
+    if json_file is not None:
+        write_atomic(json_file, to_json(evaluation.to_json()))
+    for name, path in pictures.items():
+        made = evaluation.pictures.get(name)
+        if path is not None and made is not None:
+            write_atomic(path, png_bytes(made))
+            say(f"{name:>14}  {path}")
+
+
+def is_main_process() -> bool:
+    """Return whether this is the main process of those that torchrun started, for work that one of them does alone."""
+    from pipeline.runtime.process_group import process_group
+
+    with process_group() as group:
+        return group.is_main
 
 
 def check_two_files(ctx: click.Context, picture: Path | None, nearest: Path | None) -> None:

@@ -20,7 +20,9 @@ from tokenizer import VQVAE
 
 from ..images.image_set import ImageSplit
 from ..images.rows import evenly_spaced
-from ..models.inference import run_in_blocks
+from ..models.inference import run_in_blocks_of_all
+from ..models.shares import ALONE
+from ..runtime.process_group import ProcessGroup
 from .distances import frechet_distance
 from .reconstruction import ReconstructionNumbers, numbers_of
 
@@ -43,11 +45,13 @@ class DecoderDistance:
         tokenizer: its encoder and codebook are used; its decoder is not.
         images: a split.
         rows: [n], the images to measure on; of more than MOST_POSITIONS positions, evenly spaced ones.
+        group: processes that share the work; each must make such an object, measure the same decoders, and gets the
+            same numbers.
     """
 
-    def __init__(self, tokenizer: VQVAE, images: ImageSplit, rows: np.ndarray) -> None:
+    def __init__(self, tokenizer: VQVAE, images: ImageSplit, rows: np.ndarray, *, group: ProcessGroup = ALONE) -> None:
         positions = math.prod(tokenizer.grid(images.images.shape[2], images.images.shape[3]))
-        self.tokenizer, self.images = tokenizer, images
+        self.tokenizer, self.images, self.group = tokenizer, images, group
         self.rows = rows[evenly_spaced(len(rows), max(1, MOST_POSITIONS // positions))]
         (features,) = self._over_images(lambda block: (tokenizer.encoder.features(block),))
         deviations = features.std(dim=0, correction=0)
@@ -69,13 +73,23 @@ class DecoderDistance:
         features, errors = self._over_images(compute)
         if not bool(features.isfinite().all()):
             raise FloatingPointError("pixels that are NaN from the decoder")
-        error = numbers_of(float(errors.double().mean()), tokenizer.config.data_variance)
-        return DecoderNumbers(distance=frechet_distance(self.real, features / self.scale), error=error)
+
+        def numbers() -> (
+            DecoderNumbers
+        ):  # of one process, so that all decide alike: another machine may round otherwise
+            error = numbers_of(float(errors.double().mean()), tokenizer.config.data_variance)
+            return DecoderNumbers(distance=frechet_distance(self.real, features / self.scale), error=error)
+
+        return self.group.run_on_main(numbers)
 
     def _over_images(self, compute: Callable[[Tensor], tuple[Tensor, ...]]) -> list[Tensor]:
         """Return what `compute` returns for the images [n,C,H',W'], each of its tensors [n,F,H,W] as rows [n*H*W,F]."""
-        batches = run_in_blocks(
-            self.tokenizer, compute, lambda start, stop: self.images.batch(self.rows[start:stop]), len(self.rows)
+        batches = run_in_blocks_of_all(
+            self.tokenizer,
+            compute,
+            lambda start, stop: self.images.batch(self.rows[start:stop]),
+            len(self.rows),
+            self.group,
         )
         tensors = [torch.cat(parts) for parts in zip(*batches, strict=True)]
         return [_two_rows(rearrange(tensor, "n f h w -> (n h w) f")) for tensor in tensors]

@@ -30,6 +30,8 @@ from ..models.loading import (
     load_pair,
     load_trained_autoencoder,
 )
+from ..models.shares import ALONE, check_same
+from ..runtime.process_group import ProcessGroup
 from .codebook_health import CodebookHealth
 from .evaluation_picture import PriorInput, evaluation_picture
 from .picture_metrics import PictureMetrics
@@ -103,6 +105,7 @@ def evaluate(
     with_picture: bool = False,
     quality: QualityOptions | None = None,
     decoder: DecoderChoice = "auto",
+    group: ProcessGroup = ALONE,
 ) -> Evaluation:
     """Measure a tokenizer, and a prior if one is named, on a split of `data` (by default the tokenizer's).
 
@@ -121,20 +124,26 @@ def evaluate(
         quality: what to measure about samples of the prior, on the test split; None for nothing.
         decoder: "plain" or "sharp" measures that one alone. With "auto" the error is that of the plain one; if there is
             a sharp one, its error is beside it, and it makes the pictures that `quality` measures.
+        group: processes that share the work; each must call this, and gets the numbers. The main one has the pictures.
 
     Raises:
         InputError: a checkpoint or the images cannot be used, the prior was trained on another tokenizer's codes, there
             is no such decoder, a number is NaN or infinite, or what `quality` asks for cannot be measured.
         ValueError: another `decoder`.
     """
-    pair = None if prior_folder is None else load_pair(tokenizer_folder, prior_folder, device, decoder=decoder)
-    loaded = load_trained_autoencoder(tokenizer_folder, device, decoder=decoder) if pair is None else pair[0]
+    device = group.device(device)
+    pair, loaded = group.run_on_all(lambda: _loaded(tokenizer_folder, prior_folder, device, decoder))
     trained = loaded.with_plain_decoder() if decoder == "auto" else loaded
     beside = loaded.model if isinstance(loaded.model, VQVAE) and loaded.decoder != trained.decoder else None
-    images = images_of(trained.info, data=data, data_root=data_root)
-    chosen = split_of(images, split)
-    labels = chosen.labels if pair is None else match_labels(chosen.labels, images.class_names, pair[1])
-    samples = None if quality is None else _prepared(pair, images, split, quality, device)
+    images = group.main_first(lambda: images_of(trained.info, data=data, data_root=data_root))
+    chosen = group.run_on_all(lambda: split_of(images, split))
+    check_same(group, images=(images.class_names, len(images.train), len(images.test)), **_fingerprints(pair, loaded))
+    labels = group.run_on_all(
+        lambda: chosen.labels if pair is None else match_labels(chosen.labels, images.class_names, pair[1])
+    )
+    samples = None
+    if quality is not None:
+        samples = group.run_on_all(lambda: _prepared(pair, images, split, quality, device, group))
     found = _Collected(trained.model.config.num_codes)
     measured = measure_decoders(
         trained.model,
@@ -143,20 +152,28 @@ def evaluate(
         progress=True,
         on_codes=None if pair is None else found.append_codes,
         on_errors=found.append_errors,
+        group=group,
     )
-    check_finite(asdict(measured.numbers), trained.decoder_folder)
+    group.run_on_all(lambda: check_finite(asdict(measured.numbers), trained.decoder_folder))
     if measured.other is not None:
-        check_finite(asdict(measured.other), loaded.decoder_folder)
+        other = asdict(measured.other)
+        group.run_on_all(lambda: check_finite(other, loaded.decoder_folder))
     likelihood = prior_input = None
     if pair is not None:
         tokenizer, prior = pair
         prior_input = PriorInput(prior=prior, codes=found.codes(), labels=labels)
-        simple = measure_simple_predictors(tokenizer, images, split, prior_input.codes)
-        likelihood = measure_likelihood(tokenizer, prior, prior_input.codes, labels, simple)
-        check_finite(likelihood.to_json(), prior.folder)
+        simple = measure_simple_predictors(tokenizer, images, split, prior_input.codes, group=group)
+        likelihood = measure_likelihood(tokenizer, prior, prior_input.codes, labels, simple, group=group)
+        bits = likelihood.to_json()
+        group.run_on_all(lambda: check_finite(bits, prior.folder))
     title = f"{os.path.basename(images.source)}: {split} split, {len(chosen):,} image{'' if len(chosen) == 1 else 's'}"
     if loaded.decoder == "sharp":
         title += f", {trained.decoder} decoder"
+    picture = None
+    if with_picture:
+        picture = group.run_on_all(
+            lambda: _picture(title, trained, chosen, found.errors(), prior_input) if group.is_main else None
+        )
     return Evaluation(
         data=images.source,
         split=split,
@@ -164,11 +181,32 @@ def evaluate(
         reconstruction=measured.numbers,
         codebook=measured.codebook,
         likelihood=likelihood,
-        picture=_picture(title, trained, chosen, found.errors(), prior_input) if with_picture else None,
+        picture=picture,
         quality=None if samples is None else samples.measure(),
         decoder=trained.decoder,
         sharp=measured.other,
     )
+
+
+def _loaded(
+    tokenizer_folder: Path, prior_folder: Path | None, device: str, decoder: DecoderChoice
+) -> tuple[tuple[TrainedTokenizer, TrainedPrior] | None, TrainedAutoencoder]:
+    """Return the tokenizer with its prior, if one is named, and the tokenizer or baseline to measure."""
+    if prior_folder is None:
+        return None, load_trained_autoencoder(tokenizer_folder, device, decoder=decoder)
+    pair = load_pair(tokenizer_folder, prior_folder, device, decoder=decoder)
+    return pair, pair[0]
+
+
+def _fingerprints(
+    pair: tuple[TrainedTokenizer, TrainedPrior] | None, loaded: TrainedAutoencoder
+) -> dict[str, str | None]:
+    """Return the hashes of the weights of all models, by name."""
+    return {
+        "tokenizer": loaded.info.fingerprint,
+        "decoder": None if loaded.decoder_info is None else loaded.decoder_info.fingerprint,
+        "prior": None if pair is None else pair[1].info.fingerprint,
+    }
 
 
 def _prepared(
@@ -177,6 +215,7 @@ def _prepared(
     split: str,
     quality: QualityOptions,
     device: str,
+    group: ProcessGroup,
 ) -> SampleQuality:
     """Return the measurement of samples, to be made later. Raise InputError for what is wrong with it."""
     if pair is None or split != "test":
@@ -185,7 +224,7 @@ def _prepared(
             got="no prior" if pair is None else f"the {split} split",
             do="name the prior with --prior" if pair is None else "omit --split",
         )
-    return SampleQuality(ImagePipeline(*pair), images, quality, device)
+    return SampleQuality(ImagePipeline(*pair), images, quality, device, group=group)
 
 
 def check_finite(numbers: Mapping[str, float], folder: Path) -> None:

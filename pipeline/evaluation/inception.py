@@ -8,7 +8,7 @@ Heusel et al. 2017, arXiv:1706.08500. Legend: N images, n in a batch, C channels
 
 import hashlib
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -18,6 +18,8 @@ from einops import repeat
 from torch import Tensor, nn
 
 from ..errors import InputError
+from ..models.shares import ALONE, map_on_all
+from ..runtime.process_group import ProcessGroup
 from ..runtime.progress import with_progress
 from ..runtime.untrusted_files import read_regular, unreadable
 
@@ -30,7 +32,11 @@ BATCH = 32  # images of 299 x 299 at a time; their activations take about 0.5 GB
 
 
 def inception_features(
-    network: nn.Module, images: Callable[[int, int], Tensor], count: int, what: str = "images"
+    network: nn.Module,
+    images: Callable[[int, int], Tensor],
+    count: int,
+    what: str = "images",
+    group: ProcessGroup = ALONE,
 ) -> np.ndarray:
     """Return the Inception features of images 0 .. count - 1, float32 [N,2048], with a progress bar.
 
@@ -42,17 +48,17 @@ def inception_features(
         images: (start, stop) -> uint8 images [stop - start,C,H,W], C = 1 or 3.
         count: N.
         what: they are, for the line of progress.
+        group: processes that take turns with the batches; each must call this, and gets the features of all images.
 
     Raises:
         ValueError: the images are not such images.
     """
-    batches = _batches(network, images, count, next(network.parameters()).device)
-    features = np.empty((count, FEATURES), np.float32)
-    done = 0
-    for batch in with_progress(batches, count, f"computing Inception features of {what}", size=len):
-        features[done : done + len(batch)] = batch.cpu().numpy()
-        done += len(batch)
-    return features
+    starts = range(0, count, BATCH)
+    shown = with_progress(
+        starts, count, f"computing Inception features of {what}", size=lambda start: min(BATCH, count - start)
+    )
+    batches = map_on_all(lambda start: _features(network, images(start, min(start + BATCH, count))), shown, group)
+    return np.concatenate([np.empty((0, FEATURES), np.float32), *batches])
 
 
 def load_inception(weights: Path) -> nn.Module:
@@ -99,16 +105,13 @@ def _not_the_weights(path: Path, got: str) -> InputError:
 
 
 @torch.no_grad()
-def _batches(
-    network: nn.Module, images: Callable[[int, int], Tensor], count: int, device: torch.device
-) -> Iterator[Tensor]:
-    """Yield the features [n,2048] of all images in order."""
-    for start in range(0, count, BATCH):
-        batch = _colour(images(start, min(start + BATCH, count))).to(device)
-        # Without TensorFloat-32, which keeps 10 bits of each factor.
-        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
-            (features,) = network(batch)
-        yield features
+def _features(network: nn.Module, images: Tensor) -> np.ndarray:
+    """Return the features [n,2048] of a batch of images."""
+    batch = _colour(images).to(next(network.parameters()).device)
+    # Without TensorFloat-32, which keeps 10 bits of each factor.
+    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+        (features,) = network(batch)
+    return features.cpu().numpy()
 
 
 def _colour(images: Tensor) -> Tensor:

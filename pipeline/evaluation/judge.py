@@ -3,15 +3,17 @@
 Legend: n images, C channels, H W pixels.
 """
 
-from dataclasses import dataclass
+import copy
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..images.preprocessing import to_float
-from ..models.inference import run_in_blocks
-from ..runtime.progress import with_progress
+from ..models.inference import run_in_blocks_of_all
+from ..models.shares import ALONE
+from ..runtime.process_group import ProcessGroup
 from .judge_network import Judge
 
 
@@ -50,7 +52,11 @@ class TrainedJudge:
         recognised = f"recognises {self.accuracy:.1%} of {self.tested_on:,} real test images"
         return f"a classifier of {len(self.class_names)} classes that {recognised}"
 
-    def look(self, images: np.ndarray | Tensor, what: str = "images") -> Seen:
+    def on(self, device: torch.device) -> "TrainedJudge":
+        """Return the same judge, with a copy of its network on a device."""
+        return replace(self, network=copy.deepcopy(self.network).to(device))
+
+    def look(self, images: np.ndarray | Tensor, what: str = "images", group: ProcessGroup = ALONE) -> Seen:
         """Compute the features of images, and the classes that it takes them for, in float32.
 
         The result for an image is the same to the bit, alone or among others.
@@ -58,11 +64,12 @@ class TrainedJudge:
         Args:
             images: uint8 [n,C,H,W] of the size that it was trained on.
             what: they are, for the line of progress.
+            group: processes that share the work; each must call this, and gets what all images are taken for.
 
         Raises:
             ValueError: images of another size or type.
         """
-        return look_at(self.network, images, what)
+        return look_at(self.network, images, what, group)
 
 
 def accuracy_of(predicted: np.ndarray, labels: np.ndarray) -> float:
@@ -70,7 +77,7 @@ def accuracy_of(predicted: np.ndarray, labels: np.ndarray) -> float:
     return float((predicted == labels).mean())
 
 
-def look_at(network: Judge, images: np.ndarray | Tensor, what: str) -> Seen:
+def look_at(network: Judge, images: np.ndarray | Tensor, what: str, group: ProcessGroup = ALONE) -> Seen:
     """Return what a network makes of images, as `TrainedJudge.look` does, which says more."""
     if images.dtype not in (np.uint8, torch.uint8):
         raise ValueError(f"expected images as uint8, got {images.dtype}")
@@ -79,9 +86,11 @@ def look_at(network: Judge, images: np.ndarray | Tensor, what: str) -> Seen:
         features = network(to_float(block))
         return (features, network.head(features).argmax(dim=1)) if network.config.num_classes else (features,)
 
-    batches = run_in_blocks(network, compute, lambda start, stop: _tensor(images[start:stop]), len(images))
-    shown = list(with_progress(batches, len(images), f"judging {what}", size=lambda batch: len(batch[0])))
-    features, *predicted = (torch.cat(tensors).numpy() for tensors in zip(*shown, strict=True))
+    def load(start: int, stop: int) -> Tensor:
+        return _tensor(images[start:stop])
+
+    batches = run_in_blocks_of_all(network, compute, load, len(images), group, f"judging {what}")
+    features, *predicted = (torch.cat(tensors).numpy() for tensors in zip(*batches, strict=True))
     return Seen(features=features, predicted=predicted[0] if predicted else None)
 
 

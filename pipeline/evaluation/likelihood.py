@@ -15,26 +15,42 @@ from prior.objective import code_nats, grid_bits
 from prior.posterior import pairs_at_once
 from prior.sampling import evaluating
 
+from ..models.shares import ALONE, map_on_all
+from ..runtime.process_group import ProcessGroup
 from ..runtime.progress import with_progress
 
 BATCH = 256  # grids at a time, or fewer where these would not fit memory
 
 
-def measure_prior(prior: GatedPixelCNN, batches: Iterable[tuple[Tensor, Tensor]]) -> float:
+def measure_prior(
+    prior: GatedPixelCNN, batches: Iterable[tuple[Tensor, Tensor]], *, group: ProcessGroup = ALONE
+) -> float:
     """Return the mean bits per code over all batches of codes [n,H,W] and labels [n], in float32.
 
     Every code counts alike, however the batches are divided; one that is large is run over in parts.
+
+    Args:
+        prior: put into `eval()` mode for the duration.
+        batches: the same ones in every process of the group, each of which iterates over all.
+        group: processes that take turns with the batches; each must call this, and gets the number of one process.
     """
-    device = next(prior.parameters()).device
-    bits, count = 0.0, 0
     with torch.no_grad(), evaluating(prior):
-        for batch in batches:
-            at_once = pairs_at_once(prior, batch[0].shape[1:].numel())
-            for codes, labels in zip(*(tensor.split(at_once) for tensor in batch), strict=True):
-                codes = codes.to(device)
-                logits = prior(codes, labels.to(device) if prior.config.num_classes else None)
-                bits, count = bits + float(grid_bits(logits, codes).sum()), count + codes.numel()
+        measured = map_on_all(lambda batch: _bits_of_parts(prior, *batch), batches, group)
+    bits, count = 0.0, 0
+    for part in (part for batch in measured for part in batch):
+        bits, count = bits + part[0], count + part[1]
     return bits / count
+
+
+def _bits_of_parts(prior: GatedPixelCNN, codes: Tensor, labels: Tensor) -> list[tuple[float, int]]:
+    """Return the bits of a batch and how many codes these are, for each part of it that fits memory."""
+    device, found = next(prior.parameters()).device, []
+    at_once = pairs_at_once(prior, codes.shape[1:].numel())
+    for grids, named in zip(codes.split(at_once), labels.split(at_once), strict=True):
+        grids = grids.to(device)
+        logits = prior(grids, named.to(device) if prior.config.num_classes else None)
+        found.append((float(grid_bits(logits, grids).sum()), grids.numel()))
+    return found
 
 
 @torch.no_grad()

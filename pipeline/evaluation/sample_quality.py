@@ -1,11 +1,15 @@
 """Which stage is to blame: the measurement of test images, their reconstructions and samples (picture_metrics.py).
 
+Several processes share the images, the columns and the classifiers of the classification accuracy score; the judge is
+trained, or read, by the main process alone, which sends it to the others.
+
 Legend: N pictures of each kind, C channels, H W pixels.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -22,7 +26,9 @@ from ..images.image_set import ImageSet
 from ..models.inference import reconstruct_images
 from ..models.labels import match_labels
 from ..models.loading import TrainedPrior
+from ..models.shares import ALONE, map_on_all
 from ..runtime.device import choose_device
+from ..runtime.process_group import ProcessGroup
 from ..runtime.progress import Progress, with_progress
 from .classification_score import accuracy_of_training_on
 from .comparison import Comparison, JudgeKind, Pictures
@@ -33,6 +39,8 @@ from .nearest_picture import NearestTraining, nearest_picture
 from .picture_metrics import COLUMNS, WORDS, PictureMetrics
 from .picture_numbers import PictureNumbers, distances, picture_numbers
 from .reconstruction import ReconstructionNumbers, numbers_of
+
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,13 +102,22 @@ class SampleQuality:
         images: of the size that the tokenizer takes.
         options: what to measure.
         device: auto, cpu, cuda, cuda:1 or mps; of the judge.
+        group: processes that share the measurement; each must make it, and gets the same numbers.
 
     Raises:
         InputError: the images do not suffice, an option does not fit them, or a file cannot be used.
     """
 
-    def __init__(self, pipeline: ImagePipeline, images: ImageSet, options: QualityOptions, device: str) -> None:
-        self.pipeline, self.options, self.device = pipeline, options, device
+    def __init__(
+        self,
+        pipeline: ImagePipeline,
+        images: ImageSet,
+        options: QualityOptions,
+        device: str,
+        *,
+        group: ProcessGroup = ALONE,
+    ) -> None:
+        self.pipeline, self.options, self.device, self.group = pipeline, options, device, group
         self.comparison = Comparison.of(images, options.samples, options.seed, options.judge)
         self.sampling = options.sampling(pipeline.trained_prior)
         self.labels = self._labels()
@@ -112,11 +129,14 @@ class SampleQuality:
         self.inception = None if weights is None else load_inception(weights).to(choose_device(device))
 
     def measure(self) -> PictureMetrics:
-        """Train the judge, if it is not in the cache, sample, and measure all three columns."""
-        judge = open_judge(self.comparison.images, self.comparison.class_names, self.device)
-        columns, reference = self.columns(), self.comparison.training_images()
-        seen = {name: judge.look(pictures.images, WORDS[name]) for name, pictures in columns.items()}
-        numbers = self._compared(judge.look(reference.images, "training images"), seen, columns)
+        """Train the judge, if it is not in the cache, sample, and measure all three columns.
+
+        The picture of the nearest training images is made in the main process alone.
+        """
+        judge, columns, reference = self._judge(), self.columns(), self.comparison.training_images()
+        seen = {name: judge.look(pictures.images, WORDS[name], self.group) for name, pictures in columns.items()}
+        known = judge.look(reference.images, "training images", self.group)
+        numbers = self._compared(known, seen, columns)
         error = self.error_of(columns["reconstructions"])
         numbers["reconstructions"] = replace(numbers["reconstructions"], nmse=error.nmse, psnr=error.psnr)
         if self.inception is not None:
@@ -125,7 +145,8 @@ class SampleQuality:
         if self.options.nearest:
             nearest = self._nearest(judge, columns, seen)
             numbers = {name: replace(numbers[name], nearest_train=nearest[name].median) for name in COLUMNS}
-            picture = nearest_picture(nearest["samples"], nearest["test"], self.comparison.images.train)
+            if self.group.is_main:
+                picture = nearest_picture(nearest["samples"], nearest["test"], self.comparison.images.train)
         cas, cas_real = self._cas(columns["samples"], reference) if self.options.cas else (None, None)
         return PictureMetrics(
             n=self.options.samples,
@@ -151,7 +172,9 @@ class SampleQuality:
     def reconstructions(self) -> Pictures:
         """Return the pictures of the second column alone: what the tokenizer makes of the test images."""
         test, tokenizer = self.comparison.test_images(), self.pipeline.trained_tokenizer
-        images = reconstruct_images(tokenizer.model, test.images, folder=tokenizer.decoder_folder, progress=True)
+        images = reconstruct_images(
+            tokenizer.model, test.images, folder=tokenizer.decoder_folder, progress=True, group=self.group
+        )
         return Pictures(images=images, labels=test.labels)
 
     def error_of(self, reconstructions: Pictures) -> ReconstructionNumbers:
@@ -163,14 +186,27 @@ class SampleQuality:
         self, reference: Seen, seen: dict[str, Seen], columns: dict[str, Pictures]
     ) -> dict[str, PictureNumbers]:
         """Return the numbers of each column in the judge's features."""
-        names = with_progress(COLUMNS, len(COLUMNS), "comparing with training images", "set")
-        return {name: picture_numbers(reference, seen[name], columns[name].labels) for name in names}
+        return self._of_columns(
+            lambda name: picture_numbers(reference, seen[name], columns[name].labels), "comparing with training images"
+        )
+
+    def _of_columns(self, measure: Callable[[str], Found], description: str) -> dict[str, Found]:
+        """Return what `measure` returns for the name of each column; the processes take turns."""
+        names = with_progress(COLUMNS, len(COLUMNS), description, "set")
+        return dict(zip(COLUMNS, map_on_all(measure, names, self.group), strict=True))
+
+    def _judge(self) -> TrainedJudge:
+        """Return the judge, of the same weights in every process."""
+        images, names = self.comparison.images, self.comparison.class_names
+        judge = self.group.run_on_main(lambda: open_judge(images, names, self.device).on(torch.device("cpu")))
+        return judge.on(choose_device(self.device))
 
     def samples(self) -> Pictures:
         """Return the pictures of the last column alone: new images."""
         with Progress(self.sampling.n, "sampling") as bar:
-            batches = [batch.images for batch in sample_in_batches(self.pipeline, self.sampling, self.labels, bar)]
-        return Pictures(images=torch.cat(batches), labels=self.intended)
+            batches = sample_in_batches(self.pipeline, self.sampling, self.labels, bar, self.group)
+            images = [batch.images for batch in batches]
+        return Pictures(images=torch.cat(images), labels=self.intended)
 
     def _labels(self) -> Tensor | None:
         """Return the labels of the samples in the prior's numbering, int64 [N]; None if they are drawn without."""
@@ -216,10 +252,11 @@ class SampleQuality:
     def _cas(self, samples: Pictures, reference: Pictures) -> tuple[float, float]:
         """Return the accuracy on real test images after training on samples, and on as many real ones."""
         num_classes, test = len(self.comparison.class_names), self.comparison.images.test
-        device = choose_device(self.device)
-        on_samples, on_real = (
-            accuracy_of_training_on(pictures, num_classes, test, device, what=what)
-            for pictures, what in ((samples, "samples"), (reference, "as many real images"))
+        device, teaching = choose_device(self.device), {"samples": samples, "as many real images": reference}
+        on_samples, on_real = map_on_all(
+            lambda what: accuracy_of_training_on(teaching[what], num_classes, test, device, what=what),
+            teaching,
+            self.group,
         )
         return on_samples, on_real
 
@@ -229,18 +266,20 @@ class SampleQuality:
         """Return the numbers with the distances in Inception-v3's features."""
         real = self._inception_features(reference, "training images")
         features = {name: self._inception_features(columns[name], WORDS[name]) for name in COLUMNS}
-        names = with_progress(COLUMNS, len(COLUMNS), "comparing Inception features", "set")
-        return {name: replace(numbers[name], inception=distances(real, features[name])) for name in names}
+        found = self._of_columns(lambda name: distances(real, features[name]), "comparing Inception features")
+        return {name: replace(numbers[name], inception=found[name]) for name in COLUMNS}
 
     def _inception_features(self, pictures: Pictures, what: str) -> np.ndarray:
         assert self.inception is not None
         images = pictures.images
-        return inception_features(self.inception, lambda start, stop: images[start:stop], len(images), what)
+        return inception_features(self.inception, lambda start, stop: images[start:stop], len(images), what, self.group)
 
     def _nearest(
         self, judge: TrainedJudge, columns: dict[str, Pictures], seen: dict[str, Seen]
     ) -> dict[str, NearestTraining]:
         """Return the pictures of each column with the training images nearest to them, of all there are."""
-        training = judge.look(self.comparison.images.train.images, "all training images").directions
-        names = with_progress(COLUMNS, len(COLUMNS), "finding the nearest training images", "set")
-        return {name: NearestTraining.of(columns[name].images, seen[name].directions, training) for name in names}
+        training = judge.look(self.comparison.images.train.images, "all training images", self.group).directions
+        return self._of_columns(
+            lambda name: NearestTraining.of(columns[name].images, seen[name].directions, training),
+            "finding the nearest training images",
+        )

@@ -1,8 +1,14 @@
-"""A folder of sampled or completed images: a contact sheet, a PNG of each, their codes, and a record."""
+"""A folder of sampled or completed images: a contact sheet, a PNG of each, their codes, and a record.
+
+Several processes take turns with the batches of samples, and the main process alone writes; so the folder is that of
+one process to the last bit, and Ctrl-C keeps what is finished as it does there.
+"""
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +25,10 @@ from ..images.png import save_grid
 from ..images.png_folder import ImageFolder
 from ..images.preprocessing import IMAGE_ERRORS, Preprocessing, read_image, to_float, to_uint8, why_unreadable
 from ..models.loading import TrainedPrior
+from ..models.shares import ALONE, check_same, map_on_all
 from ..runtime.console import note
 from ..runtime.interrupts import Terminated
+from ..runtime.process_group import ProcessGroup
 from ..runtime.progress import Progress
 from .guidance import with_default_guidance
 from .image_pipeline import ImagePipeline, Sampled
@@ -89,8 +97,17 @@ class SampleOptions:
         return replace(self, parameters=with_default_guidance(self.parameters, prior), default_guidance=False)
 
 
-def sample_to_folder(pipeline: ImagePipeline, options: SampleOptions, out: Path, *, force: bool = False) -> Path:
+def sample_to_folder(
+    pipeline: ImagePipeline, options: SampleOptions, out: Path, *, force: bool = False, group: ProcessGroup = ALONE
+) -> Path:
     """Sample images into `out`: grid.png, images/, codes.npy, sample.json; return the path of grid.png.
+
+    Args:
+        pipeline: to sample from.
+        options: how many, and how.
+        out: the folder to write.
+        force: replace what earlier runs wrote.
+        group: processes that share the sampling; each must call this with the same models, and the main one writes.
 
     Raises:
         InputError: an unknown label, a folder that cannot be used, or images that cannot be written; the images that
@@ -99,22 +116,33 @@ def sample_to_folder(pipeline: ImagePipeline, options: SampleOptions, out: Path,
         KeyboardInterrupt: Ctrl-C; the images that were finished are kept, too, as after SIGTERM and SIGHUP.
     """
     options = options.for_prior(pipeline.trained_prior)
-    labels = pipeline.labels_for(options.n, options.labels or None, options.parameters.guidance)
-    check_kept_by_label(options.keep_best, labels, "samples without them")
+    labels = group.run_on_all(lambda: _sampled_labels(pipeline, options))
     record = _record(pipeline, options, labels)
-    batches: list[Sampled] = []
-    with only_run_in(out, SAMPLE, options.n, force=force), _image_folder(out, SAMPLE, record, pipeline) as folder:
+    check_same(group, options=record.options, **asdict(record.fingerprints))
+    batches: list[Sampled] = []  # that are written; other processes than the main one write none
+    with ExitStack() as stack:
+
+        def open_folder() -> ImageFolder:
+            stack.enter_context(only_run_in(out, SAMPLE, options.n, force=force))
+            return stack.enter_context(_image_folder(out, SAMPLE, record, pipeline))
+
+        def write(batch: Sampled) -> None:
+            if folder is not None:
+                folder.add(batch.images)
+                batches.append(batch)
+
+        folder = group.run_on_all(lambda: open_folder() if group.is_main else None)
         try:
             with _progress(options.n) as bar:
-                for batch in sample_in_batches(pipeline, options, labels, bar):
-                    folder.add(batch.images)
-                    batches.append(batch)
+                for batch in sample_in_batches(pipeline, options, labels, bar, group):
+                    group.run_on_all(partial(write, batch))  # so that a full disk ends all processes
         except (KeyboardInterrupt, Terminated):
-            finished = sum(len(batch.codes) for batch in batches)
-            note(f"stopped: {finished} of {options.n} images are in {out}")
+            if group.is_main:
+                finished = sum(len(batch.codes) for batch in batches)
+                note(f"stopped: {finished} of {options.n} images are in {out}")
             raise
         finally:
-            if batches:
+            if folder is not None and batches:
                 images, codes = (torch.cat([batch[i] for batch in batches]) for i in (0, 1))
                 _finish(folder, codes, images[:MOST_IN_GRID])
     return out / GRID
@@ -184,9 +212,13 @@ def complete_to_folder(
 
 
 def sample_in_batches(
-    pipeline: ImagePipeline, options: SampleOptions, labels: Tensor | None, bar: Progress
+    pipeline: ImagePipeline,
+    options: SampleOptions,
+    labels: Tensor | None,
+    bar: Progress,
+    group: ProcessGroup = ALONE,
 ) -> Iterator[Sampled]:
-    """Yield `options.n` samples in batches of AT_ONCE candidates.
+    """Yield `options.n` samples in batches of AT_ONCE candidates, on the CPU.
 
     Args:
         pipeline: to sample from.
@@ -194,23 +226,41 @@ def sample_in_batches(
         labels: of the samples, int64 [n] in the prior's numbering; None for all classes in turn, if there are any and
             the guidance is not 0.
         bar: counts finished samples, and parts of them.
+        group: processes that sample a batch each at a time; each must call this, and gets all batches in order.
     """
     options = options.for_prior(pipeline.trained_prior)
     labels = pipeline.labels_for(options.n, None, options.parameters.guidance) if labels is None else labels
-    at_once = max(1, int(AT_ONCE[next(pipeline.prior.parameters()).device.type] * options.keep_best))
-    for start in range(0, options.n, at_once):
-        count = min(at_once, options.n - start)
-        subset = None if labels is None else labels[start : start + count]
-        on_row = _rows_on(bar, start, count, pipeline.grid[0])
-        yield pipeline.sample(
-            count,
-            labels=subset,
-            seed=options.seed,
-            keep_best=options.keep_best,
-            first=start,
-            on_row=on_row,
-            **asdict(options.parameters),
-        )
+    at_once = group.gather(_at_once(pipeline, options))[0]
+    starts = range(0, options.n, at_once)
+    for turn in (starts[i : i + group.count] for i in range(0, len(starts), group.count)):
+        finished = range(turn[0], min(turn[-1] + at_once, options.n))  # once the turn is over
+
+        def sample(start: int, finished: range = finished) -> Sampled:
+            count = min(at_once, options.n - start)
+            sampled = pipeline.sample(
+                count,
+                labels=None if labels is None else labels[start : start + count],
+                seed=options.seed,
+                keep_best=options.keep_best,
+                first=start,
+                on_row=_rows_on(bar, finished.start, len(finished), pipeline.grid[0]),
+                **asdict(options.parameters),
+            )
+            return Sampled(sampled.images, sampled.codes.cpu())
+
+        yield from map_on_all(sample, turn, group)
+
+
+def _at_once(pipeline: ImagePipeline, options: SampleOptions) -> int:
+    """Return how many images are sampled in a batch."""
+    return max(1, int(AT_ONCE[next(pipeline.prior.parameters()).device.type] * options.keep_best))
+
+
+def _sampled_labels(pipeline: ImagePipeline, options: SampleOptions) -> Tensor | None:
+    """Return the labels of the samples [n], None if they have none. Raise InputError if they cannot be sampled so."""
+    labels = pipeline.labels_for(options.n, options.labels or None, options.parameters.guidance)
+    check_kept_by_label(options.keep_best, labels, "samples without them")
+    return labels
 
 
 def _rows_on(bar: Progress, start: int, count: int, height: int) -> Callable[[int], None]:

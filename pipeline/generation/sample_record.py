@@ -83,6 +83,12 @@ def only_run_in(folder: Path, record: str, count: int, *, force: bool) -> Iterat
         yield
 
 
+def check_run_in(folder: Path, record: str, count: int, *, force: bool) -> None:
+    """Raise InputError if `only_run_in` would, so that it is known before models are loaded."""
+    with only_run_in(folder, record, count, force=force):
+        pass
+
+
 def _count(path: Path) -> int | None:
     """Return how many images the run with this record may have written, None if it is no record of this program."""
     content = read_record(path) or {}

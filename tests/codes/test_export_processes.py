@@ -9,11 +9,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import pytest
 import torch
@@ -30,12 +30,12 @@ from pipeline.runtime.folder_lock import only_writer
 from pipeline.runtime.process_group import OtherProcessError, ProcessGroup, process_group
 from tokenizer import VQVAE
 
+from ..process_threads import run_in_threads
 from ..support import brightness_tokenizer, digest_of, fill_with_cells, save_tokenizer
 from ..training.training_runs import Killed
 from .test_export import Deadline, intact_shards
 
 ROOT = Path(__file__).parents[2]
-T = TypeVar("T")
 
 
 @pytest.fixture(scope="module")
@@ -43,56 +43,6 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory, grey_folder: Path) -> Pa
     folder = tmp_path_factory.mktemp("by_hand") / "tokenizer"
     save_tokenizer(folder, brightness_tokenizer(), grey_folder)
     return folder
-
-
-# Threads in place of processes
-
-
-class Meeting:
-    """Exchanges what the threads of a process group gather; a thread that is lost breaks it."""
-
-    def __init__(self, count: int) -> None:
-        self.values: list[Any] = [None] * count
-        self.barrier = threading.Barrier(count, timeout=30)
-
-    def exchange(self, rank: int, value: Any) -> list[Any]:
-        try:
-            self.values[rank] = value
-            self.barrier.wait()
-            values = list(self.values)
-            self.barrier.wait()
-        except threading.BrokenBarrierError:
-            raise InputError(expected="all to go on", got="one lost", do="run the same command again") from None
-        return values
-
-
-@dataclass(frozen=True)
-class ThreadAsProcess(ProcessGroup):
-    meeting: Meeting = field(default_factory=lambda: Meeting(1))
-
-    def gather(self, value: T) -> list[T]:
-        return self.meeting.exchange(self.rank, value)
-
-
-def run_in_threads(count: int, work: Callable[[ProcessGroup], Any], machines: int = 1) -> list[Any]:
-    """Return what `work` returned or raised in each of `count` processes, by rank."""
-    meeting, outcomes = Meeting(count), [None] * count
-    per_machine = count // machines
-
-    def run(rank: int) -> None:
-        try:
-            outcomes[rank] = work(ThreadAsProcess(rank, count, rank % per_machine, meeting))
-        except BaseException as error:  # a kill too
-            outcomes[rank] = error  # type: ignore[call-overload]
-            if not isinstance(error, (InputError, OtherProcessError)):
-                meeting.barrier.abort()
-
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(count)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return outcomes
 
 
 class Exporters:

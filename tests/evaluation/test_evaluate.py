@@ -383,10 +383,10 @@ def test_a_prior_is_measured_on_the_codes_that_were_reconstructed(
     seen: dict[str, list[torch.Tensor]] = {"evaluate": [], "rate": []}
     for name, module in (("evaluate", prior_numbers), ("rate", rate)):
 
-        def measured(prior: GatedPixelCNN, batches: Any, name: str = name) -> float:
+        def measured(prior: GatedPixelCNN, batches: Any, name: str = name, **options: Any) -> float:
             kept = list(batches)
             seen[name] += [codes for codes, _ in kept]
-            return measure_prior(prior, kept)
+            return measure_prior(prior, kept, **options)
 
         monkeypatch.setattr(module, "measure_prior", measured)
     evaluate(trained.tokenizer, trained.prior, data=str(many), split="train", device="cpu")
