@@ -5,9 +5,12 @@ What they exchange is pickled, as it is between processes.
 
 import pickle
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
 
 from pipeline.errors import InputError
 from pipeline.runtime.process_group import OtherProcessError, ProcessGroup
@@ -39,6 +42,15 @@ class ThreadAsProcess(ProcessGroup):
 
     def gather(self, value: T) -> list[T]:
         return self.meeting.exchange(self.rank, value)
+
+    def of_main(self, value: T) -> T:
+        return self.gather(value)[0]
+
+    def maxima(self, values: Sequence[float]) -> list[float]:
+        return [max(column) for column in zip(*self.gather(list(values)), strict=True)]
+
+    def sums(self, tensor: Tensor) -> Tensor:
+        return torch.stack(self.gather(tensor.double())).sum(dim=0)
 
 
 def run_in_threads(count: int, work: Callable[[ProcessGroup], Any], machines: int = 1) -> list[Any]:

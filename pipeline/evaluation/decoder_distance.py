@@ -21,8 +21,7 @@ from tokenizer import VQVAE
 from ..images.image_set import ImageSplit
 from ..images.rows import evenly_spaced
 from ..models.inference import run_in_blocks_of_all
-from ..models.shares import ALONE
-from ..runtime.process_group import ProcessGroup
+from ..runtime.process_group import ALONE, ProcessGroup
 from .distances import frechet_distance
 from .reconstruction import ReconstructionNumbers, numbers_of
 

@@ -30,8 +30,8 @@ from ..models.loading import (
     load_pair,
     load_trained_autoencoder,
 )
-from ..models.shares import ALONE, check_same
-from ..runtime.process_group import ProcessGroup
+from ..models.shares import check_same
+from ..runtime.process_group import ALONE, ProcessGroup
 from .codebook_health import CodebookHealth
 from .evaluation_picture import PriorInput, evaluation_picture
 from .picture_metrics import PictureMetrics
@@ -137,7 +137,8 @@ def evaluate(
     beside = loaded.model if isinstance(loaded.model, VQVAE) and loaded.decoder != trained.decoder else None
     images = group.main_first(lambda: images_of(trained.info, data=data, data_root=data_root))
     chosen = group.run_on_all(lambda: split_of(images, split))
-    check_same(group, images=(images.class_names, len(images.train), len(images.test)), **_fingerprints(pair, loaded))
+    sizes = (images.class_names, len(images.train), len(images.test))
+    check_same(group, {"images": sizes, **_fingerprints(pair, loaded)})
     labels = group.run_on_all(
         lambda: chosen.labels if pair is None else match_labels(chosen.labels, images.class_names, pair[1])
     )

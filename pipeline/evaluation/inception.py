@@ -18,8 +18,8 @@ from einops import repeat
 from torch import Tensor, nn
 
 from ..errors import InputError
-from ..models.shares import ALONE, map_on_all
-from ..runtime.process_group import ProcessGroup
+from ..models.shares import map_on_all
+from ..runtime.process_group import ALONE, ProcessGroup
 from ..runtime.progress import with_progress
 from ..runtime.untrusted_files import read_regular, unreadable
 

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from ..images.preprocessing import to_float
 from ..models.inference import run_in_blocks_of_all
-from ..models.shares import ALONE
-from ..runtime.process_group import ProcessGroup
+from ..runtime.process_group import ALONE, ProcessGroup
 from .judge_network import Judge
 
 

@@ -15,8 +15,8 @@ from prior.objective import code_nats, grid_bits
 from prior.posterior import pairs_at_once
 from prior.sampling import evaluating
 
-from ..models.shares import ALONE, map_on_all
-from ..runtime.process_group import ProcessGroup
+from ..models.shares import map_on_all
+from ..runtime.process_group import ALONE, ProcessGroup
 from ..runtime.progress import with_progress
 
 BATCH = 256  # grids at a time, or fewer where these would not fit memory

@@ -15,8 +15,8 @@ from ..images.image_set import ImageSet, ImageSplit
 from ..models.inference import blocks_of_all, encode_images
 from ..models.labels import all_labelled
 from ..models.loading import TrainedPrior, TrainedTokenizer
-from ..models.shares import ALONE, of_process
-from ..runtime.process_group import ProcessGroup
+from ..models.shares import of_process
+from ..runtime.process_group import ALONE, ProcessGroup
 from ..runtime.progress import with_progress
 from .likelihood import code_batches, measure_prior
 from .simple_predictors import SimpleBits, SimplePredictors, share_explained, share_in_words, training_rows

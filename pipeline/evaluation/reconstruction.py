@@ -16,8 +16,8 @@ from tokenizer import VQVAE, Baseline
 from ..codes.manifest import code_dtype
 from ..images.image_set import ImageSplit
 from ..models.inference import blocks_of_all, run_in_blocks
-from ..models.shares import ALONE, of_process
-from ..runtime.process_group import ProcessGroup
+from ..models.shares import of_process
+from ..runtime.process_group import ALONE, ProcessGroup
 from ..runtime.progress import with_progress
 from .codebook_health import CodebookHealth, codebook_health
 

@@ -26,9 +26,9 @@ from ..images.image_set import ImageSet
 from ..models.inference import reconstruct_images
 from ..models.labels import match_labels
 from ..models.loading import TrainedPrior
-from ..models.shares import ALONE, map_on_all
+from ..models.shares import map_on_all
 from ..runtime.device import choose_device
-from ..runtime.process_group import ProcessGroup
+from ..runtime.process_group import ALONE, ProcessGroup
 from ..runtime.progress import Progress, with_progress
 from .classification_score import accuracy_of_training_on
 from .comparison import Comparison, JudgeKind, Pictures

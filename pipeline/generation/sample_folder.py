@@ -25,10 +25,10 @@ from ..images.png import save_grid
 from ..images.png_folder import ImageFolder
 from ..images.preprocessing import IMAGE_ERRORS, Preprocessing, read_image, to_float, to_uint8, why_unreadable
 from ..models.loading import TrainedPrior
-from ..models.shares import ALONE, check_same, map_on_all
+from ..models.shares import check_same, map_on_all
 from ..runtime.console import note
 from ..runtime.interrupts import Terminated
-from ..runtime.process_group import ProcessGroup
+from ..runtime.process_group import ALONE, ProcessGroup
 from ..runtime.progress import Progress
 from .guidance import with_default_guidance
 from .image_pipeline import ImagePipeline, Sampled
@@ -118,7 +118,7 @@ def sample_to_folder(
     options = options.for_prior(pipeline.trained_prior)
     labels = group.run_on_all(lambda: _sampled_labels(pipeline, options))
     record = _record(pipeline, options, labels)
-    check_same(group, options=record.options, **asdict(record.fingerprints))
+    check_same(group, {"options": record.options, **asdict(record.fingerprints)})
     batches: list[Sampled] = []  # that are written; other processes than the main one write none
     with ExitStack() as stack:
 

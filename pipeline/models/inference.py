@@ -28,9 +28,9 @@ from tokenizer import VQVAE, Baseline
 
 from ..errors import InputError
 from ..images.preprocessing import to_float, to_uint8
-from ..runtime.process_group import ProcessGroup
+from ..runtime.process_group import ALONE, ProcessGroup
 from ..runtime.progress import with_progress
-from .shares import ALONE, of_process
+from .shares import of_process
 
 IN_MEMORY = "memory"  # where a model comes from that was not loaded from a folder
 BLOCK = 64  # items; on two cores 64 gave 4,400 images of 32x32 a second, 32 gave 4,080 and 256 gave 4,030

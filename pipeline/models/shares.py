@@ -5,7 +5,7 @@ however many processes there are, and sums are added up in the same order. Resul
 tensors of their own memory, as one that shows a part of another takes all of that along.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from itertools import islice
 from typing import TypeVar
 
@@ -14,8 +14,6 @@ from ..runtime.process_group import ProcessGroup
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-
-ALONE = ProcessGroup()  # the group of a process without others
 
 
 def map_on_all(action: Callable[[Item], Result], items: Iterable[Item], group: ProcessGroup) -> list[Result]:
@@ -31,8 +29,15 @@ def map_on_all(action: Callable[[Item], Result], items: Iterable[Item], group: P
     return [parts[i % group.count][i // group.count] for i in range(sum(map(len, parts)))]
 
 
-def check_same(group: ProcessGroup, **values: object) -> None:
+def check_same(
+    group: ProcessGroup, values: Mapping[str, object], do: str = "give all machines the same models and images"
+) -> None:
     """Compare what each process of the group has, by name; each must call this.
+
+    Args:
+        group: the processes.
+        values: what this one has.
+        do: what to do if they differ, for the message.
 
     Raises:
         InputError: as `ProcessGroup.run_on_all` does, if one has another value than the main process.
@@ -46,7 +51,7 @@ def check_same(group: ProcessGroup, **values: object) -> None:
                     raise InputError(
                         expected=f"the same {name.replace('_', ' ')} in every process",
                         got=f"{value} in process {rank}, {everywhere[0][name]} in process 0",
-                        do="give all machines the same models and images",
+                        do=do,
                     )
 
     group.run_on_all(compare)

@@ -26,11 +26,10 @@ from ..images.png import above_and_below, save_grid
 from ..images.preprocessing import to_float, to_uint8
 from ..images.rows import evenly_spaced
 from ..models.tensor_file import check_outlines, outlines_of
-from ..runtime.process_group import ProcessGroup
+from ..runtime.process_group import ALONE, ProcessGroup
 from .stage import Batch, Evaluation
 from .tokenizer_stage import PREVIEW_IMAGES
 
-ALONE = ProcessGroup()
 WINDOWS = 9  # the moving average of the decoder's weights is over about the last ninth of the steps so far
 
 
@@ -56,7 +55,7 @@ class DecoderStage:
         self.model = nn.ModuleDict({"decoder": self.decoder, "discriminator": self.discriminator})
         self.network: nn.Module = _Sharpening(self.decoder, self.discriminator, tokenizer.config.data_variance, group)
         self.average = AveragedModel(self.decoder, avg_fn=_moving_average)
-        self.distance = DecoderDistance(tokenizer, images, self.held_out_rows)
+        self.distance = DecoderDistance(tokenizer, images, self.held_out_rows, group=group)
         self.plain = self.distance.measure(tokenizer.decoder)
 
     def weights_to_use(self) -> dict[str, Tensor]:

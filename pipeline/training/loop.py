@@ -24,7 +24,7 @@ from ..runtime.console import OutputClosed, output_closed, say
 from ..runtime.device import autocast, product_dtype
 from ..runtime.interrupts import StopSignal
 from ..runtime.optimizer import Optimizers
-from ..runtime.process_group import OtherProcessError, ProcessGroup
+from ..runtime.process_group import ALONE, OtherProcessError, ProcessGroup
 from ..runtime.progress import Progress
 from .cost import CostEstimate
 from .divergence import DivergedError, Divergence
@@ -36,7 +36,6 @@ from .schedule import DataOrder, StepRandomness, learning_rate_at
 from .shared_steps import SharedSteps, Wishes
 from .stage import Batch, Evaluation, Stage
 
-ALONE = ProcessGroup()
 SAVE_EVERY_SECONDS = 60.0
 LINES_PER_EVALUATION = 20  # of the log, about the training losses
 LOWER_RATE = 0.5  # factor of the learning rate after a loss that is not finite

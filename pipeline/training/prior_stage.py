@@ -30,10 +30,9 @@ from ..generation.guidance import default_guidance
 from ..images.holdout import split_rows
 from ..images.png import save_grid
 from ..images.preprocessing import to_uint8
-from ..runtime.process_group import ProcessGroup
+from ..runtime.process_group import ALONE, ProcessGroup
 from .stage import Batch, Evaluation
 
-ALONE = ProcessGroup()
 PREVIEW_SAMPLES = 32  # in the picture of each evaluation
 EVALUATION_BATCH = 256  # grids
 
@@ -107,7 +106,7 @@ class PriorStage:
         return {}
 
     def evaluate(self) -> Evaluation:
-        bits, simple = measure_prior(self.model, self._held_out_batches()), self.simple_bits
+        bits, simple = measure_prior(self.model, self._held_out_batches(), group=self.group), self.simple_bits
         numbers = {"bits_per_code": bits, "bits_share_explained": share_explained(bits, simple.histogram)}
         return Evaluation(numbers=numbers, score_name="bits_per_code", summary=share_in_words(bits, simple))
 

@@ -19,7 +19,8 @@ from torch.nn.parallel import DistributedDataParallel
 from ..codes.encoded_images import rows_sha256
 from ..errors import InputError
 from ..images.image_set import ImageSplit
-from ..runtime.process_group import OtherProcessError, ProcessGroup
+from ..models.shares import check_same
+from ..runtime.process_group import ProcessGroup
 from .divergence import DivergedError
 from .stage import Stage
 
@@ -112,14 +113,14 @@ class SharedSteps:
         return self._wishes() if self.group.count == 1 else self._agreed
 
     def check_equal(self, stage: Stage, step: int) -> None:
-        """Raise InputError, in the main process, unless the weights and the codebook are the same in every process.
+        """Check that the weights and the codebook are the same in every process; costs their hash.
 
-        In the others, OtherProcessError. Costs a copy of the weights to the CPU and their hash.
+        Raises:
+            InputError: in the main process, if they are not; in the others, OtherProcessError.
         """
-        if self.group.count == 1:
-            return
-        remedy = "give all processes the same kind of device and the same versions, and continue with --resume"
-        check_same(f"weights and codebook after {step:,} steps", digest(stage.model), self.group, remedy)
+        if self.group.count > 1:
+            found = {f"weights and codebook after {step:,} steps": digest(stage.model)}
+            check_same(self.group, found, "use the same devices and versions everywhere, and continue with --resume")
 
     def _raise_first(self, error: DivergedError | None) -> None:
         """Raise the error of the first process that has one."""
@@ -136,26 +137,6 @@ def digest(model: nn.Module) -> str:
     return found.hexdigest()
 
 
-def check_same_images(images: ImageSplit, group: ProcessGroup) -> None:
-    """Raise as `check_same` does unless every process has these images."""
-    check_same("images", rows_sha256(images) if group.count > 1 else "", group)
-
-
-def check_same(what: str, sha256: str, group: ProcessGroup, do: str = "give all machines the same") -> None:
-    """Raise InputError, in the main process, unless every process has this hash. In the others, OtherProcessError."""
-    found = group.gather(sha256)
-    other = next((rank for rank, each in enumerate(found) if each != found[0]), None)
-    if other is None:
-        return
-    if not group.is_main:
-        raise OtherProcessError
-    raise InputError(
-        expected=f"the same {what} in all {group.count} processes",
-        got=f"others in process {other} than in process 0",
-        do=do,
-    )
-
-
 def check_batch_size(batch_size: int, accumulate: int, group: ProcessGroup) -> None:
     """Raise InputError unless every process has an item of every part of a batch."""
     least = group.count * accumulate
@@ -166,3 +147,8 @@ def check_batch_size(batch_size: int, accumulate: int, group: ProcessGroup) -> N
             got=f"{batch_size}",
             do="raise --batch-size, or start fewer processes",
         )
+
+
+def images_digest(images: ImageSplit, group: ProcessGroup) -> str:
+    """Return the SHA-256 of images, to compare; one process alone has nothing to compare, and gets ""."""
+    return rows_sha256(images) if group.count > 1 else ""

@@ -22,10 +22,9 @@ from ..images.image_set import ImageSplit
 from ..images.png import above_and_below, save_grid, save_png
 from ..images.preprocessing import to_float, to_uint8
 from ..models.tensor_file import check_outlines, outlines_of
-from ..runtime.process_group import ProcessGroup
+from ..runtime.process_group import ALONE, ProcessGroup
 from .stage import Batch, Evaluation
 
-ALONE = ProcessGroup()
 PREVIEW_IMAGES = 16  # in the picture of each evaluation
 CHANGES_SEEN_IN = 256  # held-out images that tell how many codes changed
 
@@ -76,7 +75,7 @@ class BaselineStage:
         return {}
 
     def evaluate(self) -> Evaluation:
-        return evaluate_autoencoder(self.model, self.images, self.held_out_rows)
+        return evaluate_autoencoder(self.model, self.images, self.held_out_rows, self.group)
 
     def preview(self, path: Path, evaluation: Evaluation) -> None:
         preview_reconstructions(self.model, self.images.batch(self.held_out_rows[:PREVIEW_IMAGES]), path)
@@ -155,7 +154,7 @@ class TokenizerStage:
         return {"codes_in_use": used, "revived": int(self.revived - before)}
 
     def evaluate(self) -> Evaluation:
-        evaluation = evaluate_autoencoder(self.model, self.images, self.held_out_rows)
+        evaluation = evaluate_autoencoder(self.model, self.images, self.held_out_rows, self.group)
         return replace(evaluation, numbers=evaluation.numbers | {"codes_changed": self._share_of_changed_codes()})
 
     def preview(self, path: Path, evaluation: Evaluation) -> None:
@@ -201,9 +200,14 @@ def standard_normal(uniforms: Tensor) -> Tensor:
     return torch.special.ndtri(uniforms.clamp_min(2.0**-54))
 
 
-def evaluate_autoencoder(model: VQVAE | Baseline, images: ImageSplit, rows: np.ndarray | None = None) -> Evaluation:
-    """Measure reconstruction, and the use of the codes if there are any, on the images at `rows`, by default all."""
-    numbers, health = measure_reconstruction(model, images, rows)
+def evaluate_autoencoder(
+    model: VQVAE | Baseline, images: ImageSplit, rows: np.ndarray | None = None, group: ProcessGroup = ALONE
+) -> Evaluation:
+    """Measure reconstruction, and the use of the codes if there are any, on the images at `rows`, by default all.
+
+    The processes of the group share the work; each gets the same.
+    """
+    numbers, health = measure_reconstruction(model, images, rows, group=group)
     if health is None:
         return Evaluation(numbers=asdict(numbers), score_name="nmse")
     return Evaluation(

@@ -23,6 +23,7 @@ from ..models.checkpoint import (
 )
 from ..models.decoders import decoder_folder
 from ..models.loading import TrainedTokenizer, images_of, load_trained_tokenizer
+from ..models.shares import check_same
 from ..runtime.console import say
 from ..runtime.device import choose_device, manual_seed
 from ..runtime.folder_lock import only_writer
@@ -33,7 +34,7 @@ from .loop import LoopSettings, run_training
 from .recipes import SHARPENING_SHARE, DecoderSettings
 from .run_folder import RunFolder, check_run_folder, prepare_run_folder, saved_run
 from .settings import recorded, resolve
-from .shared_steps import check_batch_size, check_same_images
+from .shared_steps import check_batch_size, images_digest
 from .split_summary import split_summary
 
 
@@ -94,7 +95,7 @@ def _train(run: RunFolder, overrides: Mapping[str, Any], tokenizer_folder: Path,
     tokenizer = group.run_on_all(lambda: load_trained_tokenizer(tokenizer_folder, device, decoder="plain"))
     group.run_on_main(lambda: _check_folders(run, decoder_run, saved, tokenizer))
     images = group.main_first(lambda: images_of(tokenizer.info, data=settings.data, data_root=settings.data_root))
-    check_same_images(images.train, group)
+    check_same(group, {"images": images_digest(images.train, group)})
     manual_seed(settings.seed)
     stage = DecoderStage(tokenizer.model, images.train, group)
     settings = replace(settings, steps=settings.steps or default_steps(tokenizer.info), data=images.source)

@@ -23,6 +23,7 @@ from ..images.holdout import held_out
 from ..models.checkpoint import CONFIG, CheckpointInfo, SavedRun, add_metrics, check_same_tokenizer
 from ..models.labels import all_labelled
 from ..models.loading import TrainedTokenizer, config_of_run, load_prior, load_trained_tokenizer
+from ..models.shares import check_same
 from ..runtime.atomic_files import sha256
 from ..runtime.console import say
 from ..runtime.device import choose_device, compile_networks, manual_seed
@@ -34,7 +35,7 @@ from .prior_stage import PriorStage, sample_preview
 from .recipes import ATTENTION_EVERY, FIRST_KERNEL, LABEL_DROPOUT, MOST_ATTENDED, MOST_CODES, PriorSettings
 from .run_folder import CODES, RunFolder, check_run_folder, prepare_run_folder, saved_run
 from .settings import recorded, resolve
-from .shared_steps import check_batch_size, check_same
+from .shared_steps import check_batch_size
 from .split_summary import split_summary
 
 
@@ -266,7 +267,7 @@ def _open_codes(
         assert tokenizer is not None
         folders = _exported_codes(tokenizer, run, saved, group)
     codes = group.run_on_all(lambda: _checked_codes(folders, saved))
-    check_same("codes", sha256(repr(codes.manifest.shards).encode()), group)
+    check_same(group, {"codes": sha256(repr(codes.manifest.shards).encode())})
     return codes
 
 

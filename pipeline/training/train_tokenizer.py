@@ -15,6 +15,7 @@ from ..images.image_set import ImageSet, ImageSplit, open_images
 from ..images.preprocessing import to_uint8
 from ..models.checkpoint import CheckpointInfo, SavedRun
 from ..models.loading import config_of_run
+from ..models.shares import check_same
 from ..runtime.console import say
 from ..runtime.device import choose_device, compile_networks, manual_seed
 from ..runtime.folder_lock import only_writer
@@ -23,7 +24,7 @@ from .loop import LoopSettings, run_training
 from .recipes import TokenizerSettings
 from .run_folder import RunFolder, check_decoder_folder, check_run_folder, prepare_run_folder, remove_decoder, saved_run
 from .settings import recorded, resolve
-from .shared_steps import check_batch_size, check_same_images
+from .shared_steps import check_batch_size, images_digest
 from .split_summary import split_summary
 from .tokenizer_stage import BaselineStage, TokenizerStage, stage_for
 
@@ -60,7 +61,7 @@ def _train(run: RunFolder, overrides: Mapping[str, Any], group: ProcessGroup) ->
     settings, device = group.run_on_all(lambda: _settings(run, overrides, saved, group))
     group.run_on_main(lambda: _check_folders(run, saved, settings))
     images = group.main_first(lambda: _open_images(settings))
-    check_same_images(images.train, group)
+    check_same(group, {"images": images_digest(images.train, group)})
     config = group.run_on_all(lambda: config_for(settings, images) if saved is None else _config_of(run, saved, images))
     manual_seed(settings.seed)
     model = build_model(config).to(device)

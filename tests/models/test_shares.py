@@ -128,7 +128,7 @@ def test_each_process_gets_all_reconstructions() -> None:
 
 def test_what_differs_between_processes_is_named_once() -> None:
     def work(group: ProcessGroup, different: int) -> None:
-        check_same(group, tokenizer="abc", num_images=7 if group.rank == different else 5)
+        check_same(group, {"tokenizer": "abc", "num_images": 7 if group.rank == different else 5})
 
     assert run_in_threads(3, lambda group: work(group, 4)) == [None] * 3
     for rank in (1, 2):
