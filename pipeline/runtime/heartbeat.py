@@ -11,7 +11,6 @@ clock and only while they run themselves: when a whole group is stopped for an h
 """
 
 import os
-import select
 import socket
 import threading
 import time
@@ -19,7 +18,7 @@ from collections.abc import Sequence
 
 from ..errors import InputError
 from .console import report
-from .meeting import Store, beat_key, end_key
+from .meeting import LOST, Store, beat_key, end_key
 
 BEAT_EVERY = 5.0  # seconds
 LOST_AFTER = 45.0  # seconds of silence
@@ -44,7 +43,9 @@ class Heartbeat:
     def __init__(self, store: Store, hosts: Sequence[str], line: socket.socket, rank: int, *, in_main: bool) -> None:
         self._store, self._hosts, self._line, self._rank = store, hosts, line, rank
         self._store_in_main = in_main
-        self.saw_failure = False  # whether another process has said that it failed
+        line.setblocking(False)
+        self.is_told = False  # whether another process says what went wrong
+        self.is_leaving = False  # whether this process is about to end by an error, which it may have to print
         self._ending = threading.Event()
         self._clock = 0.0  # seconds, in which this process ran
         self._answered = 0.0  # when the store last answered
@@ -66,8 +67,10 @@ class Heartbeat:
     def store_is_gone(self) -> bool:
         """Return whether the server of the store has closed the connection: a question would print C++ stacks."""
         try:
-            return bool(select.select([self._line], [], [], 0)[0])  # it never sends anything
-        except (OSError, ValueError):
+            return not self._line.recv(1, socket.MSG_PEEK)
+        except BlockingIOError:  # it never sends anything
+            return False
+        except OSError:
             return True
 
     def speaks_without_store(self) -> bool:
@@ -95,7 +98,7 @@ class Heartbeat:
     def _beat(self) -> None:
         """Count, and read what the others count, every BEAT_EVERY seconds until the store fails."""
         count, ranks = 0, range(len(self._hosts))
-        keys = [key(rank) for key in (beat_key, end_key) for rank in ranks]
+        keys = [*map(beat_key, ranks), *map(end_key, ranks), LOST]
         while not self._ending.wait(BEAT_EVERY if count else 0):
             if self.store_is_gone():
                 return
@@ -109,17 +112,24 @@ class Heartbeat:
             for rank in ranks:
                 if values[rank] != self._seen[rank][0]:
                     self._seen[rank] = (values[rank], now)
-            self._judge([values[len(ranks) + rank].decode() for rank in ranks])
+            self._judge([end.decode() for end in values[len(ranks) : -1]], lost=int(values[-1]))
 
-    def _judge(self, ends: Sequence[str]) -> None:
-        """End this process if another has been silent for long."""
-        self.saw_failure = self.saw_failure or FAILED in ends
+    def _judge(self, ends: Sequence[str], *, lost: int) -> None:
+        """End this process if another is lost, or has been silent for long. Without a line if another process has one.
+
+        Args:
+            ends: how each process ended, by rank.
+            lost: how many processes have noticed a loss.
+        """
+        if lost and self.is_told and not self.is_leaving:  # for a whole round, in which this process could end in order
+            self._end("")
+        self.is_told = self.is_told or lost > 0 or FAILED in ends
         silent = [rank for rank, (_, since) in enumerate(self._seen) if self._answered - since > LOST_AFTER]
         if any(ends[rank] == FAILED for rank in silent):
             self._end("")
-        if lost := [rank for rank in silent if not ends[rank]]:
-            first = self._store.add("lost", 1) == 1
-            self._end(f"no sign of life from {self.names(lost)} for {LOST_AFTER:.0f} s" if first else "")
+        if gone := [rank for rank in silent if not ends[rank]]:
+            first = self._store.add(LOST, 1) == 1
+            self._end(f"no sign of life from {self.names(gone)} for {LOST_AFTER:.0f} s" if first else "")
 
     def _watch(self) -> None:
         """Keep the clock, and end this process if the store does not answer for long."""
@@ -130,11 +140,14 @@ class Heartbeat:
             last = now
             if self._clock - self._answered > LOST_AFTER + BEAT_EVERY:
                 got = f"no answer from the machine of {self.names([0])} for {LOST_AFTER:.0f} s"
-                self._end(got if self.speaks_without_store() else "")
+                self._end(got if self.speaks_without_store() and not self.is_told else "")
 
     def _end(self, got: str) -> None:
         """End this process, with a line about what was got if there is one."""
-        if not self._ending.is_set():
-            if got:
-                report(f"Error: {self.lost(got)}")
-            os._exit(1)
+        if self._ending.is_set():
+            return
+        if got:
+            report(f"Error: {self.lost(got)}")
+        if self._store_in_main and self._rank == 0:
+            time.sleep(BEAT_EVERY + 1)  # in which the others read in the store that this is said
+        os._exit(1)

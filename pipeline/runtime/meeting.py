@@ -26,6 +26,7 @@ JOIN_WITHIN = 30 * 60.0  # seconds, in which all processes must have started; as
 PATIENCE = timedelta(days=7)  # how long a process waits for the others, whose shares of the work take different times
 FIRST_PAUSE, LONGEST_PAUSE = 0.005, 0.25  # seconds between two looks at the store
 ROOM = "codegrid"  # the prefix of all our keys
+LOST = "lost"  # the key under which all count who notice that a process is lost
 
 
 class Store(Protocol):
@@ -218,6 +219,7 @@ def _introduce(start: Store, rank: int) -> None:
     start.set(f"host/{rank}", socket.gethostname())
     start.set(beat_key(rank), "0")
     start.set(end_key(rank), "")
+    start.add(LOST, 0)
 
 
 def beat_key(rank: int) -> str:

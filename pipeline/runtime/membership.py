@@ -18,6 +18,7 @@ from ..errors import InputError
 from . import heartbeat
 from .heartbeat import ENDED, FAILED, STOPPED, Heartbeat
 from .meeting import (
+    LOST,
     PATIENCE,
     ROOM,
     Launch,
@@ -33,6 +34,7 @@ from .meeting import (
 )
 
 SIGNAL_STATUSES = {128 + number for number in (1, 2, 15)}  # of a program that SIGHUP, SIGINT or SIGTERM ended
+SETTLE = 0.2  # seconds
 SIGNAL_WAIT = 1.0  # seconds: a signal to all processes does not reach all at once
 CONNECTIONS = re.compile("gloo|nccl|connection|socket|pair closure", re.IGNORECASE)  # in errors about another process
 
@@ -55,19 +57,28 @@ class Membership:
 
     def loss(self, error: RuntimeError) -> InputError | OtherProcessError:
         """Return the error to raise where a connection to another process is gone, as `error` says."""
-        self.broken = True
-        lost, message = self.heartbeat.lost, (str(error).splitlines() or [""])[0]
+        self.broken = self.heartbeat.is_leaving = True
+        time.sleep(SETTLE)  # a process that ends closes its connections one by one, perhaps that of the store last
+        message = in_short(error)
         if self.heartbeat.store_is_gone():
-            speaks = self.heartbeat.speaks_without_store() and not self.heartbeat.saw_failure
-            return lost(f"{self.heartbeat.names([0])} lost ({message})") if speaks else OtherProcessError()
-        ends = self._ends()
+            return self._loss_of_store(message)
+        try:
+            ends = self._ends()
+            if STOPPED in ends:
+                time.sleep(SIGNAL_WAIT)  # the same signal may be on its way to this process, and is the better reason
+            if FAILED in ends or self.store.add(LOST, 1) > 1:
+                return OtherProcessError()
+        except RuntimeError:
+            return self._loss_of_store(message)
         if STOPPED in ends:
-            time.sleep(SIGNAL_WAIT)  # the same signal may be on its way to this process, and is the better reason
-        if FAILED in ends or self.store.add("lost", 1) > 1:
+            return self.heartbeat.lost(f"a signal that ended {self.heartbeat.names([ends.index(STOPPED)])}")
+        return self.heartbeat.lost(f"one lost ({message})")
+
+    def _loss_of_store(self, message: str) -> InputError | OtherProcessError:
+        """Return the error to raise where the machine of process 0, with the store, is gone."""
+        if self.heartbeat.is_told or not self.heartbeat.speaks_without_store():
             return OtherProcessError()
-        if STOPPED in ends:
-            return lost(f"a signal that ended {self.heartbeat.names([ends.index(STOPPED)])}")
-        return lost(f"one lost ({message})")
+        return self.heartbeat.lost(f"{self.heartbeat.names([0])} lost ({message})")
 
     def leave(self) -> None:
         """End the group in order."""
@@ -82,6 +93,7 @@ class Membership:
         Connections on which something is under way cannot be closed: to end them waits for the others, and so does
         Python at its end. They are left to the system, which closes them as the process ends.
         """
+        self.heartbeat.is_leaving = True
         status = _status(error)
         self._say(STOPPED if status in SIGNAL_STATUSES else FAILED)
         if isinstance(error, (InputError, OtherProcessError)) and not self.broken:
@@ -152,6 +164,12 @@ def _connect_to_others(launch: Launch, meeting: Meeting, member: Membership) -> 
         if not is_loss(error):
             raise
         raise member.loss(error) from None
+
+
+def in_short(error: RuntimeError) -> str:
+    """Return what a library says, without the file it was compiled from and its advice."""
+    line = (str(error).splitlines() or [""])[0]
+    return re.sub(r"^\[[^]]*\.cc:\d+\] ", "", line).partition(". This is typically")[0]
 
 
 def _status(error: BaseException) -> int:
