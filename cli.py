@@ -17,7 +17,16 @@ from click.shell_completion import shell_complete
 from pipeline import __version__
 from pipeline.errors import InputError, printable
 from pipeline.generation.guidance import DEFAULT_GUIDANCE
-from pipeline.runtime.console import check_output, end_status, note, prepare_console, record_closed, report, say
+from pipeline.runtime.console import (
+    check_output,
+    end_status,
+    is_silent,
+    note,
+    prepare_console,
+    record_closed,
+    report,
+    say,
+)
 from pipeline.runtime.interrupts import ending_by_signal
 from pipeline.training.recipes import (
     ATTENTION_EVERY,
@@ -240,6 +249,8 @@ quality_options = options(
         help="With --samples: also measure in features of Inception-v3, with these weights.",
     ),
 )
+# Of several processes that torchrun starts, the first alone does the work of the other commands.
+SHARED_BY_PROCESSES = ("train-tokenizer", "train-decoder", "train-prior", "export-codes", "sample", "evaluate")
 OF_SAMPLES = (
     *("labels", "temperature", "top_k", "top_p", "guidance", "keep_best", "seed"),
     *("cas", "nearest", "judge", "inception"),
@@ -263,6 +274,8 @@ def cli(ctx: click.Context, debug: bool) -> None:
     """
     if ctx.invoked_subcommand is None:
         say(*ctx.get_help().split("\n"))
+    elif is_silent() and ctx.invoked_subcommand not in SHARED_BY_PROCESSES:
+        ctx.exit()
 
 
 @cli.command("train-tokenizer")
@@ -301,16 +314,18 @@ def cli(ctx: click.Context, debug: bool) -> None:
 @training_options
 def train_tokenizer(out: Path, device: str, resume: bool, force: bool, **overrides: Any) -> None:
     """Stage one: images to grids of codes, and back."""
+    from pipeline.runtime.process_group import process_group
     from pipeline.training.run_folder import RunFolder
     from pipeline.training.train_decoder import sharpen
     from pipeline.training.train_tokenizer import train_tokenizer as run
 
     overrides |= {name: int(overrides[name]) for name in ("channels", "downsample") if overrides[name] is not None}
     folder = RunFolder(out=out, resume=resume, force=force, device=device)
-    info = run(folder, overrides)
-    say(done_line(info), written_line(out))
-    if overrides["sharp"] or info.training.get("sharp"):  # a run that was done before does not record it
-        say(*decoder_lines(sharpen(folder, info, overrides), out))
+    with process_group():  # which can be opened once
+        info = run(folder, overrides)
+        say(done_line(info), written_line(out))
+        if overrides["sharp"] or info.training.get("sharp"):  # a run that was done before does not record it
+            say(*decoder_lines(sharpen(folder, info, overrides), out))
     if info.config.get("bottleneck", "vq") == "vq":
         say(f"next: {command_line('train-prior', tokenizer=out)}")
 
@@ -492,11 +507,8 @@ def complete(
     The rest is conditioned exactly on what is kept above it. It is conditioned on what is kept beside or below it by
     sampling many candidates and preferring those that fit. Without --label, what is kept also chooses the class.
 
-    Writes grid.png (the picture, what is kept, the completions), images/, codes.npy and complete.json. Of several
-    processes that torchrun starts, one does it all.
+    Writes grid.png (the picture, what is kept, the completions), images/, codes.npy and complete.json.
     """
-    if not is_main_process():
-        return
     from pipeline.generation.image_pipeline import ImagePipeline
     from pipeline.generation.sample_folder import SampleOptions, complete_to_folder
     from pipeline.generation.sample_record import COMPLETION, check_run_in
@@ -523,8 +535,6 @@ def reconstruct(tokenizer: Path, out: Path, **chosen: Any) -> None:
     A sharp decoder, which auto takes if there is one, invents likely detail: its error is a little larger than that of
     the plain one.
     """
-    if not is_main_process():
-        return
     from pipeline.evaluation.reconstruction_picture import reconstruct_to_file
 
     say(f"originals above reconstructions: {reconstruct_to_file(tokenizer, out, **chosen)}")
@@ -650,14 +660,6 @@ def write_evaluation(evaluation: "Evaluation", json_file: Path | None, pictures:
         if path is not None and made is not None:
             write_atomic(path, png_bytes(made))
             say(f"{name:>14}  {path}")
-
-
-def is_main_process() -> bool:
-    """Return whether this is the main process of those that torchrun started, for work that one of them does alone."""
-    from pipeline.runtime.process_group import process_group
-
-    with process_group() as group:
-        return group.is_main
 
 
 def check_two_files(ctx: click.Context, picture: Path | None, nearest: Path | None) -> None:

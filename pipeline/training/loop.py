@@ -30,7 +30,7 @@ from .cost import CostEstimate
 from .divergence import DivergedError, Divergence
 from .metrics_log import MetricsLog, RunningMeans
 from .recipes import DecoderSettings, PriorSettings, TokenizerSettings
-from .run_folder import PICTURES
+from .run_folder import PICTURES, note_save
 from .run_state import Interval, Position, collect_state, copy_of, load_state
 from .schedule import DataOrder, StepRandomness, learning_rate_at
 from .shared_steps import SharedSteps, Wishes
@@ -309,12 +309,18 @@ class _Trainer:
         if self.best_weights is not None:
             weights, step = self.best_weights, int(self.best["step"])
             self.divergence.check_state({f"best weights/{k}": tensor for k, tensor in weights.items()}, self.step)
-        info, keeps = replace(self.info, step=step, metrics=self.best), self.beginning is None
-        self.info = self.group.run_on_main(
-            lambda: save_checkpoint(self.folder, info, weights, state, keep_previous=keeps)
-        )
+        self.info = replace(self.info, step=step, metrics=self.best)
+        self.info = self.group.run_on_main(lambda: self._write(weights, state))
         self._note_saved()
         self.saved_at = time.monotonic()
+
+    def _write(self, weights: Mapping[str, Tensor], state: TrainingState) -> CheckpointInfo:
+        """Write the checkpoint, and return its info."""
+        is_first = self.beginning is not None
+        info = save_checkpoint(self.folder, self.info, weights, state, keep_previous=not is_first)
+        if is_first:
+            note_save(self.folder)
+        return info
 
     def restore(self, saved: SavedRun) -> None:
         """Restore what `save` wrote. Raise InputError if it does not fit the run."""

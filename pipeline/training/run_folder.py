@@ -1,8 +1,9 @@
 """The folder of a training run: checked before any long work, cleared only when nothing can be refused any more."""
 
+import os
 import re
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..codes.unfinished import holds_only_an_export
@@ -31,6 +32,7 @@ from ..runtime.filesystem import (
 )
 from ..runtime.folder_lock import LOCK
 from ..runtime.output_paths import check_output_folder, remove_files
+from ..runtime.restarts import JobMemory
 
 LOG = "metrics.jsonl"
 PICTURES = "pictures"  # subfolder of the previews
@@ -55,6 +57,21 @@ class RunFolder:
     def __post_init__(self) -> None:
         if self.resume and self.force:
             raise InputError(expected="--resume or --force", got="both", do="omit one")
+
+
+def of_this_attempt(run: RunFolder) -> RunFolder:
+    """Return the run as it is now; where torchrun has restarted it, it resumes what an earlier attempt saved.
+
+    It resumes nothing that no attempt of this job began: what one refused, the next refuses, too.
+    """
+    memory, folder = JobMemory(), os.path.realpath(run.out)
+    resumes = memory.knows(f"saved {folder}") or (memory.knows(f"begun {folder}") and not run.force)
+    return replace(run, resume=True, force=False) if resumes else run
+
+
+def note_save(folder: Path) -> None:
+    """Note that the folder holds a save of this job of torchrun."""
+    JobMemory().note(f"saved {os.path.realpath(folder)}")
 
 
 def saved_run(run: RunFolder, kind: str) -> SavedRun | None:
@@ -97,6 +114,7 @@ def prepare_run_folder(run: RunFolder, saved: SavedRun | None) -> None:
         InputError: the folder cannot be made, or a file cannot be removed.
     """
     make_folder(run.out)
+    JobMemory().note(f"begun {os.path.realpath(run.out)}")
     if saved is None:
         _remove_logs(run.out)
 

@@ -32,7 +32,7 @@ from ..runtime.process_group import ProcessGroup, process_group
 from .decoder_stage import DecoderStage
 from .loop import LoopSettings, run_training
 from .recipes import SHARPENING_SHARE, DecoderSettings
-from .run_folder import RunFolder, check_run_folder, prepare_run_folder, saved_run
+from .run_folder import RunFolder, check_run_folder, of_this_attempt, prepare_run_folder, saved_run
 from .settings import recorded, resolve
 from .shared_steps import check_batch_size, images_digest
 from .split_summary import split_summary
@@ -90,6 +90,7 @@ def default_steps(tokenizer: CheckpointInfo) -> int:
 def _train(run: RunFolder, overrides: Mapping[str, Any], tokenizer_folder: Path, group: ProcessGroup) -> CheckpointInfo:
     """Train, while nobody else writes into the folder."""
     decoder_run = replace(run, out=decoder_folder(run.out))
+    decoder_run = group.run_on_main(lambda: of_this_attempt(decoder_run))
     saved = group.run_on_main(lambda: saved_run(decoder_run, "decoder"))
     settings, device = group.run_on_all(lambda: _settings(run, overrides, saved, group))
     tokenizer = group.run_on_all(lambda: load_trained_tokenizer(tokenizer_folder, device, decoder="plain"))

@@ -33,7 +33,7 @@ from ..runtime.schema import short
 from .loop import LoopSettings, run_training
 from .prior_stage import PriorStage, sample_preview
 from .recipes import ATTENTION_EVERY, FIRST_KERNEL, LABEL_DROPOUT, MOST_ATTENDED, MOST_CODES, PriorSettings
-from .run_folder import CODES, RunFolder, check_run_folder, prepare_run_folder, saved_run
+from .run_folder import CODES, RunFolder, check_run_folder, of_this_attempt, prepare_run_folder, saved_run
 from .settings import recorded, resolve
 from .shared_steps import check_batch_size
 from .split_summary import split_summary
@@ -54,7 +54,7 @@ def train_prior(run: RunFolder, overrides: Mapping[str, Any], default_tokenizer:
         ValueError: a setting is out of its range.
     """
     with process_group() as group, group.entered_by_main(lambda: only_writer(run.out, "training run")):
-        return _train(run, overrides, default_tokenizer, group)
+        return _train(group.run_on_main(lambda: of_this_attempt(run)), overrides, default_tokenizer, group)
 
 
 def _train(

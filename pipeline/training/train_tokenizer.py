@@ -22,7 +22,15 @@ from ..runtime.folder_lock import only_writer
 from ..runtime.process_group import ProcessGroup, process_group
 from .loop import LoopSettings, run_training
 from .recipes import TokenizerSettings
-from .run_folder import RunFolder, check_decoder_folder, check_run_folder, prepare_run_folder, remove_decoder, saved_run
+from .run_folder import (
+    RunFolder,
+    check_decoder_folder,
+    check_run_folder,
+    of_this_attempt,
+    prepare_run_folder,
+    remove_decoder,
+    saved_run,
+)
 from .settings import recorded, resolve
 from .shared_steps import check_batch_size, images_digest
 from .split_summary import split_summary
@@ -52,7 +60,7 @@ def train_tokenizer(run: RunFolder, overrides: Mapping[str, Any]) -> CheckpointI
         ValueError: a setting is out of its range.
     """
     with process_group() as group, group.entered_by_main(lambda: only_writer(run.out, "training run")):
-        return _train(run, overrides, group)
+        return _train(group.run_on_main(lambda: of_this_attempt(run)), overrides, group)
 
 
 def _train(run: RunFolder, overrides: Mapping[str, Any], group: ProcessGroup) -> CheckpointInfo:
