@@ -44,10 +44,16 @@ class ImageSplit:
 
     def batch(self, indices: np.ndarray | Tensor) -> Tensor:
         """Return the images at `indices` [B] as float32 [B, C, H', W'] in [0, 1], by one gather."""
+        return to_float(self.batch_uint8(indices))
+
+    def batch_uint8(self, indices: np.ndarray | Tensor) -> Tensor:
+        """Return the images at `indices` [B] as uint8 [B, C, H', W'], by one gather.
+
+        It takes a quarter of the memory of `batch`, to which `to_float` turns it on any device, bit for bit.
+        """
         import torch
 
-        gathered = np.asarray(self.images[np.asarray(indices)])
-        return to_float(torch.from_numpy(gathered))
+        return torch.from_numpy(np.asarray(self.images[np.asarray(indices)]))
 
 
 @dataclass(frozen=True)
