@@ -70,7 +70,9 @@ def test_compilation_is_tried_in_a_run_of_1500_seconds(steps: int, tried: bool) 
     assert tried or choice.in_words == "precision fp32 (0.100 s a step), not compiled (too short a run)"
 
 
-@pytest.mark.parametrize("error", [RuntimeError("no C++ compiler\nlong story"), OSError("no C++ compiler"), ImportError()])
+@pytest.mark.parametrize(
+    "error", [RuntimeError("no C++ compiler\nlong story"), OSError("no C++ compiler"), ImportError()]
+)
 def test_where_nothing_can_be_compiled(error: Exception) -> None:
     choice = choose([FP32, FP32_COMPILED], Times({FP32: StepTime(seconds=0.1), FP32_COMPILED: error}), steps=LONG)
     assert (choice.precision, choice.compiled) == ("fp32", False)
