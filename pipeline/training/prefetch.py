@@ -149,7 +149,7 @@ class Prefetcher:
     def _work(self, ready: threading.Event) -> None:
         """Load what is asked for, in order, until None is."""
         torch.set_num_threads(1)  # of this thread: the others are for the steps
-        torch.get_num_threads()  # a thread's first question takes the number from all: ask before `_start_thread` resets it
+        torch.get_num_threads()  # the first call would take over the number that `_start_thread` sets for later threads
         ready.set()
         while (request := self._requests.get()) is not None:
             step, future = request

@@ -173,7 +173,7 @@ def test_a_step_after_loading_is_the_step_without_saving(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["muon", "adam"])
 def test_a_loaded_state_has_the_layout_of_its_weights(name: str) -> None:
-    """A checkpoint holds the usual layout; fused Adam reads the memory of weight and state alike, whatever theirs is."""
+    """A checkpoint holds the usual layout; fused Adam reads the memory of weight and state alike."""
     plain, restored = network(), network().to(memory_format=torch.channels_last)
     member, other = Optimizers(plain, name, 0.1), Optimizers(restored, name, 0.1)
     give_gradients(plain, 1)

@@ -83,8 +83,8 @@ def test_where_nothing_can_be_compiled(error: Exception) -> None:
 def test_an_error_of_a_step_that_is_not_compiled_is_not_caught() -> None:
     with pytest.raises(RuntimeError, match="out of memory"):
         choose(ALL, Times({FP32: RuntimeError("out of memory")}), steps=LONG)
+    times = Times({FP32: StepTime(seconds=0.1), FP32_COMPILED: ValueError("of the model")})
     with pytest.raises(ValueError, match="of the model"):
-        times = Times({FP32: StepTime(seconds=0.1), FP32_COMPILED: ValueError("of the model")})
         choose([FP32, FP32_COMPILED], times, steps=LONG)
 
 
