@@ -47,7 +47,10 @@ class ImageSplit:
         return to_float(self.batch_uint8(indices))
 
     def batch_uint8(self, indices: np.ndarray | Tensor) -> Tensor:
-        """Return the images at `indices` [B] as uint8 [B, C, H', W'], by one gather."""
+        """Return the images at `indices` [B] as uint8 [B, C, H', W'], by one gather.
+
+        It takes a quarter of the memory of `batch`, to which `to_float` turns it on any device, bit for bit.
+        """
         import torch
 
         return torch.from_numpy(np.asarray(self.images[np.asarray(indices)]))

@@ -143,8 +143,9 @@ def upright_size(image: Image.Image) -> tuple[int, int]:
 
 
 def to_float(images: Tensor) -> Tensor:
-    """Return uint8 images as float32 in [0, 1], in the same shape."""
-    return images.float() / 255
+    """Return uint8 images as float32 in [0, 1], in the same shape and on the same device: the same bits on each."""
+    values = images.float()
+    return values / values.new_full((), 255)  # a tensor: by a number, CUDA multiplies with its rounded inverse
 
 
 def to_uint8(images: Tensor) -> Tensor:

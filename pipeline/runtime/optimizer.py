@@ -43,24 +43,29 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Take one step for every parameter that has a gradient."""
         for group in self.param_groups:
-            by_shape: dict[tuple[int, int], list[Tensor]] = defaultdict(list)
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    by_shape[(parameter.shape[0], parameter[0].numel())].append(parameter)
-            for shape, parameters in by_shape.items():
-                directions = torch.stack([self._direction(parameter).reshape(shape) for parameter in parameters])
-                steps = orthogonalized(directions, self.dtype) * (-group["lr"] * 0.2 * max(shape) ** 0.5)
-                for parameter, step in zip(parameters, steps, strict=True):
-                    parameter += step.reshape(parameter.shape)
+            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+            by_shape: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = defaultdict(list)
+            for parameter, direction in zip(parameters, self._directions(parameters), strict=True):
+                by_shape[(parameter.shape[0], parameter[0].numel())].append((parameter, direction))
+            for shape, pairs in by_shape.items():
+                matrices = torch.stack([direction.reshape(shape) for _, direction in pairs])
+                steps = orthogonalized(matrices, self.dtype) * (-group["lr"] * 0.2 * max(shape) ** 0.5)
+                moved = [step.view(parameter.shape) for (parameter, _), step in zip(pairs, steps, strict=True)]
+                torch._foreach_add_([parameter for parameter, _ in pairs], moved)
 
-    def _direction(self, parameter: Tensor) -> Tensor:
-        """Return Nesterov's momentum: between the gradient and its moving average, which it updates."""
-        gradient, state = parameter.grad, self.state[parameter]
-        assert gradient is not None
-        if not state:
-            state["momentum"] = torch.zeros_like(parameter)
-        state["momentum"].lerp_(gradient, 1 - MOMENTUM)
-        return gradient.lerp(state["momentum"], MOMENTUM)
+    def _directions(self, parameters: list[Tensor]) -> list[Tensor]:
+        """Return Nesterov's momentum of each: between the gradient and its moving average, which it updates."""
+        if not parameters:
+            return []
+        gradients, momenta = [], []
+        for parameter in parameters:
+            state = self.state[parameter]
+            if not state:
+                state["momentum"] = torch.zeros_like(parameter)
+            gradients.append(parameter.grad)
+            momenta.append(state["momentum"])
+        torch._foreach_lerp_(momenta, gradients, 1 - MOMENTUM)
+        return list(torch._foreach_lerp(gradients, momenta, MOMENTUM))
 
 
 def orthogonalized(matrices: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -125,7 +130,7 @@ class Optimizers:
             for path, tensor in tensors.items():
                 owner, index, key = path.split("/")
                 if owner == name:
-                    state[int(index)][key] = tensor
+                    state[int(index)][key] = _laid_out_as(optimizer.param_groups[0]["params"][int(index)], tensor)
             optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
@@ -138,6 +143,16 @@ def hidden_matrices(model: nn.Module) -> list[Tensor]:
     layers = (nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
     weights = [_parameter_of(module) for module in model.modules() if isinstance(module, layers)]
     return [weight for weight in weights if min(weight.shape[0], weight[0].numel()) >= SMALLEST_SIDE]
+
+
+def _laid_out_as(parameter: Tensor, state: Tensor) -> Tensor:
+    """Return a tensor of an optimizer's state in the memory layout of its parameter, if it has the same shape.
+
+    A checkpoint holds it in the usual layout, and fused Adam reads both as they are in memory, whatever their layouts.
+    """
+    if state.shape != parameter.shape or state.stride() == parameter.stride():
+        return state
+    return torch.empty_like(parameter, dtype=state.dtype, device=state.device).copy_(state)
 
 
 def _parameter_of(layer: nn.Module) -> Tensor:

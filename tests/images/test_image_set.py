@@ -410,3 +410,15 @@ def test_a_batch_takes_rows_in_any_order_and_more_than_once() -> None:
 def test_importing_the_image_set_is_cheap() -> None:
     code = "import sys, pipeline.images.image_set; sys.exit('torch' in sys.modules or 'torchvision' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_a_batch_in_8_bits_is_the_rows_and_as_floats_the_batch() -> None:
+    images = np.random.default_rng(0).integers(0, 256, (9, 3, 4, 5)).astype(np.uint8)
+    split = ImageSplit(images, np.zeros(9, dtype=np.int64), tuple("abcdefghi"))
+    for indices in (np.array([5, 7, 5]), torch.tensor([5, 7, 5])):
+        batch = split.batch_uint8(indices)
+        assert batch.dtype == torch.uint8
+        assert torch.equal(batch, torch.from_numpy(images[[5, 7, 5]]))
+        assert torch.equal(to_float(batch), split.batch(indices))
+    batch.fill_(0)
+    assert images[5].any()  # a copy

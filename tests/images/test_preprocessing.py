@@ -218,6 +218,17 @@ def test_grey_by_the_header() -> None:
     assert not any(is_grey(Image.new(mode, (2, 1))) for mode in ["P", "RGB", "RGBA", "CMYK", "YCbCr"])
 
 
+def test_to_float_is_the_level_divided_by_255_rounded_once() -> None:
+    """Not multiplied by the rounded inverse, which gives other bits for about half of the levels."""
+    levels = torch.arange(256, dtype=torch.uint8).reshape(2, 4, 32)
+    before = levels.clone()
+    expected = (levels.numpy().astype(np.float64) / 255).astype(np.float32)
+    assert torch.equal(to_float(levels), torch.from_numpy(expected))
+    assert torch.equal(to_float(levels), levels.float() / 255)
+    assert not torch.equal(to_float(levels), levels.float() * (1 / torch.tensor(255.0)))
+    assert torch.equal(levels, before)
+
+
 def test_to_float_and_back_is_exact_for_every_level() -> None:
     levels = torch.arange(256, dtype=torch.uint8)
     assert to_float(levels).dtype == torch.float32

@@ -84,6 +84,29 @@ def test_muon_in_bf16_steps_by_what_orthogonalized_returns_and_keeps_its_state_i
     assert weight.dtype == muon.state[weight]["momentum"].dtype == torch.float32
 
 
+def test_a_step_is_that_of_one_weight_at_a_time_bit_for_bit() -> None:
+    """Momentum and the step itself are computed for all weights at once; nothing but the number of calls differs."""
+    torch.manual_seed(0)
+    weights = [torch.randn(shape, requires_grad=True) for shape in ((16, 20), (24, 16, 3, 1), (16, 20), (40, 16))]
+    alone = [weight.detach().clone().requires_grad_() for weight in weights]
+    muon, others = Muon(weights, lr=0.1), [Muon([weight], lr=0.1) for weight in alone]
+    for _ in range(3):
+        for weight, other in zip(weights, alone, strict=True):
+            weight.grad = torch.randn_like(weight)
+            other.grad = weight.grad.clone()
+        muon.step()
+        for each in others:
+            each.step()
+    for weight, other in zip(weights, alone, strict=True):
+        assert torch.equal(weight, other)
+
+
+def test_no_gradients_at_all_are_no_step() -> None:
+    weight = torch.ones(16, 16, requires_grad=True)
+    Muon([weight], lr=0.1).step()
+    assert torch.equal(weight, torch.ones(16, 16))
+
+
 def test_a_weight_without_a_gradient_stays() -> None:
     weight, other = torch.ones(16, 16, requires_grad=True), torch.ones(16, 16, requires_grad=True)
     other.grad = torch.eye(16)
@@ -148,7 +171,30 @@ def test_a_step_after_loading_is_the_step_without_saving(name: str) -> None:
         assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize("name", ["muon", "adam"])
+def test_a_loaded_state_has_the_layout_of_its_weights(name: str) -> None:
+    """A checkpoint holds the usual layout; fused Adam reads the memory of weight and state alike."""
+    plain, restored = network(), network().to(memory_format=torch.channels_last)
+    member, other = Optimizers(plain, name, 0.1), Optimizers(restored, name, 0.1)
+    give_gradients(plain, 1)
+    member.step(0.1)
+    restored.load_state_dict(plain.state_dict())
+    other.load_tensors(
+        {key: tensor.clone(memory_format=torch.contiguous_format) for key, tensor in member.tensors().items()}
+    )
+    weight = restored[0].weight
+    assert not weight.is_contiguous()
+    states = [state for each in other.members.values() for owner, state in each.state.items() if owner is weight]
+    assert all(tensor.stride() == weight.stride() for state in states for tensor in state.values() if tensor.dim())
+    for model, each in ((plain, member), (restored, other)):
+        give_gradients(model, 2)
+        each.step(0.1)
+    for one, another in zip(plain.parameters(), restored.parameters(), strict=True):
+        torch.testing.assert_close(one, another)
+
+
 def give_gradients(model: nn.Module, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
-        parameter.grad = torch.randn(parameter.shape, generator=generator)
+        gradient = torch.randn(parameter.shape, generator=generator)
+        parameter.grad = torch.empty_like(parameter).copy_(gradient)  # in the layout of the parameter, as autograd's
