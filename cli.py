@@ -81,6 +81,17 @@ class ImageSize(click.ParamType):
         return int(sides[0]), int(sides[-1])
 
 
+class YesNoAuto(click.ParamType):
+    """The type of a choice that may be left to a measurement: True, False, or None for auto."""
+
+    name = "auto|yes|no"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> bool | None:
+        if value not in ("auto", "yes", "no"):
+            self.fail(f"expected auto, yes or no, got {value!r}", param, ctx)
+        return {"auto": None, "yes": True, "no": False}[value]
+
+
 class PathType(click.Path):
     """The type of a path: a pathlib.Path; whether it exists is checked where it is used."""
 
@@ -178,7 +189,13 @@ run_options = options(
 training_options = options(
     setting("steps", click.IntRange(min=1), "In all.", STAGE_ONE, STAGE_TWO),
     loop_options(STAGE_ONE, STAGE_TWO),
-    click.option("--compile", is_flag=True, default=None, help="Compile the networks: a slow start, faster steps."),
+    click.option(
+        "--compile",
+        type=YesNoAuto(),
+        is_flag=False,
+        flag_value="yes",
+        help="Compile the networks: a slow start, faster steps; alone it is yes.  [default: auto, if measured to pay]",
+    ),
     run_options,
 )
 choice_options = options(

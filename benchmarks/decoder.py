@@ -24,7 +24,7 @@ from pipeline.evaluation.picture_numbers import picture_numbers
 from pipeline.evaluation.reconstruction import measure_reconstruction
 from pipeline.models.inference import reconstruct_images
 from pipeline.models.loading import images_of, load_trained_tokenizer
-from pipeline.training.loop import LoopSettings
+from pipeline.training.loop_settings import LoopSettings
 from pipeline.training.run_folder import RunFolder
 from pipeline.training.train_decoder import train_decoder
 from tokenizer import TokenizerConfig, adversarial

@@ -26,7 +26,8 @@ from pipeline.images.holdout import held_out
 from pipeline.models.checkpoint import CheckpointInfo
 from pipeline.models.loading import load_prior
 from pipeline.runtime.device import choose_device
-from pipeline.training.loop import LoopSettings, run_training
+from pipeline.training.loop import run_training
+from pipeline.training.loop_settings import LoopSettings
 from pipeline.training.prior_stage import PriorStage
 from pipeline.training.recipes import LARGE_PRIOR, PriorSettings
 from pipeline.training.train_prior import network_config

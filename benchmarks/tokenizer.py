@@ -25,7 +25,8 @@ from pipeline.images.image_set import ImageSet, open_images
 from pipeline.models.checkpoint import CheckpointInfo
 from pipeline.runtime.device import autocast, choose_device, compile_networks, manual_seed, product_dtype
 from pipeline.runtime.optimizer import Optimizers
-from pipeline.training.loop import LoopSettings, run_training
+from pipeline.training.loop import run_training
+from pipeline.training.loop_settings import LoopSettings
 from pipeline.training.recipes import LARGE_TOKENIZER, TokenizerSettings
 from pipeline.training.stage import Evaluation
 from pipeline.training.tokenizer_stage import TokenizerStage, evaluate_autoencoder

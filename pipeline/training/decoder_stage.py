@@ -54,6 +54,7 @@ class DecoderStage:
         self.discriminator = Discriminator(tokenizer.config).to(self.device)
         self.model = nn.ModuleDict({"decoder": self.decoder, "discriminator": self.discriminator})
         self.network: nn.Module = _Sharpening(self.decoder, self.discriminator, tokenizer.config.data_variance, group)
+        self.compilable: tuple[nn.Module, ...] = ()
         self.average = AveragedModel(self.decoder, avg_fn=_moving_average)
         self.distance = DecoderDistance(tokenizer, images, self.held_out_rows, group=group)
         self.plain = self.distance.measure(tokenizer.decoder)

@@ -9,10 +9,9 @@ and resumed ends, on a CPU, with the same bytes as one that never stopped. Sever
 import logging
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,53 +20,30 @@ from ..errors import InputError
 from ..models.checkpoint import CheckpointInfo, SavedRun, TrainingState, read_run, save_checkpoint
 from ..models.tensor_file import check_finite, check_outlines, outlines_of
 from ..runtime.console import OutputClosed, output_closed, say
-from ..runtime.device import autocast, product_dtype
+from ..runtime.device import product_dtype
 from ..runtime.interrupts import StopSignal
 from ..runtime.optimizer import Optimizers
 from ..runtime.process_group import ALONE, OtherProcessError, ProcessGroup
 from ..runtime.progress import Progress
 from .cost import CostEstimate
-from .divergence import DivergedError, Divergence
+from .divergence import DivergedError
+from .loop_settings import LoopSettings
 from .metrics_log import MetricsLog, RunningMeans
-from .recipes import DecoderSettings, PriorSettings, TokenizerSettings
 from .run_folder import PICTURES, note_save
 from .run_state import Interval, Position, collect_state, copy_of, load_state
-from .schedule import DataOrder, StepRandomness, learning_rate_at
+from .schedule import learning_rate_at
 from .shared_steps import SharedSteps, Wishes
-from .stage import Batch, Evaluation, Stage
+from .stage import Evaluation, Stage
+from .step_gradients import StepGradients
+from .time_use import TimeUse
 
 SAVE_EVERY_SECONDS = 60.0
 LINES_PER_EVALUATION = 20  # of the log, about the training losses
+SHORTEST_EXPLAINED = 60.0  # seconds of a run, from which on it says what its time was used for
+MUCH_WAITING = 0.03  # share of the time, from which on it is shown
 LOWER_RATE = 0.5  # factor of the learning rate after a loss that is not finite
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoopSettings:
-    """What the loop needs to know about a run."""
-
-    steps: int  # in all, those before a resume included
-    batch_size: int  # of a step, over all processes
-    learning_rate: float  # after the warm-up
-    seed: int
-    device: torch.device
-    precision: str  # "auto", "fp32" or "bf16"
-    optimizer: str = "muon"  # or "adam"
-    accumulate: int = 1  # parts that the batch of a process is computed in, one after the other
-    decays: bool = True  # whether the learning rate falls to 0 at the end
-    evaluations: int = 8  # over the whole run, the last at its end
-    keep_best: bool = False  # model.safetensors holds the weights of the best evaluation, not the last weights
-    evaluate_first: bool = False  # also evaluate before the first step, so that nothing worse is ever the best
-
-    @classmethod
-    def from_settings(
-        cls, settings: TokenizerSettings | PriorSettings | DecoderSettings, device: torch.device, **extra: Any
-    ) -> "LoopSettings":
-        """Return the loop settings of a training: what the user chose, and `extra`, which the user does not choose."""
-        names = ("steps", "batch_size", "seed", "precision", "optimizer", "accumulate")
-        shared = {name: getattr(settings, name) for name in names}
-        return cls(**shared, learning_rate=settings.lr, device=device, **extra)
 
 
 def run_training(
@@ -103,14 +79,16 @@ def run_training(
         trainer = _Trainer(stage, info, settings, folder, group, stop)
         with trainer.shared.gradients_of(stage), trainer.bar:  # which ends its line before an error is printed
             trainer.start(resume)
-            while trainer.step < settings.steps:
-                try:
-                    trainer.advance()
-                    trainer.stop_if_wished()
-                except DivergedError as error:
-                    if trainer.shared.wishes().signal:
-                        raise error if group.is_main else OtherProcessError from None
-                    trainer.roll_back(error)
+            with trainer.gradients.loading_from(trainer.step):
+                while trainer.step < settings.steps:
+                    try:
+                        trainer.advance()
+                        trainer.stop_if_wished()
+                    except DivergedError as error:
+                        if trainer.shared.wishes().signal:
+                            raise error if group.is_main else OtherProcessError from None
+                        trainer.roll_back(error)
+                trainer.say_time_use()
     return trainer.info
 
 
@@ -133,8 +111,8 @@ class _Trainer:
         self.best: dict[str, float] = {}
         self.best_weights: dict[str, Tensor] | None = None
         self.learning_rate_scale = 1.0
-        self.order = DataOrder(stage.num_items, settings.batch_size, settings.seed)
-        self.randomness = StepRandomness(settings.seed, settings.batch_size)
+        self.gradients = StepGradients(stage, settings, self.shared)
+        self.divergence = self.gradients.divergence
         dtype = product_dtype(settings.device, settings.precision)
         self.optimizers = Optimizers(stage.model, settings.optimizer, settings.learning_rate, dtype=dtype)
         self.log = MetricsLog(folder / "metrics.jsonl")
@@ -145,7 +123,7 @@ class _Trainer:
         self.saved_at = time.monotonic()
         self.beginning: TrainingState | None = None  # to return to until the folder holds a save of this run
         self.best_at_beginning: Mapping[str, Tensor] | None = None  # the weights of the evaluation that it records
-        self.divergence = Divergence(stage, self.order, settings.learning_rate, settings.device)
+        self.time_use = TimeUse()
         self.warned: set[str] = set()
 
     def start(self, saved: SavedRun | None) -> None:
@@ -155,9 +133,7 @@ class _Trainer:
         else:
             self.restore(saved)
             self._note_saved()
-        if self.step < self.settings.steps:
-            self._rehearse()
-        else:
+        if self.step == self.settings.steps:
             self._nothing_to_do(saved)
 
     def stop_if_wished(self) -> None:
@@ -171,6 +147,12 @@ class _Trainer:
             self.save()
             raise OutputClosed
 
+    def say_time_use(self) -> None:
+        """Say what the time of this run, or since it was resumed, was used for."""
+        self.time_use.add("waiting", self.gradients.waited)
+        if self.time_use.seconds > SHORTEST_EXPLAINED:
+            say(self.time_use.line())
+
     def _nothing_to_do(self, saved: SavedRun | None) -> None:
         """Say that all steps are done already; in place of a damaged save, save again."""
         assert saved is not None
@@ -182,7 +164,8 @@ class _Trainer:
     def _begin(self) -> None:
         """Begin at step 0."""
         if self.settings.evaluate_first:
-            self._evaluate()
+            with self.time_use.of("evaluating"):
+                self._evaluate()
         self.beginning = copy_of(self._state())
         self.best_at_beginning = self.best_weights
 
@@ -197,10 +180,12 @@ class _Trainer:
         if self._due(LINES_PER_EVALUATION * self.settings.evaluations):
             self._report(losses, rate)
         if self._due(self.settings.evaluations):
-            self._evaluate()
+            with self.time_use.of("evaluating"):
+                self._evaluate()
         if self.step == steps or self.shared.wishes().save:
             self.shared.check(lambda: self.divergence.check(losses, self.step))
-            self.save()
+            with self.time_use.of("saving"):
+                self.save()
 
     def _step(self, rate: float) -> dict[str, Tensor]:
         """Take one step of the optimizer at this learning rate, count it, and return its losses.
@@ -209,7 +194,8 @@ class _Trainer:
             DivergedError: a loss is not finite in some process, and the device is one where it costs nothing to know,
                 or the model says so itself: no step is taken.
         """
-        losses = self._losses_and_gradients()
+        self.optimizers.zero_grad()
+        losses = self.gradients.compute(self.step)
         with self.group.explaining_loss():
             self.stage.finish_step()
         self.optimizers.step(rate)
@@ -217,75 +203,6 @@ class _Trainer:
         self.bar.update()
         self.means.add(losses)
         return losses
-
-    def _losses_and_gradients(self) -> dict[str, Tensor]:
-        """Compute the gradients of a step; return the losses of this process, each weighted by its share of the batch.
-
-        Raises:
-            DivergedError: as `_step`.
-        """
-        self.stage.model.train()
-        self.randomness.begin(self.step)
-        parts = self._batch().split(self.settings.accumulate)
-        self.optimizers.zero_grad()
-        try:
-            with self.group.explaining_loss():
-                self._begin_step(parts)
-                found = [self._losses_of(part, is_last=part is parts[-1]) for part in parts]
-        except DivergedError:
-            self.stage.discard_step()
-            raise
-        return {name: torch.stack([losses[name] for losses in found]).sum() for name in found[0]}
-
-    def _begin_step(self, parts: list[Batch]) -> None:
-        """Let the stage prepare the step. Raise DivergedError if it finds what is not finite, in every process."""
-        try:
-            with autocast(self.settings.device, self.settings.precision):
-                self.stage.begin_step(parts)
-        except FloatingPointError as error:
-            raise self.divergence.caught(error, self.step) from error
-
-    def _losses_of(self, part: Batch, *, is_last: bool) -> dict[str, Tensor]:
-        """Add the gradients of part of a batch; return its losses, weighted by its share of the batch."""
-        share = len(part) / self.settings.batch_size
-        error: DivergedError | None = None
-        losses: dict[str, Tensor] = {}
-        try:
-            with autocast(self.settings.device, self.settings.precision):
-                losses = self.stage.losses(part)
-            self.divergence.note(losses, self.step)
-            if self.settings.device.type == "cpu":  # elsewhere it would cost a sync in each step
-                self.divergence.check(losses, self.step + 1)
-        except DivergedError as found:
-            error = found
-        except FloatingPointError as found:  # of the model itself, such as the quantizer, before there is a loss
-            error = self.divergence.caught(found, self.step)
-        self.shared.agree(error)
-        self.shared.backward(self.stage.network, losses["loss"], share, is_last=is_last)
-        return {name: loss.detach() * share for name, loss in losses.items()}
-
-    def _batch(self) -> Batch:
-        """Return the part of this process of the batch of the present step."""
-        own = slice(*self.group.bounds(self.settings.batch_size))
-        indices = self.order.batch(self.step)[own]
-        data = tuple(tensor.to(self.settings.device) for tensor in self.stage.load(indices))
-        return Batch(indices, self.randomness.keys(self.step)[own], data)
-
-    def _rehearse(self) -> None:
-        """Where processes share the run, compute the gradients of a step once in vain.
-
-        After its first backward pass, DistributedDataParallel puts the gradients in the order in which they came, and
-        sums are rounded by their place in it: without this, a resumed run would differ from one that never stopped.
-        """
-        if self.group.count == 1:
-            return
-        before = {name: tensor.detach().clone() for name, tensor in self.stage.model.state_dict().items()}
-        with suppress(DivergedError):  # which the step itself will raise again
-            self._losses_and_gradients()
-        self.stage.discard_step()
-        self.optimizers.zero_grad()
-        self.divergence.forget()
-        self.stage.model.load_state_dict(before)
 
     def _wishes(self) -> Wishes:
         """Return what is wanted in this process; the main one says when to save."""
@@ -342,6 +259,7 @@ class _Trainer:
             self.restore(self.group.run_on_main(lambda: read_run(self.folder, self.info.kind)))
         else:
             self._load_state(self.beginning, self.best_at_beginning or {})
+        self.gradients.seek(self.step)
         self.learning_rate_scale = LOWER_RATE
         self.divergence.forget()
         say(f"{error.got}: back to step {self.step:,}, this once, with {LOWER_RATE:g} times the learning rate")
@@ -407,9 +325,14 @@ class _Trainer:
     def _report(self, losses: Mapping[str, Tensor], rate: float) -> None:
         """Log the mean losses since the last line; show them in the progress bar. Raise DivergedError unless finite."""
         self.shared.check(lambda: self.divergence.check(losses, self.step))
-        numbers = self.means.take(self.group) | self.stage.status()
-        self.bar.set_numbers(_shown(numbers))
-        self._write_log("train", numbers | {"learning_rate": rate})
+        numbers, waiting = self.means.take(self.group) | self.stage.status(), self._waiting_share()
+        self._write_log("train", numbers | {"learning_rate": rate, "waiting_share": waiting})
+        shown = _shown(numbers)
+        self.bar.set_numbers(f"{shown}, waits for data {waiting:.0%} of the time" if waiting > MUCH_WAITING else shown)
+
+    def _waiting_share(self) -> float:
+        """Return the share of the time that steps have waited for their batches, in [0,1]."""
+        return min(1.0, self.gradients.waited / max(self.time_use.seconds, 1e-9))
 
     def _write_log(self, split: str, numbers: Mapping[str, float]) -> None:
         """Append a line to the log, if that is possible; the main process does."""

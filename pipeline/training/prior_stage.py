@@ -70,6 +70,7 @@ class PriorStage:
     ) -> None:
         self.model, self.grids, self._preview, self.group = model, grids, preview, group
         self.network: nn.Module = model
+        self.compilable: tuple[nn.Module, ...] = (model,)
         self.device = next(model.parameters()).device
         self.train_rows, self.held_out_rows = split_rows(held_out_mask)
         self.num_items = len(self.train_rows)

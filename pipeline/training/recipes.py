@@ -36,7 +36,7 @@ class TokenizerSettings:
     precision: str = field(default="auto", metadata=CHANGEABLE)
     optimizer: str = "muon"
     accumulate: int = field(default=1, metadata=CHANGEABLE)  # parts that a batch is computed in
-    compile: bool = field(default=False, metadata=CHANGEABLE)
+    compile: bool | None = field(default=None, metadata=CHANGEABLE)  # None: if it makes a long run faster
     sharp: bool = field(default=False, metadata=CHANGEABLE)  # whether a sharp decoder is trained as the last phase
     num_codes: int = 512
     code_dim: int = 8
@@ -77,7 +77,7 @@ class PriorSettings:
     precision: str = field(default="auto", metadata=CHANGEABLE)
     optimizer: str = "muon"
     accumulate: int = field(default=1, metadata=CHANGEABLE)  # parts that a batch is computed in
-    compile: bool = field(default=False, metadata=CHANGEABLE)
+    compile: bool | None = field(default=None, metadata=CHANGEABLE)  # None: if it makes a long run faster
     channels: int = 64
     num_layers: int = 6
     kernel_size: int = 3

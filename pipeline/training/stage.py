@@ -56,6 +56,7 @@ class Stage(Protocol):
 
     num_items: int  # training items; a batch is chosen from range(num_items)
     network: nn.Module  # what `losses` calls: the model or a part of it, which the loop may wrap
+    compilable: tuple[nn.Module, ...]  # networks that torch may compile, in place
 
     @property
     def model(self) -> nn.Module:

@@ -43,10 +43,15 @@ class TimeUse:
         _check(kind)
         self._seconds[kind] += seconds
 
+    @property
+    def seconds(self) -> float:
+        """The time so far."""
+        return self._clock() - self._start
+
     def share(self, kind: Kind) -> float:
         """Return the share of the time so far, 0 to 1, that is of a kind. Raises ValueError as `of` does."""
         _check(kind)
-        passed = self._clock() - self._start
+        passed = self.seconds
         return min(1.0, self._seconds[kind] / passed) if passed > 0 else 0.0
 
     def numbers(self) -> dict[str, float]:

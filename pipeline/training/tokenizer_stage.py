@@ -44,6 +44,7 @@ class BaselineStage:
     def __init__(self, model: Baseline, images: ImageSplit, group: ProcessGroup = ALONE) -> None:
         self.model, self.images, self.group = model, images, group
         self.network: nn.Module = model
+        self.compilable: tuple[nn.Module, ...] = (model.encoder, model.decoder)
         self.device = next(model.parameters()).device
         self.train_rows, self.held_out_rows = split_rows(held_out(images.names))
         self.num_items = len(self.train_rows)
@@ -108,6 +109,7 @@ class TokenizerStage:
     def __init__(self, model: VQVAE, images: ImageSplit, group: ProcessGroup = ALONE) -> None:
         self.model, self.images, self.group = model, images, group
         self.network: nn.Module = model
+        self.compilable: tuple[nn.Module, ...] = (model.encoder, model.decoder)
         model.quantizer.deferred = True  # until every loss of a step has been computed
         self.device = next(model.parameters()).device
         self.train_rows, self.held_out_rows = split_rows(held_out(images.names))

@@ -25,17 +25,19 @@ from ..models.decoders import decoder_folder
 from ..models.loading import TrainedTokenizer, images_of, load_trained_tokenizer
 from ..models.shares import check_same
 from ..runtime.console import say
-from ..runtime.device import choose_device, manual_seed
+from ..runtime.device import choose_device, manual_seed, use_fast_layout
 from ..runtime.folder_lock import only_writer
 from ..runtime.output_paths import check_output_folder
 from ..runtime.process_group import ProcessGroup, process_group
 from .decoder_stage import DecoderStage
-from .loop import LoopSettings, run_training
+from .loop import run_training
+from .loop_settings import LoopSettings
 from .recipes import SHARPENING_SHARE, DecoderSettings
 from .run_folder import RunFolder, check_run_folder, of_this_attempt, prepare_run_folder, saved_run
 from .settings import recorded, resolve
 from .shared_steps import check_batch_size, images_digest
 from .split_summary import split_summary
+from .trial import with_fastest_way
 
 
 def train_decoder(run: RunFolder, overrides: Mapping[str, Any], tokenizer_folder: Path) -> CheckpointInfo:
@@ -100,6 +102,8 @@ def _train(run: RunFolder, overrides: Mapping[str, Any], tokenizer_folder: Path,
     manual_seed(settings.seed)
     stage = DecoderStage(tokenizer.model, images.train, group)
     settings = replace(settings, steps=settings.steps or default_steps(tokenizer.info), data=images.source)
+    settings = with_fastest_way(stage, settings, group)
+    use_fast_layout(stage.model, device, settings.precision)
     group.run_on_main(lambda: _prepare_folders(run, decoder_run, saved, tokenizer))
     say(*_explanation(stage, images, tokenizer_folder, decoder_run.out))
     loop = LoopSettings.from_settings(settings, device, decays=False, keep_best=True, evaluate_first=True)

@@ -26,17 +26,19 @@ from ..models.loading import TrainedTokenizer, config_of_run, load_prior, load_t
 from ..models.shares import check_same
 from ..runtime.atomic_files import sha256
 from ..runtime.console import say
-from ..runtime.device import choose_device, compile_networks, manual_seed
+from ..runtime.device import choose_device, manual_seed, use_fast_layout
 from ..runtime.folder_lock import only_writer
 from ..runtime.process_group import ProcessGroup, process_group
 from ..runtime.schema import short
-from .loop import LoopSettings, run_training
+from .loop import run_training
+from .loop_settings import LoopSettings
 from .prior_stage import PriorStage, sample_preview
 from .recipes import ATTENTION_EVERY, FIRST_KERNEL, LABEL_DROPOUT, MOST_ATTENDED, MOST_CODES, PriorSettings
 from .run_folder import CODES, RunFolder, check_run_folder, of_this_attempt, prepare_run_folder, saved_run
 from .settings import recorded, resolve
 from .shared_steps import check_batch_size
 from .split_summary import split_summary
+from .trial import with_fastest_way
 
 
 def train_prior(run: RunFolder, overrides: Mapping[str, Any], default_tokenizer: Path) -> CheckpointInfo:
@@ -74,12 +76,12 @@ def _train(
     manual_seed(settings.seed)
     config = group.run_on_all(lambda: config_for(settings, codes) if saved is None else _config_of(run, saved, codes))
     model = GatedPixelCNN(config).to(device)
-    if settings.compile:
-        compile_networks(model)
     preview = None
     if tokenizer is not None:
         preview = sample_preview(model, tokenizer.model, codes.manifest.grid, settings.seed)
     stage = PriorStage(model, codes, held_out(codes.names()), preview, group)
+    settings = with_fastest_way(stage, settings, group)
+    use_fast_layout(model, device, settings.precision)
     info = _info(settings, config, codes, tokenizer_folder if required else None)
     group.run_on_main(lambda: prepare_run_folder(run, saved))
     say(*explanation(stage, codes, run.out))

@@ -17,10 +17,11 @@ from ..models.checkpoint import CheckpointInfo, SavedRun
 from ..models.loading import config_of_run
 from ..models.shares import check_same
 from ..runtime.console import say
-from ..runtime.device import choose_device, compile_networks, manual_seed
+from ..runtime.device import choose_device, manual_seed, use_fast_layout
 from ..runtime.folder_lock import only_writer
 from ..runtime.process_group import ProcessGroup, process_group
-from .loop import LoopSettings, run_training
+from .loop import run_training
+from .loop_settings import LoopSettings
 from .recipes import TokenizerSettings
 from .run_folder import (
     RunFolder,
@@ -35,6 +36,7 @@ from .settings import recorded, resolve
 from .shared_steps import check_batch_size, images_digest
 from .split_summary import split_summary
 from .tokenizer_stage import BaselineStage, TokenizerStage, stage_for
+from .trial import with_fastest_way
 
 OPTIONS_OF_ONE_BOTTLENECK = {
     "num_codes": "vq",
@@ -73,9 +75,9 @@ def _train(run: RunFolder, overrides: Mapping[str, Any], group: ProcessGroup) ->
     config = group.run_on_all(lambda: config_for(settings, images) if saved is None else _config_of(run, saved, images))
     manual_seed(settings.seed)
     model = build_model(config).to(device)
-    if settings.compile:
-        compile_networks(model.encoder, model.decoder)
     stage = stage_for(model, images.train, group)
+    settings = with_fastest_way(stage, settings, group)
+    use_fast_layout(model, device, settings.precision)
     group.run_on_main(lambda: _prepare_folder(run, saved))
     say(*explanation(stage, images, run.out))
     loop = LoopSettings.from_settings(settings, device)

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.models.checkpoint import CheckpointInfo, load_training, read_run
-from pipeline.training.loop import LoopSettings, run_training
+from pipeline.training.loop import run_training
+from pipeline.training.loop_settings import LoopSettings
 from pipeline.training.prior_stage import PriorStage
 from pipeline.training.stage import Batch, Evaluation, Stage
 from pipeline.training.tokenizer_stage import TokenizerStage
@@ -49,6 +50,7 @@ class Toy:
         self.model = nn.Linear(1, 1, bias=False)
         nn.init.zeros_(self.model.weight)
         self.network: nn.Module = self.model
+        self.compilable: tuple[nn.Module, ...] = ()
         self.num_items, self.score_of = num_items, score_of
         self.seen: list[list[int]] = []
         self.weights: list[float] = []  # before each step

@@ -2,8 +2,8 @@
 
     python watched_program.py ACTIONS ARGUMENT ...
 
-ACTIONS is JSON, a list of [attempt, rank, step, action]: in this attempt of torchrun, in the process of this rank, while
-the losses of this step (from 1) are computed. An action is "kill" (SIGKILL), "int" or "term" (to the process that
+ACTIONS is JSON, a list of [attempt, rank, step, action]: in this attempt of torchrun, in the process of this rank,
+while the losses of this step (from 1) are computed. An action is "kill" (SIGKILL), "int" or "term" (to the process that
 torchrun is), "raise" (an error of this process alone), or "nan" (losses that are not finite).
 """
 
