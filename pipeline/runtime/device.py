@@ -74,8 +74,8 @@ def use_fast_layout(model: nn.Module, device: torch.device, precision: str) -> N
     """Put the convolutions' weights into the layout that this device multiplies fastest, in place.
 
     That is channels_last for bf16 on CUDA, where the tensor cores work in it and every other layout is converted. On
-    the CPU it saves 0 to 3 % of a step (benchmarks/speed.py), which is left alone. Shapes, names and checkpoints stay
-    as they are; results differ in rounding.
+    the CPU it saves -1 to 6 % of a step of 32 items (benchmarks/speed.py) and is left alone. Shapes, names and
+    checkpoints stay as they are; results differ in rounding.
 
     Args:
         model: on the device.

@@ -54,16 +54,14 @@ class Muon(torch.optim.Optimizer):
                 torch._foreach_add_([parameter for parameter, _ in pairs], moved)
 
     def _directions(self, parameters: list[Tensor]) -> list[Tensor]:
-        """Return Nesterov's momentum of each: between the gradient and its moving average, which it updates."""
+        """Return Nesterov's momentum of each: between its gradient and their moving average, which it updates."""
         if not parameters:
             return []
-        gradients, momenta = [], []
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         for parameter in parameters:
-            state = self.state[parameter]
-            if not state:
-                state["momentum"] = torch.zeros_like(parameter)
-            gradients.append(parameter.grad)
-            momenta.append(state["momentum"])
+            if not self.state[parameter]:
+                self.state[parameter]["momentum"] = torch.zeros_like(parameter)
+        momenta = [self.state[parameter]["momentum"] for parameter in parameters]
         torch._foreach_lerp_(momenta, gradients, 1 - MOMENTUM)
         return list(torch._foreach_lerp(gradients, momenta, MOMENTUM))
 
