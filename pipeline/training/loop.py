@@ -133,7 +133,7 @@ class _Trainer:
         else:
             self.restore(saved)
             self._note_saved()
-        if self.step == self.settings.steps:
+        if self.step >= self.settings.steps:
             self._nothing_to_do(saved)
 
     def stop_if_wished(self) -> None:

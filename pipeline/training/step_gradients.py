@@ -116,7 +116,7 @@ class StepGradients:
         After its first backward pass, DistributedDataParallel puts the gradients in the order in which they came, and
         sums are rounded by their place in it: without this, a resumed run would differ from one that never stopped.
         """
-        if self.shared.group.count == 1 or step == self.settings.steps:
+        if self.shared.group.count == 1 or step >= self.settings.steps:
             return
         with without_a_trace(self.stage), suppress(DivergedError):  # which the step itself will raise again
             self.compute(step)

@@ -46,9 +46,8 @@ def with_fastest_way(stage: Stage, settings: Settings, group: ProcessGroup) -> S
         The settings with the choice, for the run to record: a resumed run continues with it.
     """
     device = next(stage.model.parameters()).device
-    candidates = candidates_for(
-        device, settings.precision, getattr(settings, "compile", False) if stage.compilable else False
-    )
+    compiled = getattr(settings, "compile", None) if stage.compilable else False
+    candidates = candidates_for(device, settings.precision, compiled)
     assert settings.steps is not None
     choice = choose(candidates, lambda candidate: _time_of(candidate, stage, settings, group), steps=settings.steps)
     choice = group.of_main(choice)

@@ -18,7 +18,7 @@ CHANGEABLE = {"accumulate", "steps", "precision", "compile", "sharp", "data_root
 def another(name: str, value: Any) -> Any:
     """Return another value of a setting than `value`."""
     others = {"precision": "bf16", "optimizer": "adam", "image_size": (8, 12)}
-    numbers = {"steps": 7, "channels": 3, "label_dropout": 0.25, "attention_every": 3}
+    numbers = {"steps": 7, "channels": 3, "compile": True, "label_dropout": 0.25, "attention_every": 3}
     if name in others or (name in numbers and value is None):
         return (others | numbers)[name]
     return {bool: lambda: not value, int: lambda: value + 1, float: lambda: value + 0.5}.get(

@@ -476,7 +476,7 @@ def test_ctrl_c_after_a_step_that_destroys_the_weights_is_reported_in_one_line(
         "prior": ["train-prior", "--codes", trained.codes, "--channels", 4, "--num-layers", 1],
     }
     out = tmp_path / "run"
-    command = [*commands[stage], "--out", out, "--precision", "fp32", "--lr", 1e36, "--steps", 1000]
+    command = [*commands[stage], "--out", out, "--precision", "fp32", "--lr", 1e36, "--steps", 900]
     during(monkeypatch, 1, lambda: os.kill(os.getpid(), signal.SIGINT))
     monkeypatch.setattr(loop, "learning_rate_at", lambda *arguments, **options: math.inf)
     outcome = codegrid(*command)

@@ -120,8 +120,9 @@ def stop_at(step: int) -> Callable[[int], None]:
 
 
 def lines_of(folder: Path, split: str | None = None) -> list[dict[str, Any]]:
-    """Return the lines of the log of a run, by default of all splits."""
+    """Return the lines of the log of a run, by default of all splits, without `waiting_share`, which is a time."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
+    assert all(0 <= line.pop("waiting_share", 0) <= 1 for line in lines)
     return [line for line in lines if split in (None, line["part"])]
 
 
