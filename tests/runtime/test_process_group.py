@@ -15,7 +15,7 @@ import torch.distributed as dist
 from pipeline.errors import InputError
 from pipeline.runtime import meeting
 from pipeline.runtime.membership import in_short, is_loss
-from pipeline.runtime.process_group import ProcessGroup, process_group
+from pipeline.runtime.process_group import OtherProcessError, ProcessGroup, process_group
 
 from ..support import ROOT
 from .processes import free_port, run_processes
@@ -96,6 +96,23 @@ def end_late(rank: int) -> None:
 def test_a_process_that_ends_in_order_is_not_missed(tmp_path: Path) -> None:
     ended = run_processes(tmp_path, 3, end_late)
     assert [(process.status, process.printed) for process in ended] == [(0, "")] * 3
+
+
+def fail_and_continue(rank: int) -> None:
+    def refuse() -> None:
+        raise InputError(expected="an image", got="a hole", do="mend it")
+
+    with pytest.raises((InputError, OtherProcessError)), process_group() as group:
+        group.run_on_main(refuse)
+    assert not dist.is_initialized()
+    with process_group() as group:
+        assert group.gather(rank) == [0, 1]
+    time.sleep(2.5 if rank == 0 else 0)  # longer than the silence of the other, which failed, is borne
+
+
+def test_a_program_may_handle_an_error_and_continue(tmp_path: Path) -> None:
+    ended = run_processes(tmp_path, 2, fail_and_continue)
+    assert [(process.status, process.printed) for process in ended] == [(0, "")] * 2
 
 
 STUCK = """
