@@ -107,7 +107,7 @@ def fail_and_continue(rank: int) -> None:
     assert not dist.is_initialized()
     with process_group() as group:
         assert group.gather(rank) == [0, 1]
-    time.sleep(2.5 if rank == 0 else 0)  # longer than the silence of the other, which failed, is borne
+    time.sleep(4 if rank == 0 else 0)  # longer than the silence of the other, which failed, is borne
 
 
 def test_a_program_may_handle_an_error_and_continue(tmp_path: Path) -> None:
