@@ -101,6 +101,7 @@ class Membership:
         else:
             atexit.register(_exit, status)
         self._wait_for_others(heartbeat.BEAT_EVERY + 1)  # in which they have read it
+        self.heartbeat.stop()  # a program that handles the error may continue
 
     def _ends(self) -> list[str]:
         """Return how each process ended, by rank: an empty text for one that has not."""

@@ -136,6 +136,7 @@ def test_main_first_runs_the_first_of_each_machine_before_its_others() -> None:
 def test_each_process_uses_a_gpu_of_its_own_unless_one_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda name: None)
     assert [ProcessGroup(rank, 3, rank).device("auto") for rank in range(3)] == ["cuda:0", "cuda:1", "cuda:0"]
     assert ProcessGroup(5, 6, 1).device("cuda") == "cuda:1"
     assert ProcessGroup(1, 2, 1).device("cpu") == "cpu"

@@ -15,12 +15,13 @@ import torch.distributed as dist
 from pipeline.errors import InputError
 from pipeline.runtime import meeting
 from pipeline.runtime.membership import in_short, is_loss
-from pipeline.runtime.process_group import ProcessGroup, process_group
+from pipeline.runtime.process_group import OtherProcessError, ProcessGroup, process_group
 
 from ..support import ROOT
 from .processes import free_port, run_processes
 
-NUMBERS = [[0.1, -3.0, 2.0**53 + 2, -math.inf, 5.0], [0.3 - 0.2, -4.0, 1.0, -math.inf, math.nan]]  # by rank
+NAN = math.nan
+NUMBERS = [[0.1, -3.0, 2.0**53 + 2, -math.inf, NAN, 5.0], [0.3 - 0.2, -4.0, 1.0, -math.inf, 5.0, NAN]]  # by rank
 
 
 def values_of(rank: int, dtype: torch.dtype) -> torch.Tensor:
@@ -37,7 +38,7 @@ def compute(rank: int) -> None:
         assert (group.rank, group.count) == (rank, 2)
         maxima = group.maxima(NUMBERS[rank])
         assert maxima[:4] == [max(NUMBERS[0][0], NUMBERS[1][0]), -3.0, 2.0**53 + 2, -math.inf]
-        assert math.isnan(maxima[4])
+        assert [math.isnan(value) for value in maxima[4:]] == [True, True]
         assert group.maxima([]) == []
         for dtype in (torch.float32, torch.float64, torch.int64):
             own = values_of(rank, dtype)
@@ -89,11 +90,28 @@ def test_a_gpu_that_is_chosen_is_the_current_one(monkeypatch: pytest.MonkeyPatch
 def end_late(rank: int) -> None:
     with process_group() as group:
         group.wait()
-        time.sleep([0.0, 3.0][rank])  # longer than a silence is borne, after the host of the store is done
+        time.sleep([0.3, 0.0, 3.0][rank])  # longer than a silence is borne; process 0 hosts the store
 
 
 def test_a_process_that_ends_in_order_is_not_missed(tmp_path: Path) -> None:
-    ended = run_processes(tmp_path, 2, end_late)
+    ended = run_processes(tmp_path, 3, end_late)
+    assert [(process.status, process.printed) for process in ended] == [(0, "")] * 3
+
+
+def fail_and_continue(rank: int) -> None:
+    def refuse() -> None:
+        raise InputError(expected="an image", got="a hole", do="mend it")
+
+    with pytest.raises((InputError, OtherProcessError)), process_group() as group:
+        group.run_on_main(refuse)
+    assert not dist.is_initialized()
+    with process_group() as group:
+        assert group.gather(rank) == [0, 1]
+    time.sleep(4 if rank == 0 else 0)  # longer than the silence of the other, which failed, is borne
+
+
+def test_a_program_may_handle_an_error_and_continue(tmp_path: Path) -> None:
+    ended = run_processes(tmp_path, 2, fail_and_continue)
     assert [(process.status, process.printed) for process in ended] == [(0, "")] * 2
 
 
