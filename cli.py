@@ -742,6 +742,8 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         check_output()
     except click.UsageError as error:
         hint = f" (see {error.ctx.command_path} --help)" if error.ctx else ""
+        if is_silent():  # every process has the same command line
+            sys.exit(2)
         fail(in_one_line(error.format_message()) + hint, 2)
     except KeyboardInterrupt:
         note("")  # after the ^C on a terminal

@@ -3,9 +3,10 @@
 What they exchange is pickled, as it is between processes.
 """
 
+import itertools
 import pickle
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -19,29 +20,40 @@ T = TypeVar("T")
 
 
 class Meeting:
-    """Exchanges what the threads of a process group gather; a thread that is lost breaks it."""
+    """Exchanges what the threads of a process group gather, also if one is lost right after; none waits for it then."""
 
     def __init__(self, count: int) -> None:
-        self.values: list[Any] = [None] * count
-        self.barrier = threading.Barrier(count, timeout=30)
+        self.count, self.lost = count, False
+        self.rounds: list[dict[int, bytes]] = []
+        self.condition = threading.Condition()
 
-    def exchange(self, rank: int, value: Any) -> list[Any]:
-        try:
-            self.values[rank] = pickle.dumps(value)
-            self.barrier.wait()
-            values = [pickle.loads(data) for data in self.values]
-            self.barrier.wait()
-        except threading.BrokenBarrierError:
-            raise InputError(expected="all to go on", got="one lost", do="run the same command again") from None
-        return values
+    def exchange(self, rank: int, number: int, value: Any) -> list[Any]:
+        """Return what each thread exchanges in the round of this number."""
+        data = pickle.dumps(value)
+        with self.condition:
+            self.rounds += [{} for _ in range(number + 1 - len(self.rounds))]
+            values = self.rounds[number]
+            values[rank] = data
+            self.condition.notify_all()
+            self.condition.wait_for(lambda: len(values) == self.count or self.lost, timeout=30)
+        if len(values) < self.count:
+            raise InputError(expected="all to go on", got="one lost", do="run the same command again")
+        return [pickle.loads(values[other]) for other in range(self.count)]
+
+    def lose(self) -> None:
+        """Let nobody wait any more."""
+        with self.condition:
+            self.lost = True
+            self.condition.notify_all()
 
 
 @dataclass(frozen=True)
 class ThreadAsProcess(ProcessGroup):
     meeting: Meeting = field(default_factory=lambda: Meeting(1))
+    numbers: Iterator[int] = field(default_factory=itertools.count)  # of the rounds
 
     def gather(self, value: T) -> list[T]:
-        return self.meeting.exchange(self.rank, value)
+        return self.meeting.exchange(self.rank, next(self.numbers), value)
 
     def of_main(self, value: T) -> T:
         return self.gather(value)[0]
@@ -64,7 +76,7 @@ def run_in_threads(count: int, work: Callable[[ProcessGroup], Any], machines: in
         except BaseException as error:  # a kill too
             outcomes[rank] = error  # type: ignore[call-overload]
             if not isinstance(error, (InputError, OtherProcessError)):
-                meeting.barrier.abort()
+                meeting.lose()
 
     threads = [threading.Thread(target=run, args=(rank,)) for rank in range(count)]
     for thread in threads:

@@ -113,7 +113,14 @@ class PriorStage:
 
     @cached_property
     def simple_bits(self) -> SimpleBits:
-        """What simple predictors, counted on training grids, reach on the held-out ones; a few seconds, once."""
+        """What simple predictors, counted on training grids, reach on the held-out ones; a few seconds, once.
+
+        The main process counts, for all, which ask for it at the same time.
+        """
+        return self.group.run_on_main(self._count_simple_bits)
+
+    def _count_simple_bits(self) -> SimpleBits:
+        """Fit simple predictors and measure them."""
         rows = self.train_rows[training_rows(self.num_items, self._codes_in_grid())]
         codes, labels = (tensor.numpy() for tensor in self.grids.batch(rows))
         config = self.model.config

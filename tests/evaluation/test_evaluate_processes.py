@@ -22,9 +22,12 @@ from pipeline.evaluation import classification_score, judge_training, likelihood
 from pipeline.evaluation import evaluate as evaluation
 from pipeline.evaluation.decoder_distance import DecoderDistance, DecoderNumbers
 from pipeline.evaluation.inception import BATCH, FEATURES, inception_features
+from pipeline.evaluation.judge import TrainedJudge
+from pipeline.evaluation.judge_network import Judge, JudgeConfig
 from pipeline.evaluation.likelihood import measure_prior
 from pipeline.evaluation.reconstruction import MeasuredDecoders, measure_decoders, measure_reconstruction
 from pipeline.evaluation.sample_quality import QualityOptions
+from pipeline.evaluation.simple_predictors import SimplePredictors
 from pipeline.generation import sample_folder
 from pipeline.images.image_set import ImageSplit
 from pipeline.models.inference import BLOCK
@@ -230,17 +233,40 @@ def test_inception_features_are_those_of_one_process() -> None:
         def forward(self, batch: Tensor) -> tuple[Tensor, ...]:
             return (batch.float().sum(dim=(1, 2, 3))[:, None] * torch.ones(FEATURES) + len(batch),)
 
-    def work(group: ProcessGroup) -> np.ndarray:
-        return inception_features(Network(1, 1), lambda start, stop: images[start:stop], len(images), group=group)
+    def load(start: int, stop: int) -> Tensor:
+        loaded.append((start, stop))
+        return images[start:stop]
 
-    alone = work(ProcessGroup())
+    def work(group: ProcessGroup) -> np.ndarray:
+        return inception_features(Network(1, 1), load, len(images), group=group)
+
+    loaded = list[tuple[int, int]]()
+    alone, once = work(ProcessGroup()), list(loaded)
     expected = (
         images.float().sum(dim=(1, 2, 3)).numpy()[:, None] + np.repeat([BATCH, BATCH, 5], [BATCH, BATCH, 5])[:, None]
     )
     assert np.array_equal(alone, np.broadcast_to(expected, alone.shape))
     for count in (2, 4):
+        loaded.clear()
         for found in run_in_threads(count, work):
             assert np.array_equal(found, alone)
+        assert sorted(loaded) == once
+
+
+def test_a_judge_is_shown_each_image_by_one_process() -> None:
+    images = noise(2 * BLOCK + 5).images
+    torch.manual_seed(0)
+    network, shown = Judge(JudgeConfig(channels=1, height=HEIGHT, width=WIDTH, num_classes=3)).eval(), list[bytes]()
+    network.register_forward_hook(lambda module, given, features: shown.append(given[0].numpy().tobytes()))
+    judge = TrainedJudge(network=network, class_names=CLASSES, accuracy=1.0, tested_on=1)
+    alone, once = judge.look(images), sorted(shown)
+    assert len(set(once)) == 3
+    for count in (2, 4):
+        shown.clear()
+        for seen in run_in_threads(count, lambda group: judge.look(images, group=group)):
+            assert np.array_equal(seen.features, alone.features)
+            assert np.array_equal(seen.predicted, alone.predicted)
+        assert sorted(shown) == once
 
 
 # The command
@@ -275,32 +301,37 @@ def lock_of_seeds(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_evaluation_is_that_of_one_process(
     judged: dict[str, Any], count: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All numbers, of all processes; the main one alone opens the judge and has the pictures."""
+    """All numbers, of all processes; the main one alone opens the judge, counts codes, and has the pictures."""
     monkeypatch.setitem(sample_folder.AT_ONCE, "cpu", 5)
     options = {"quality": QualityOptions(samples=24, seed=5, cas=True, nearest=True), "with_picture": True}
     alone = evaluation.evaluate(**judged, **options)
-    opened, taught, lock = list[int](), list[tuple[str, int]](), threading.local()
-    open_judge, train = sample_quality.open_judge, classification_score.train_judge
+    opened, counted, taught, own = list[int](), list[int](), list[tuple[str, int]](), threading.local()
+    open_judge, train, fit = sample_quality.open_judge, classification_score.train_judge, SimplePredictors.fit
 
     def opens(*arguments: Any) -> Any:
-        opened.append(lock.rank)
+        opened.append(own.rank)
         return open_judge(*arguments)
 
+    def fits(*arguments: Any) -> SimplePredictors:
+        counted.append(own.rank)
+        return fit(*arguments)
+
     def trains(*arguments: Any, description: str, **options: Any) -> Any:
-        taught.append((description, lock.rank))
+        taught.append((description, own.rank))
         return train(*arguments, description=description, **options)
 
     monkeypatch.setattr(sample_quality, "open_judge", opens)
     monkeypatch.setattr(classification_score, "train_judge", trains)
+    monkeypatch.setattr(SimplePredictors, "fit", fits)
 
     def work(group: ProcessGroup) -> evaluation.Evaluation:
-        lock.rank = group.rank
+        own.rank = group.rank
         return evaluation.evaluate(**judged, **options, group=group)
 
     main, *others = run_in_threads(count, work)
     assert main == alone
     assert (main.to_json(), main.lines()) == (alone.to_json(), alone.lines())
-    assert opened == [0]
+    assert opened == counted == [0]
     assert sorted(taught) == [("training on as many real images", 1), ("training on samples", 0)]
     for name, picture in alone.pictures.items():
         assert np.array_equal(np.asarray(main.pictures[name]), np.asarray(picture))

@@ -71,9 +71,9 @@ def within_losses(patch: pytest.MonkeyPatch, act: Callable[[int, SharpeningLosse
     """Make `act` see the number of each step, from 1, and its losses, and return those to take."""
     calls: list[int] = []
 
-    def losses(*arguments: object) -> SharpeningLosses:
+    def losses(*arguments: Any, **options: Any) -> SharpeningLosses:
         calls.append(len(calls) + 1)
-        return act(calls[-1], sharpening_losses(*arguments))  # type: ignore[arg-type]
+        return act(calls[-1], sharpening_losses(*arguments, **options))
 
     patch.setattr(decoder_stage, "sharpening_losses", losses)
 
