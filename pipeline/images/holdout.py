@@ -12,6 +12,8 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from .rows import evenly_spaced
+
 MOST_HELD_OUT = 4096  # items that the evaluations during training use at most
 
 
@@ -25,15 +27,15 @@ def held_out(names: Iterable[str], fraction: float = 0.05) -> np.ndarray:
     return chosen if len(chosen) > 1 else np.zeros(len(chosen), bool)
 
 
-def split_rows(held_out_mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def split_rows(held_out_mask: np.ndarray, most: int = MOST_HELD_OUT) -> tuple[np.ndarray, np.ndarray]:
     """Return the rows to train on and the rows to evaluate on, ascending.
 
     Args:
-        held_out_mask: bool [N]; the first MOST_HELD_OUT of its rows are evaluated on. If it holds out none, all rows
-            serve as both.
+        held_out_mask: bool [N]. If it holds out none, all rows are trained on and evaluated on.
+        most: how many of those held out are evaluated on, evenly spaced, at most.
     """
-    train, held_out_rows = np.flatnonzero(~held_out_mask), np.flatnonzero(held_out_mask)[:MOST_HELD_OUT]
-    return (train, held_out_rows) if len(held_out_rows) else (train, train)
+    train, rows = np.flatnonzero(~held_out_mask), np.flatnonzero(held_out_mask)
+    return (train, rows[evenly_spaced(len(rows), most)]) if len(rows) else (train, train)
 
 
 def by_hash(names: Iterable[str], fraction: float, salt: str) -> np.ndarray:

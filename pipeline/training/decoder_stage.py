@@ -20,7 +20,7 @@ from tokenizer.discriminator import Discriminator
 from tokenizer.networks import Decoder
 
 from ..evaluation.decoder_distance import DecoderDistance
-from ..images.holdout import held_out, split_rows
+from ..images.holdout import MOST_HELD_OUT, held_out, split_rows
 from ..images.image_set import ImageSplit
 from ..images.png import above_and_below, save_grid
 from ..images.preprocessing import to_float, to_uint8
@@ -43,12 +43,15 @@ class DecoderStage:
         tokenizer: on the device to train on, in `eval()` mode; its decoder is where the training starts.
         images: the training split of an image set, of which some are held out.
         group: the processes that share the training.
+        measured: held-out items to evaluate on, at most.
     """
 
-    def __init__(self, tokenizer: VQVAE, images: ImageSplit, group: ProcessGroup = ALONE) -> None:
+    def __init__(
+        self, tokenizer: VQVAE, images: ImageSplit, group: ProcessGroup = ALONE, measured: int = MOST_HELD_OUT
+    ) -> None:
         self.tokenizer, self.images, self.group = tokenizer.requires_grad_(False), images, group
         self.device = next(tokenizer.parameters()).device
-        self.train_rows, self.held_out_rows = split_rows(held_out(images.names))
+        self.train_rows, self.held_out_rows = split_rows(held_out(images.names), measured)
         self.num_items = len(self.train_rows)
         self.decoder = copy.deepcopy(tokenizer.decoder).requires_grad_(True)
         self.discriminator = Discriminator(tokenizer.config).to(self.device)

@@ -27,7 +27,7 @@ from ..evaluation.simple_predictors import (
     training_rows,
 )
 from ..generation.guidance import default_guidance
-from ..images.holdout import split_rows
+from ..images.holdout import MOST_HELD_OUT, split_rows
 from ..images.png import save_grid
 from ..images.preprocessing import to_uint8
 from ..runtime.process_group import ALONE, ProcessGroup
@@ -58,6 +58,7 @@ class PriorStage:
         held_out_mask: bool [N], the grids that the prior is evaluated on.
         preview: writes samples; None where there is no tokenizer to decode them.
         group: the processes that share the training.
+        measured: held-out items to evaluate on, at most.
     """
 
     def __init__(
@@ -67,12 +68,13 @@ class PriorStage:
         held_out_mask: np.ndarray,
         preview: Preview | None = None,
         group: ProcessGroup = ALONE,
+        measured: int = MOST_HELD_OUT,
     ) -> None:
         self.model, self.grids, self._preview, self.group = model, grids, preview, group
         self.network: nn.Module = model
         self.compilable: tuple[nn.Module, ...] = (model,)
         self.device = next(model.parameters()).device
-        self.train_rows, self.held_out_rows = split_rows(held_out_mask)
+        self.train_rows, self.held_out_rows = split_rows(held_out_mask, measured)
         self.num_items = len(self.train_rows)
 
     def weights_to_use(self) -> dict[str, Tensor]:

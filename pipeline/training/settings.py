@@ -67,12 +67,17 @@ def _recorded_before(settings_class: type, started_with: Mapping[str, Any]) -> d
         }
         settings_class(**before)
     except ValueError as error:
-        raise InputError(
-            expected="the settings of a training run in the config.json of --out",
-            got=str(error),
-            do="restore the folder from a copy, or train again with --force",
-        ) from None
+        raise no_settings(error) from None
     return before
+
+
+def no_settings(error: ValueError) -> InputError:
+    """Return the error for what is recorded and cannot be the settings of a run."""
+    return InputError(
+        expected="the settings of a training run in the config.json of --out",
+        got=str(error),
+        do="restore the folder from a copy, or train again with --force",
+    )
 
 
 def check_shared(settings: Any) -> None:

@@ -17,10 +17,11 @@ from tokenizer import VQVAE, Baseline
 
 from ..evaluation.codebook_picture import codebook_picture
 from ..evaluation.reconstruction import measure_reconstruction
-from ..images.holdout import held_out, split_rows
+from ..images.holdout import MOST_HELD_OUT, held_out, split_rows
 from ..images.image_set import ImageSplit
 from ..images.png import above_and_below, save_grid, save_png
 from ..images.preprocessing import to_float, to_uint8
+from ..images.rows import evenly_spaced
 from ..models.tensor_file import check_outlines, outlines_of
 from ..runtime.process_group import ALONE, ProcessGroup
 from .stage import Batch, Evaluation
@@ -39,14 +40,17 @@ class BaselineStage:
         model: on the device to train on.
         images: the training split of an image set, of which some are held out.
         group: the processes that share the training.
+        measured: held-out items to evaluate on, at most.
     """
 
-    def __init__(self, model: Baseline, images: ImageSplit, group: ProcessGroup = ALONE) -> None:
+    def __init__(
+        self, model: Baseline, images: ImageSplit, group: ProcessGroup = ALONE, measured: int = MOST_HELD_OUT
+    ) -> None:
         self.model, self.images, self.group = model, images, group
         self.network: nn.Module = model
         self.compilable: tuple[nn.Module, ...] = (model.encoder, model.decoder)
         self.device = next(model.parameters()).device
-        self.train_rows, self.held_out_rows = split_rows(held_out(images.names))
+        self.train_rows, self.held_out_rows = split_rows(held_out(images.names), measured)
         self.num_items = len(self.train_rows)
 
     def weights_to_use(self) -> dict[str, Tensor]:
@@ -79,7 +83,7 @@ class BaselineStage:
         return evaluate_autoencoder(self.model, self.images, self.held_out_rows, self.group)
 
     def preview(self, path: Path, evaluation: Evaluation) -> None:
-        preview_reconstructions(self.model, self.images.batch(self.held_out_rows[:PREVIEW_IMAGES]), path)
+        preview_reconstructions(self.model, self.images, self.held_out_rows, path)
 
     def state(self) -> dict[str, Tensor]:
         return {}
@@ -104,15 +108,18 @@ class TokenizerStage:
         model: on the device to train on.
         images: the training split of an image set, of which some are held out.
         group: the processes that share the training.
+        measured: held-out items to evaluate on, at most.
     """
 
-    def __init__(self, model: VQVAE, images: ImageSplit, group: ProcessGroup = ALONE) -> None:
+    def __init__(
+        self, model: VQVAE, images: ImageSplit, group: ProcessGroup = ALONE, measured: int = MOST_HELD_OUT
+    ) -> None:
         self.model, self.images, self.group = model, images, group
         self.network: nn.Module = model
         self.compilable: tuple[nn.Module, ...] = (model.encoder, model.decoder)
         model.quantizer.deferred = True  # until every loss of a step has been computed
         self.device = next(model.parameters()).device
-        self.train_rows, self.held_out_rows = split_rows(held_out(images.names))
+        self.train_rows, self.held_out_rows = split_rows(held_out(images.names), measured)
         self.num_items = len(self.train_rows)
         self.recent = torch.zeros(model.config.num_codes, dtype=torch.int64, device=self.device)  # [K] since `status`
         self.revived = torch.tensor(0)  # the quantizer's count at the last `status`
@@ -160,7 +167,7 @@ class TokenizerStage:
         return replace(evaluation, numbers=evaluation.numbers | {"codes_changed": self._share_of_changed_codes()})
 
     def preview(self, path: Path, evaluation: Evaluation) -> None:
-        preview_reconstructions(self.model, self.images.batch(self.held_out_rows[:PREVIEW_IMAGES]), path)
+        preview_reconstructions(self.model, self.images, self.held_out_rows, path)
         assert evaluation.code_histogram is not None
         save_png(codebook_picture(self.model, evaluation.code_histogram), path.with_stem(f"{path.stem}-codebook"))
 
@@ -191,10 +198,12 @@ class TokenizerStage:
 
 
 def stage_for(
-    model: VQVAE | Baseline, images: ImageSplit, group: ProcessGroup = ALONE
+    model: VQVAE | Baseline, images: ImageSplit, group: ProcessGroup = ALONE, measured: int = MOST_HELD_OUT
 ) -> TokenizerStage | BaselineStage:
     """Return the stage that trains `model`."""
-    return TokenizerStage(model, images, group) if isinstance(model, VQVAE) else BaselineStage(model, images, group)
+    if isinstance(model, VQVAE):
+        return TokenizerStage(model, images, group, measured)
+    return BaselineStage(model, images, group, measured)
 
 
 def standard_normal(uniforms: Tensor) -> Tensor:
@@ -220,9 +229,10 @@ def evaluate_autoencoder(
     )
 
 
-def preview_reconstructions(model: VQVAE | Baseline, images: Tensor, path: Path) -> None:
-    """Write images [n,C,H',W'], n at most PREVIEW_IMAGES, above their reconstructions."""
-    images = images.to(next(model.parameters()).device)
+def preview_reconstructions(model: VQVAE | Baseline, split: ImageSplit, rows: np.ndarray, path: Path) -> None:
+    """Write PREVIEW_IMAGES of the images at `rows`, evenly spaced, above their reconstructions."""
+    shown = rows[evenly_spaced(len(rows), PREVIEW_IMAGES)]
+    images = split.batch(shown).to(next(model.parameters()).device)
     reconstructed = model.decode(model.encode(images))
     columns = min(8, len(images))
     save_grid(above_and_below(to_uint8(images), to_uint8(reconstructed), columns=columns), path, columns=columns)

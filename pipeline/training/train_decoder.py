@@ -36,7 +36,7 @@ from .recipes import SHARPENING_SHARE, DecoderSettings
 from .run_folder import RunFolder, check_run_folder, of_this_attempt, prepare_run_folder, saved_run
 from .settings import recorded, resolve
 from .shared_steps import check_batch_size, images_digest
-from .split_summary import split_summary
+from .split_summary import RECORDED, measured_items, split_summary
 from .trial import with_fastest_way
 
 
@@ -100,14 +100,18 @@ def _train(run: RunFolder, overrides: Mapping[str, Any], tokenizer_folder: Path,
     images = group.main_first(lambda: images_of(tokenizer.info, data=settings.data, data_root=settings.data_root))
     check_same(group, {"images": images_digest(images.train, group)})
     manual_seed(settings.seed)
-    stage = DecoderStage(tokenizer.model, images.train, group)
-    settings = replace(settings, steps=settings.steps or default_steps(tokenizer.info), data=images.source)
+    steps = settings.steps or default_steps(tokenizer.info)
+    settings = replace(settings, steps=steps, data=images.source)
+    measured = measured_items(steps, settings.batch_size, saved.info.training if saved else None)
+    stage = DecoderStage(tokenizer.model, images.train, group, measured)
     settings = with_fastest_way(stage, settings, group)
     use_fast_layout(stage.model, device, settings.precision)
     group.run_on_main(lambda: _prepare_folders(run, decoder_run, saved, tokenizer))
     say(*_explanation(stage, images, tokenizer_folder, decoder_run.out))
     loop = LoopSettings.from_settings(settings, device, decays=False, keep_best=True, evaluate_first=True)
-    return run_training(stage, _info(settings, tokenizer, images), loop, decoder_run.out, resume=saved, group=group)
+    return run_training(
+        stage, _info(settings, tokenizer, images, measured), loop, decoder_run.out, resume=saved, group=group
+    )
 
 
 def _settings(
@@ -169,7 +173,7 @@ def _begun_for(folder: Path) -> str | None:
     return None if saved is None else saved.info.tokenizer_fingerprint
 
 
-def _info(settings: DecoderSettings, tokenizer: TrainedTokenizer, images: ImageSet) -> CheckpointInfo:
+def _info(settings: DecoderSettings, tokenizer: TrainedTokenizer, images: ImageSet, measured: int) -> CheckpointInfo:
     """Return what `config.json` says before the first step."""
     return CheckpointInfo(
         kind="decoder",
@@ -177,7 +181,7 @@ def _info(settings: DecoderSettings, tokenizer: TrainedTokenizer, images: ImageS
         step=0,
         class_names=tokenizer.info.class_names,
         preprocessing=tokenizer.info.preprocessing,
-        training={**recorded(settings), "data_root": images.data_root},
+        training={**recorded(settings), "data_root": images.data_root, RECORDED: measured},
         tokenizer_fingerprint=tokenizer.info.fingerprint,
     )
 

@@ -37,7 +37,7 @@ from .recipes import ATTENTION_EVERY, FIRST_KERNEL, LABEL_DROPOUT, MOST_ATTENDED
 from .run_folder import CODES, RunFolder, check_run_folder, of_this_attempt, prepare_run_folder, saved_run
 from .settings import recorded, resolve
 from .shared_steps import check_batch_size
-from .split_summary import split_summary
+from .split_summary import RECORDED, measured_items, split_summary
 from .trial import with_fastest_way
 
 
@@ -79,10 +79,12 @@ def _train(
     preview = None
     if tokenizer is not None:
         preview = sample_preview(model, tokenizer.model, codes.manifest.grid, settings.seed)
-    stage = PriorStage(model, codes, held_out(codes.names()), preview, group)
+    measured = measured_items(settings.steps, settings.batch_size, saved.info.training if saved else None)
+    stage = PriorStage(model, codes, held_out(codes.names()), preview, group, measured)
     settings = with_fastest_way(stage, settings, group)
     use_fast_layout(model, device, settings.precision)
     info = _info(settings, config, codes, tokenizer_folder if required else None)
+    info = replace(info, training={**info.training, RECORDED: measured})
     group.run_on_main(lambda: prepare_run_folder(run, saved))
     say(*explanation(stage, codes, run.out))
     loop = LoopSettings.from_settings(settings, device, keep_best=True)

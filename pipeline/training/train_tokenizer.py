@@ -34,7 +34,7 @@ from .run_folder import (
 )
 from .settings import recorded, resolve
 from .shared_steps import check_batch_size, images_digest
-from .split_summary import split_summary
+from .split_summary import RECORDED, measured_items, split_summary
 from .tokenizer_stage import BaselineStage, TokenizerStage, stage_for
 from .trial import with_fastest_way
 
@@ -75,13 +75,14 @@ def _train(run: RunFolder, overrides: Mapping[str, Any], group: ProcessGroup) ->
     config = group.run_on_all(lambda: config_for(settings, images) if saved is None else _config_of(run, saved, images))
     manual_seed(settings.seed)
     model = build_model(config).to(device)
-    stage = stage_for(model, images.train, group)
+    measured = measured_items(settings.steps, settings.batch_size, saved.info.training if saved else None)
+    stage = stage_for(model, images.train, group, measured)
     settings = with_fastest_way(stage, settings, group)
     use_fast_layout(model, device, settings.precision)
     group.run_on_main(lambda: _prepare_folder(run, saved))
     say(*explanation(stage, images, run.out))
     loop = LoopSettings.from_settings(settings, device)
-    return run_training(stage, _info(settings, config, images), loop, run.out, resume=saved, group=group)
+    return run_training(stage, _info(settings, config, images, measured), loop, run.out, resume=saved, group=group)
 
 
 def _settings(
@@ -148,7 +149,7 @@ def _config_of(run: RunFolder, saved: SavedRun, images: ImageSet) -> TokenizerCo
     return config
 
 
-def _info(settings: TokenizerSettings, config: TokenizerConfig, images: ImageSet) -> CheckpointInfo:
+def _info(settings: TokenizerSettings, config: TokenizerConfig, images: ImageSet, measured: int) -> CheckpointInfo:
     """Return what `config.json` says before the first step."""
     return CheckpointInfo(
         kind="tokenizer",
@@ -156,7 +157,12 @@ def _info(settings: TokenizerSettings, config: TokenizerConfig, images: ImageSet
         step=0,
         class_names=list(images.class_names),
         preprocessing=asdict(images.preprocessing),
-        training={**recorded(settings), "data": images.source, "data_root": images.data_root},
+        training={
+            **recorded(settings),
+            "data": images.source,
+            "data_root": images.data_root,
+            RECORDED: measured,
+        },
     )
 
 

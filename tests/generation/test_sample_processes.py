@@ -7,8 +7,6 @@ import json
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -216,11 +214,8 @@ def test_only_the_main_process_writes(tmp_path: Path, labelled: ImagePipeline, m
 def test_one_process_alone_completes_and_reconstructs(
     tmp_path: Path, trained: Trained, codegrid: Codegrid, monkeypatch: pytest.MonkeyPatch, rank: int, writes: bool
 ) -> None:
-    @contextmanager
-    def of_two() -> Iterator[ProcessGroup]:
-        yield ProcessGroup(rank, 2, rank)
-
-    monkeypatch.setattr("pipeline.runtime.process_group.process_group", of_two)
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setenv("WORLD_SIZE", "2")
     picture = sorted(trained.images.rglob("*.png"))[0]
     both = ["--tokenizer", trained.tokenizer, "--device", "cpu", "--n", 2]
     completed, reconstructed = tmp_path / "completed", tmp_path / "reconstructed.png"

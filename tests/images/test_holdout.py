@@ -27,4 +27,20 @@ def test_rows_to_train_on_and_rows_held_out(mask: list[int]) -> None:
     train, held_out_rows = split_rows(np.array(mask, dtype=bool))
     expected = [row for row, out in enumerate(mask) if not out]
     assert train.tolist() == expected
-    assert held_out_rows.tolist() == ([row for row, out in enumerate(mask) if out][:MOST_HELD_OUT] or expected)
+    chosen = [row for row, out in enumerate(mask) if out]
+    if len(chosen) > MOST_HELD_OUT:  # 4,099 of which 3 are left out, in steps of a little more than 1
+        chosen = [chosen[i * (len(chosen) - 1) // (MOST_HELD_OUT - 1)] for i in range(MOST_HELD_OUT)]
+    assert held_out_rows.tolist() == (chosen or expected)
+
+
+def test_of_the_rows_held_out_some_are_evaluated_evenly_spaced() -> None:
+    mask = np.arange(40) % 4 == 0
+    for most, expected in (
+        (1, [0]),
+        (3, [0, 16, 36]),
+        (9, [0, 4, 8, 12, 16, 20, 24, 28, 36]),
+        (11, list(range(0, 40, 4))),
+    ):
+        train, rows = split_rows(mask, most)
+        assert rows.tolist() == expected
+        assert train.tolist() == np.flatnonzero(~mask).tolist()

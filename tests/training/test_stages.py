@@ -248,7 +248,8 @@ def test_a_line_of_the_log_is_the_mean_of_the_losses_since_the_line_before(tmp_p
 def test_at_most_so_many_are_evaluated_and_none_of_the_rest_is_trained_on() -> None:
     held_out_mask = np.arange(3 * MOST_HELD_OUT) % 2 == 0
     train_rows, held_out_rows = split_rows(held_out_mask)
-    np.testing.assert_array_equal(held_out_rows, np.arange(0, 2 * MOST_HELD_OUT, 2))
+    assert len(set(held_out_rows.tolist())) == MOST_HELD_OUT
+    assert not (held_out_rows % 2).any()
     np.testing.assert_array_equal(train_rows, np.arange(1, 3 * MOST_HELD_OUT, 2))
 
 
