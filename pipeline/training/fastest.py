@@ -7,7 +7,7 @@ the times: a run records it, and continues with it when it is resumed.
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -42,6 +42,7 @@ class Choice:
     precision: str  # "fp32" or "bf16"
     compiled: bool
     in_words: str  # one line
+    measured: bool = True  # or taken without measuring
 
 
 TimeSteps = Callable[[Candidate], StepTime]
@@ -84,7 +85,8 @@ def choose(candidates: Sequence[Candidate], time_steps: TimeSteps, *, steps: int
         raise ValueError("candidates: expected at least one, got none")
     alike = [each for each in candidates if each.compiled == candidates[0].compiled]
     if len(candidates) == 1 or steps < WORTH_MEASURING:
-        return _chosen(alike[-1], f"precision {alike[-1].precision}", _compiled_in_words(alike[-1]))
+        chosen = _chosen(alike[-1], f"precision {alike[-1].precision}", _compiled_in_words(alike[-1]))
+        return replace(chosen, measured=False)
     times = {each: time_steps(each).seconds for each in alike}
     best = alike[0]
     for each in alike[1:]:

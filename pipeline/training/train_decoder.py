@@ -104,10 +104,10 @@ def _train(run: RunFolder, overrides: Mapping[str, Any], tokenizer_folder: Path,
     settings = replace(settings, steps=steps, data=images.source)
     measured = measured_items(steps, settings.batch_size, saved.info.training if saved else None)
     stage = DecoderStage(tokenizer.model, images.train, group, measured)
-    settings = with_fastest_way(stage, settings, group)
-    use_fast_layout(stage.model, device, settings.precision)
     group.run_on_main(lambda: _prepare_folders(run, decoder_run, saved, tokenizer))
     say(*_explanation(stage, images, tokenizer_folder, decoder_run.out))
+    settings = with_fastest_way(stage, settings, group)
+    use_fast_layout(stage.model, device, settings.precision)
     loop = LoopSettings.from_settings(settings, device, decays=False, keep_best=True, evaluate_first=True)
     return run_training(
         stage, _info(settings, tokenizer, images, measured), loop, decoder_run.out, resume=saved, group=group

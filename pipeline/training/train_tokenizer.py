@@ -77,10 +77,10 @@ def _train(run: RunFolder, overrides: Mapping[str, Any], group: ProcessGroup) ->
     model = build_model(config).to(device)
     measured = measured_items(settings.steps, settings.batch_size, saved.info.training if saved else None)
     stage = stage_for(model, images.train, group, measured)
-    settings = with_fastest_way(stage, settings, group)
-    use_fast_layout(model, device, settings.precision)
     group.run_on_main(lambda: _prepare_folder(run, saved))
     say(*explanation(stage, images, run.out))
+    settings = with_fastest_way(stage, settings, group)
+    use_fast_layout(model, device, settings.precision)
     loop = LoopSettings.from_settings(settings, device)
     return run_training(stage, _info(settings, config, images, measured), loop, run.out, resume=saved, group=group)
 

@@ -51,7 +51,7 @@ def with_fastest_way(stage: Stage, settings: Settings, group: ProcessGroup) -> S
     assert settings.steps is not None
     choice = choose(candidates, lambda candidate: _time_of(candidate, stage, settings, group), steps=settings.steps)
     choice = group.of_main(choice)
-    if len(candidates) > 1:
+    if choice.measured:
         say(f"each step: {choice.in_words}")
     _set_compiled(stage.compilable, choice.compiled)
     chosen: dict[str, Any] = {"precision": choice.precision}
