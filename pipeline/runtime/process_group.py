@@ -43,20 +43,25 @@ class ProcessGroup:
         """Run `action` in every process, each of which must call this. Return its own result, once all have one.
 
         Raises:
-            InputError: in the main process, if `action` raised one in any process: the first, by rank.
+            InputError, ValueError: in the main process, if `action` raised one in any process: the first, by rank.
             OtherProcessError: in the other processes in that case, so that the line is printed once.
         """
         result: Any = None
-        failure: dict[str, str] | None = None
+        failure: dict[str, str] | str | None = None
         try:
             result = action()
         except InputError as error:
             failure = {"expected": error.expected, "got": error.got, "do": error.do}
+        except ValueError as error:
+            if self.count == 1:
+                raise
+            failure = str(error)
         failures = [found for found in self.gather(failure) if found is not None]
         if failures and not self.is_main:
             raise OtherProcessError
         if failures:
-            raise InputError(**failures[0])
+            first = failures[0]
+            raise ValueError(first) if isinstance(first, str) else InputError(**first)
         return result
 
     def run_on_main(self, action: Callable[[], T]) -> T:
