@@ -17,6 +17,7 @@ WORTH_MEASURING = 1_000  # steps; a shorter run takes the usual way for its devi
 CLEARLY_FASTER = 0.95  # of the time of a step: bf16 costs digits, so it has to be worth something
 WORTH_COMPILING = 1_500.0  # seconds; a try takes about 2 % of such a run, and has saved 3 to 10 % on a CPU
 BURN_IN, REPEATS = 3, 7  # steps
+STEPS_MEASURED = BURN_IN + REPEATS  # of each candidate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +112,7 @@ def measure(
         clock: returns the time in seconds.
     """
     times = []
-    for _ in range(BURN_IN + REPEATS):
+    for _ in range(STEPS_MEASURED):
         synchronize(device)
         start = clock()
         step()

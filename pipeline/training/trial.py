@@ -11,7 +11,8 @@ from ..runtime.console import say
 from ..runtime.device import autocast, compile_networks, product_dtype
 from ..runtime.optimizer import Optimizers
 from ..runtime.process_group import ProcessGroup
-from .fastest import Candidate, StepTime, candidates_for, choose, measure
+from ..runtime.progress import Progress
+from .fastest import STEPS_MEASURED, Candidate, StepTime, candidates_for, choose, measure
 from .recipes import DecoderSettings, PriorSettings, TokenizerSettings
 from .schedule import DataOrder, StepRandomness
 from .stage import Batch, Stage
@@ -49,7 +50,8 @@ def with_fastest_way(stage: Stage, settings: Settings, group: ProcessGroup) -> S
     compiled = getattr(settings, "compile", None) if stage.compilable else False
     candidates = candidates_for(device, settings.precision, compiled)
     assert settings.steps is not None
-    choice = choose(candidates, lambda candidate: _time_of(candidate, stage, settings, group), steps=settings.steps)
+    with Progress(len(candidates) * STEPS_MEASURED, "measuring steps", "step") as bar:
+        choice = choose(candidates, lambda each: _time_of(each, stage, settings, group, bar), steps=settings.steps)
     choice = group.of_main(choice)
     if choice.measured:
         say(f"each step: {choice.in_words}")
@@ -60,7 +62,7 @@ def with_fastest_way(stage: Stage, settings: Settings, group: ProcessGroup) -> S
     return replace(settings, **chosen)
 
 
-def _time_of(candidate: Candidate, stage: Stage, settings: Settings, group: ProcessGroup) -> StepTime:
+def _time_of(candidate: Candidate, stage: Stage, settings: Settings, group: ProcessGroup, bar: Progress) -> StepTime:
     """Return how long the first step of the run takes in this way."""
     device = next(stage.model.parameters()).device
     order = DataOrder(stage.num_items, settings.batch_size, settings.seed)
@@ -81,6 +83,7 @@ def _time_of(candidate: Candidate, stage: Stage, settings: Settings, group: Proc
                 stage.losses(part)["loss"].backward()
         stage.discard_step()
         optimizers.step(0.0)  # which moves nothing
+        bar.update()
 
     with without_a_trace(stage):
         _set_compiled(stage.compilable, candidate.compiled)
