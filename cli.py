@@ -176,7 +176,7 @@ def loop_options(*recipes: Settings) -> Callable[[Command], Command]:
         setting("accumulate", click.IntRange(1, LARGEST_BATCH), "Parts of a batch, where it is too large.", *recipes),
         setting("lr", FiniteRange(min=0, min_open=True), "Learning rate.", *recipes),
         setting("seed", click.IntRange(min=0), "Seed of everything random.", *recipes),
-        setting("precision", precisions, "Of the networks; auto is bf16 where the processor has it.", *recipes),
+        setting("precision", precisions, "Of the networks; auto is bf16 where that is faster.", *recipes),
         setting("optimizer", click.Choice(["muon", "adam"]), "", *recipes),
     )
 
