@@ -7,6 +7,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
@@ -762,7 +763,10 @@ def run_command(arguments: list[str]) -> None:
     if instruction := os.environ.get("_CODEGRID_COMPLETE"):
         sys.exit(shell_complete(cli, {}, "codegrid", "_CODEGRID_COMPLETE", instruction))
     try:
-        with cli.make_context("codegrid", arguments) as context:
+        with ExitStack() as stack:
+            if is_silent():  # click prints help texts itself
+                stack.enter_context(redirect_stdout(stack.enter_context(open(os.devnull, "w", encoding="utf-8"))))
+            context = stack.enter_context(cli.make_context("codegrid", arguments))
             cli.invoke(context)
     except click.exceptions.Exit as exit_:  # of --help and --version
         if exit_.exit_code:

@@ -25,6 +25,30 @@ __all__ = ["OtherProcessError", "ProcessGroup", "process_group"]
 T = TypeVar("T")
 
 
+_INPUT, _FLOATING_POINT, _VALUE = range(3)  # kinds of errors, the most telling first
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """An error of a process, as it is sent to the others."""
+
+    kind: int
+    words: tuple[str, ...]
+
+    @classmethod
+    def of(cls, error: Exception) -> "_Failure":
+        if isinstance(error, InputError):
+            return cls(_INPUT, (error.expected, error.got, error.do))
+        return cls(_FLOATING_POINT if isinstance(error, FloatingPointError) else _VALUE, (str(error),))
+
+    def error(self) -> Exception:
+        """Return an error that says the same."""
+        if self.kind == _INPUT:
+            expected, got, do = self.words
+            return InputError(expected=expected, got=got, do=do)
+        return (FloatingPointError if self.kind == _FLOATING_POINT else ValueError)(*self.words)
+
+
 @dataclass(frozen=True)
 class ProcessGroup:
     """This process among the `count` of the group; the one of rank 0 is the main process."""
@@ -44,24 +68,23 @@ class ProcessGroup:
 
         Raises:
             InputError, ValueError: in the main process, if `action` raised one in any process: the first, by rank.
-            OtherProcessError: in the other processes in that case, so that the line is printed once.
+            FloatingPointError: in every process, if `action` raised one in any, and no InputError.
+            OtherProcessError: in the other processes in the first case, so that the line is printed once.
         """
         result: Any = None
-        failure: dict[str, str] | str | None = None
+        failure: _Failure | None = None
         try:
             result = action()
-        except InputError as error:
-            failure = {"expected": error.expected, "got": error.got, "do": error.do}
-        except ValueError as error:
+        except (InputError, FloatingPointError, ValueError) as error:
             if self.count == 1:
                 raise
-            failure = str(error)
+            failure = _Failure.of(error)
         failures = [found for found in self.gather(failure) if found is not None]
-        if failures and not self.is_main:
-            raise OtherProcessError
         if failures:
-            first = failures[0]
-            raise ValueError(first) if isinstance(first, str) else InputError(**first)
+            first = min(failures, key=lambda found: found.kind)
+            if not self.is_main and first.kind != _FLOATING_POINT:
+                raise OtherProcessError
+            raise first.error()
         return result
 
     def run_on_main(self, action: Callable[[], T]) -> T:

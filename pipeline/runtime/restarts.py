@@ -1,17 +1,9 @@
 """What a job of torchrun remembers while it restarts its workers (`--max-restarts`)."""
 
+import hashlib
 import os
 
 from .meeting import ROOM, open_store, read_launch
-
-
-def restart_count() -> int:
-    """Return how often torchrun has restarted this process because one failed; 0 without torchrun.
-
-    With several machines only the one on which a process failed counts: `JobMemory` is the same for all.
-    """
-    count = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return int(count) if count.isascii() and count.isdigit() else 0
 
 
 class JobMemory:
@@ -20,7 +12,8 @@ class JobMemory:
     All workers of the job share it. It is kept in the store that the agent of the first machine hosts, and is lost with
     that. Without torchrun it remembers nothing and costs nothing; otherwise a call takes one message to the store.
 
-    A job may run several commands, so a key should name what it is about.
+    A job may run several commands, so a key should name what it is about: a folder, say. (What trains twice into one
+    folder within a job, from Python, is then taken for a restart.)
 
     Raises:
         InputError: the store cannot be reached.
@@ -41,4 +34,4 @@ class JobMemory:
 
 
 def _name(key: str) -> str:
-    return f"{ROOM}/job/{key}"
+    return f"{ROOM}/job/{hashlib.sha256(os.fsencode(key)).hexdigest()}"  # the store takes no bytes that are not UTF-8

@@ -39,6 +39,9 @@ class DecoderStage:
     It logs `loss`, of no meaning of its own; `reconstruction`, squared error / data variance; `discriminator`, its
     hinge loss, 2 if it cannot tell real pictures from drawn ones; and `weight`, of its term in the decoder's loss.
 
+    Where a batch is computed in parts, each has a weight of its own: with another number of parts, results differ by
+    a little more than rounding.
+
     Args:
         tokenizer: on the device to train on, in `eval()` mode; its decoder is where the training starts.
         images: the training split of an image set, of which some are held out.

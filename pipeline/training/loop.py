@@ -131,7 +131,7 @@ class _Trainer:
         if saved is None:
             self._begin()
         else:
-            self.restore(saved)
+            self.group.run_on_all(lambda: self.restore(saved))
             self._note_saved()
         if self.step >= self.settings.steps:
             self._nothing_to_do(saved)
@@ -256,7 +256,8 @@ class _Trainer:
         if self.learning_rate_scale < 1:
             raise error if self.group.is_main else OtherProcessError from None
         if self.beginning is None:
-            self.restore(self.group.run_on_main(lambda: read_run(self.folder, self.info.kind)))
+            saved = self.group.run_on_main(lambda: read_run(self.folder, self.info.kind))
+            self.group.run_on_all(lambda: self.restore(saved))
         else:
             self._load_state(self.beginning, self.best_at_beginning or {})
         self.gradients.seek(self.step)

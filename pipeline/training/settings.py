@@ -27,7 +27,8 @@ def resolve(
 
     Args:
         settings_class: the dataclass of the settings, with the defaults.
-        overrides: fields of `settings_class` that the user chose; None counts as not chosen.
+        overrides: fields of `settings_class` that the user chose; None counts as not chosen, and so does a precision of
+            "auto" where a run is resumed.
         started_with: the recorded settings of the run to resume; None for a new run.
 
     Raises:
@@ -38,6 +39,8 @@ def resolve(
     chosen = {name: value for name, value in overrides.items() if value is not None}
     if started_with is None:
         return settings_class(**chosen)
+    if chosen.get("precision") == "auto":
+        del chosen["precision"]  # what it came to is recorded
     metadata = {field.name: field.metadata for field in fields(settings_class)}  # type: ignore[arg-type]
     before = _recorded_before(settings_class, started_with)
     fixed = {name for name in before if not metadata[name].get("changeable")}

@@ -6,6 +6,7 @@ time to save) holds for all from the same step on.
 """
 
 import hashlib
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from ..codes.encoded_images import rows_sha256
 from ..errors import InputError
 from ..images.image_set import ImageSplit
 from ..models.shares import check_same
+from ..runtime.device import choose_device
 from ..runtime.process_group import ProcessGroup
 from .divergence import DivergedError
 from .stage import Stage
@@ -64,7 +66,9 @@ class SharedSteps:
             devices = [device] if device.type == "cuda" else None
             stage.network = DistributedDataParallel(network, device_ids=devices, **OWN_BUFFERS)
         try:
-            yield
+            with warnings.catch_warnings():  # of a transposed convolution, whose gradient is laid out in another way
+                warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
+                yield
         finally:
             stage.network = network  # what is wrapped holds on to the process group, which ends before the program
 
@@ -145,10 +149,22 @@ def check_batch_size(batch_size: int, accumulate: int, group: ProcessGroup) -> N
         raise InputError(
             expected=f"--batch-size of {least} or more, the items of all processes, for {parts}",
             got=f"{batch_size}",
-            do="raise --batch-size, or start fewer processes",
+            do="raise --batch-size, lower --accumulate, or start fewer processes",
         )
 
 
 def images_digest(images: ImageSplit, group: ProcessGroup) -> str:
     """Return the SHA-256 of images, to compare; one process alone has nothing to compare, and gets ""."""
     return rows_sha256(images) if group.count > 1 else ""
+
+
+def own_device(name: str, group: ProcessGroup) -> torch.device:
+    """Return the device of this process. Raise InputError if there is none, or several processes would share a GPU."""
+    device = choose_device(group.device(name))
+    if device.type == "cuda" and group.local_rank >= torch.cuda.device_count():
+        raise InputError(
+            expected=f"at most {torch.cuda.device_count()} processes on this machine, one for each GPU",
+            got=f"{group.local_rank + 1} or more",
+            do="start fewer, or train on --device cpu",
+        )
+    return device

@@ -25,7 +25,7 @@ from ..models.decoders import decoder_folder
 from ..models.loading import TrainedTokenizer, images_of, load_trained_tokenizer
 from ..models.shares import check_same
 from ..runtime.console import say
-from ..runtime.device import choose_device, manual_seed, use_fast_layout
+from ..runtime.device import manual_seed, use_fast_layout
 from ..runtime.folder_lock import only_writer
 from ..runtime.output_paths import check_output_folder
 from ..runtime.process_group import ProcessGroup, process_group
@@ -35,7 +35,7 @@ from .loop_settings import LoopSettings
 from .recipes import SHARPENING_SHARE, DecoderSettings
 from .run_folder import RunFolder, check_run_folder, of_this_attempt, prepare_run_folder, saved_run
 from .settings import recorded, resolve
-from .shared_steps import check_batch_size, images_digest
+from .shared_steps import check_batch_size, images_digest, own_device
 from .split_summary import RECORDED, measured_items, split_summary
 from .trial import with_fastest_way
 
@@ -102,11 +102,12 @@ def _train(run: RunFolder, overrides: Mapping[str, Any], tokenizer_folder: Path,
     manual_seed(settings.seed)
     steps = settings.steps or default_steps(tokenizer.info)
     settings = replace(settings, steps=steps, data=images.source)
-    measured = measured_items(steps, settings.batch_size, saved.info.training if saved else None)
+    before = saved.info.training if saved else None
+    measured = group.run_on_all(lambda: measured_items(steps, settings.batch_size, before))
     stage = DecoderStage(tokenizer.model, images.train, group, measured)
     group.run_on_main(lambda: _prepare_folders(run, decoder_run, saved, tokenizer))
     say(*_explanation(stage, images, tokenizer_folder, decoder_run.out))
-    settings = with_fastest_way(stage, settings, group)
+    settings = with_fastest_way(stage, settings, group, is_new=saved is None)
     use_fast_layout(stage.model, device, settings.precision)
     loop = LoopSettings.from_settings(settings, device, decays=False, keep_best=True, evaluate_first=True)
     return run_training(
@@ -120,7 +121,7 @@ def _settings(
     """Return the settings of the run and the device of this process."""
     settings = resolve(DecoderSettings, overrides, None if saved is None else saved.info.training)
     check_batch_size(settings.batch_size, settings.accumulate, group)
-    return settings, choose_device(group.device(run.device))
+    return settings, own_device(run.device, group)
 
 
 def _check_folders(run: RunFolder, decoder_run: RunFolder, saved: SavedRun | None, tokenizer: TrainedTokenizer) -> None:

@@ -26,7 +26,7 @@ from ..models.loading import TrainedTokenizer, config_of_run, load_prior, load_t
 from ..models.shares import check_same
 from ..runtime.atomic_files import sha256
 from ..runtime.console import say
-from ..runtime.device import choose_device, manual_seed, use_fast_layout
+from ..runtime.device import manual_seed, use_fast_layout
 from ..runtime.folder_lock import only_writer
 from ..runtime.process_group import ProcessGroup, process_group
 from ..runtime.schema import short
@@ -36,7 +36,7 @@ from .prior_stage import PriorStage, sample_preview
 from .recipes import ATTENTION_EVERY, FIRST_KERNEL, LABEL_DROPOUT, MOST_ATTENDED, MOST_CODES, PriorSettings
 from .run_folder import CODES, RunFolder, check_run_folder, of_this_attempt, prepare_run_folder, saved_run
 from .settings import recorded, resolve
-from .shared_steps import check_batch_size
+from .shared_steps import check_batch_size, own_device
 from .split_summary import RECORDED, measured_items, split_summary
 from .trial import with_fastest_way
 
@@ -79,11 +79,12 @@ def _train(
     preview = None
     if tokenizer is not None:
         preview = sample_preview(model, tokenizer.model, codes.manifest.grid, settings.seed)
-    measured = measured_items(settings.steps, settings.batch_size, saved.info.training if saved else None)
+    before = saved.info.training if saved else None
+    measured = group.run_on_all(lambda: measured_items(settings.steps, settings.batch_size, before))
     stage = PriorStage(model, codes, held_out(codes.names()), preview, group, measured)
     group.run_on_main(lambda: prepare_run_folder(run, saved))
     say(*explanation(stage, codes, run.out))
-    settings = with_fastest_way(stage, settings, group)
+    settings = with_fastest_way(stage, settings, group, is_new=saved is None)
     use_fast_layout(model, device, settings.precision)
     info = _info(settings, config, codes, tokenizer_folder if required else None)
     info = replace(info, training={**info.training, RECORDED: measured})
@@ -101,7 +102,7 @@ def _settings(
     settings = resolve(PriorSettings, overrides, _started_with(saved))
     network_config(settings, num_codes=2, num_classes=1, grid=(1, 1))  # refuses impossible settings
     check_batch_size(settings.batch_size, settings.accumulate, group)
-    return settings, choose_device(group.device(run.device))
+    return settings, own_device(run.device, group)
 
 
 def _required_tokenizer(folder: Path, device: torch.device, settings: PriorSettings) -> TrainedTokenizer:

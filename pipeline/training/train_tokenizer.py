@@ -17,7 +17,7 @@ from ..models.checkpoint import CheckpointInfo, SavedRun
 from ..models.loading import config_of_run
 from ..models.shares import check_same
 from ..runtime.console import say
-from ..runtime.device import choose_device, manual_seed, use_fast_layout
+from ..runtime.device import manual_seed, use_fast_layout
 from ..runtime.folder_lock import only_writer
 from ..runtime.process_group import ProcessGroup, process_group
 from .loop import run_training
@@ -33,7 +33,7 @@ from .run_folder import (
     saved_run,
 )
 from .settings import recorded, resolve
-from .shared_steps import check_batch_size, images_digest
+from .shared_steps import check_batch_size, images_digest, own_device
 from .split_summary import RECORDED, measured_items, split_summary
 from .tokenizer_stage import BaselineStage, TokenizerStage, stage_for
 from .trial import with_fastest_way
@@ -75,11 +75,12 @@ def _train(run: RunFolder, overrides: Mapping[str, Any], group: ProcessGroup) ->
     config = group.run_on_all(lambda: config_for(settings, images) if saved is None else _config_of(run, saved, images))
     manual_seed(settings.seed)
     model = build_model(config).to(device)
-    measured = measured_items(settings.steps, settings.batch_size, saved.info.training if saved else None)
+    before = saved.info.training if saved else None
+    measured = group.run_on_all(lambda: measured_items(settings.steps, settings.batch_size, before))
     stage = stage_for(model, images.train, group, measured)
     group.run_on_main(lambda: _prepare_folder(run, saved))
     say(*explanation(stage, images, run.out))
-    settings = with_fastest_way(stage, settings, group)
+    settings = with_fastest_way(stage, settings, group, is_new=saved is None)
     use_fast_layout(model, device, settings.precision)
     loop = LoopSettings.from_settings(settings, device)
     return run_training(stage, _info(settings, config, images, measured), loop, run.out, resume=saved, group=group)
@@ -93,7 +94,7 @@ def _settings(
     _refuse_idle_options(settings.bottleneck, overrides)
     _config(settings, in_channels=1, data_variance=1.0)  # refuses impossible settings
     check_batch_size(settings.batch_size, settings.accumulate, group)
-    return settings, choose_device(group.device(run.device))
+    return settings, own_device(run.device, group)
 
 
 def _check_folders(run: RunFolder, saved: SavedRun | None, settings: TokenizerSettings) -> None:

@@ -35,24 +35,26 @@ def without_a_trace(stage: Stage) -> Iterator[None]:
             parameter.grad = None
 
 
-def with_fastest_way(stage: Stage, settings: Settings, group: ProcessGroup) -> Settings:
+def with_fastest_way(stage: Stage, settings: Settings, group: ProcessGroup, *, is_new: bool) -> Settings:
     """Choose how steps are computed, where the settings leave it open, by measuring some; compile if that is chosen.
 
     Args:
         stage: of a run at its beginning.
         settings: of the run; its number of steps is known.
-        group: the processes that share the run; what the main process measures holds for all.
+        group: the processes that share the run, each of which calls this.
+        is_new: whether the run is new. A resumed one, which recorded its choice, measures nothing; one of a version
+            that recorded none takes the usual way for the device.
 
     Returns:
-        The settings with the choice, for the run to record: a resumed run continues with it.
+        The settings with the choice, for the run to record.
     """
     device = next(stage.model.parameters()).device
     compiled = getattr(settings, "compile", None) if stage.compilable else False
     candidates = candidates_for(device, settings.precision, compiled)
     assert settings.steps is not None
     with Progress(len(candidates) * STEPS_MEASURED, "measuring steps", "step") as bar:
-        choice = choose(candidates, lambda each: _time_of(each, stage, settings, group, bar), steps=settings.steps)
-    choice = group.of_main(choice)
+        steps = settings.steps if is_new else 0
+        choice = choose(candidates, lambda each: _agreed_time_of(each, stage, settings, group, bar), steps=steps)
     if choice.measured:
         say(f"each step: {choice.in_words}")
     _set_compiled(stage.compilable, choice.compiled)
@@ -60,6 +62,26 @@ def with_fastest_way(stage: Stage, settings: Settings, group: ProcessGroup) -> S
     if stage.compilable:
         chosen["compile"] = choice.compiled
     return replace(settings, **chosen)
+
+
+def _agreed_time_of(
+    candidate: Candidate, stage: Stage, settings: Settings, group: ProcessGroup, bar: Progress
+) -> StepTime:
+    """Return how long the first step of the run takes in this way in the slowest process, so that all choose alike.
+
+    Raises:
+        RuntimeError, OSError, ImportError: it cannot be computed so; where that is in another process, a RuntimeError.
+    """
+    found, failure = StepTime(seconds=0.0), None
+    try:
+        with group.explaining_loss():
+            found = _time_of(candidate, stage, settings, group, bar)
+    except (RuntimeError, OSError, ImportError) as error:  # such as those of torch.compile
+        failure = error
+    seconds, preparation, failed = group.maxima([found.seconds, found.preparation, float(failure is not None)])
+    if failed:
+        raise failure or RuntimeError("not in another process")
+    return StepTime(seconds=seconds, preparation=preparation)
 
 
 def _time_of(candidate: Candidate, stage: Stage, settings: Settings, group: ProcessGroup, bar: Progress) -> StepTime:
@@ -86,6 +108,8 @@ def _time_of(candidate: Candidate, stage: Stage, settings: Settings, group: Proc
         bar.update()
 
     with without_a_trace(stage):
+        with autocast(device, candidate.precision):
+            stage.begin_step(parts)  # in which processes wait for one another; from here on they do not
         _set_compiled(stage.compilable, candidate.compiled)
         return measure(step, device)
 

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from cli import main
 from pipeline.errors import InputError
-from pipeline.runtime.restarts import restart_count
 from pipeline.training import loop
 from pipeline.training.decoder_stage import DecoderStage
 from pipeline.training.prior_stage import PriorStage
@@ -31,7 +30,7 @@ step = 0
 
 def act() -> str | None:
     """Do what is asked for in this step; return the action, if there is one."""
-    here = [restart_count(), int(os.environ.get("RANK", "0")), step]
+    here = [int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")), int(os.environ.get("RANK", "0")), step]
     for *place, action in actions:
         if place != here:
             continue
