@@ -126,7 +126,7 @@ def pools() -> dict[str, tuple[Tensor, Tensor | None, int]]:
     many[::2] = many[0]
     rare = torch.zeros(40, dtype=torch.bool)
     rare[[3, 38]] = True
-    some = torch.rand(6000, generator=random) < 0.3
+    some = torch.rand(6000, generator=random) < 0.15
     return {
         "repeated": (few, None, 5),
         "fewer than asked": (few, None, 30),
@@ -134,7 +134,7 @@ def pools() -> dict[str, tuple[Tensor, Tensor | None, int]]:
         "two": (few, rare, 4),
         "none eligible": (few, torch.zeros(40, dtype=torch.bool), 4),
         "a large batch": (many, None, 50),
-        "some of a large batch": (many, some, 500),
+        "some of a large batch": (many, some, 400),
     }
 
 
