@@ -18,6 +18,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from pipeline.runtime import heartbeat
 from pipeline.runtime.process_group import process_group
 from tokenizer import VectorQuantizer, quantizer
 from tokenizer.config import CodebookUpdate
@@ -181,7 +182,8 @@ def everything(rank: int, count: int) -> Found:
 
 
 def work(rank: int) -> None:
-    """Be one process of a group."""
+    """Be one process of a group, which waits for the others also where the machine is busy."""
+    heartbeat.LOST_AFTER = 30.0
     with process_group() as group:
         safetensors.torch.save_file(everything(rank, group.count), f"found-{rank}.safetensors")
 
