@@ -74,8 +74,9 @@ class RunningMeans:
 
     def add(self, losses: Mapping[str, Tensor]) -> None:
         """Count the scalar losses of one step; no CPU-GPU sync."""
-        for name, loss in losses.items():
-            self.sums[name] = self.sums.get(name, torch.zeros_like(loss)) + loss.detach()
+        self.sums = {
+            name: self.sums.get(name, torch.zeros_like(loss)) + loss.detach() for name, loss in losses.items()
+        }  # in the order of the losses, which that of a file is not
         self.count += 1
 
     def take(self, group: ProcessGroup) -> dict[str, float]:
@@ -88,8 +89,10 @@ class RunningMeans:
         """Return the sums over all processes, each of which calls this."""
         if group.count == 1 or not self.sums:
             return self.sums
-        totals = group.sums(torch.stack([total.double() for total in self.sums.values()]))
-        return {name: total.to(own.dtype) for (name, own), total in zip(self.sums.items(), totals, strict=True)}
+        names = sorted(self.sums)  # each process has read them from a file in an order of its own
+        totals = group.sums(torch.stack([self.sums[name].double() for name in names]))
+        by_name = dict(zip(names, totals, strict=True))
+        return {name: by_name[name].to(own.dtype) for name, own in self.sums.items()}
 
     def load(self, count: int, sums: Mapping[str, Tensor]) -> None:
         """Continue with these sums over `count` steps."""
