@@ -114,6 +114,16 @@ def test_an_error_within_leaves_no_trace_either(make_stage: MakeStage) -> None:
     assert state_of(stage) == before
 
 
+def test_the_stage_is_told_that_the_steps_are_not_taken() -> None:
+    stage, told = Toy(), list[float]()
+    stage.discard_step = lambda: told.append(stage.weight)  # type: ignore[method-assign]
+    with without_a_trace(stage):
+        nn.init.ones_(stage.model.weight)
+        assert told == []
+    assert told == [1.0]
+    assert stage.weight == 0
+
+
 # The fastest way
 
 
