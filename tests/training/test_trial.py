@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -114,6 +114,16 @@ def test_an_error_within_leaves_no_trace_either(make_stage: MakeStage) -> None:
     assert state_of(stage) == before
 
 
+def test_the_stage_is_told_that_the_steps_are_not_taken() -> None:
+    stage, told = Toy(), list[float]()
+    stage.discard_step = lambda: told.append(stage.weight)  # type: ignore[method-assign]
+    with without_a_trace(stage):
+        nn.init.ones_(stage.model.weight)
+        assert told == []
+    assert told == [1.0]
+    assert stage.weight == 0
+
+
 # The fastest way
 
 
@@ -150,7 +160,7 @@ def measuring(monkeypatch: pytest.MonkeyPatch) -> Measuring:
     monkeypatch.setattr(fastest, "has_fast_bf16", lambda device: True)
 
     def pretend(self: nn.Module) -> None:
-        self._compiled_call_impl = self._call_impl  # type: ignore[assignment]
+        self._compiled_call_impl = self._call_impl
 
     monkeypatch.setattr(nn.Module, "compile", pretend)
     return fake
@@ -178,7 +188,8 @@ def test_what_is_measured_to_be_fastest_is_taken_and_recorded(
 ) -> None:
     """What was compiled to be measured, and is not chosen, is not compiled any more."""
     measuring.stage, measuring.times = make_stage(kind), times
-    given = (TokenizerSettings if kind == "tokenizer" else PriorSettings)(steps=50_000, batch_size=4)
+    settings_class: Any = TokenizerSettings if kind == "tokenizer" else PriorSettings
+    given = settings_class(steps=50_000, batch_size=4)
     before = state_of(measuring.stage)
     found = with_fastest_way(measuring.stage, given, ALONE)
     assert measuring.seen == [False, False, True]
@@ -258,6 +269,7 @@ def test_the_choice_is_recorded_and_a_resumed_run_continues_with_it(
     """On a day with other times, too."""
     monkeypatch.setattr(fastest, "WORTH_MEASURING", 2)
     monkeypatch.setattr(fastest, "has_fast_bf16", lambda device: True)
+    times: Iterator[float] = iter([])
     monkeypatch.setattr(trial, "measure", lambda step, device: StepTime(seconds=next(times)))
     command = ["train-prior", "--codes", trained.codes, "--channels", 4, "--num-layers", 1, "--out", tmp_path / "run"]
     for precision, measured in (("bf16", [0.2, 0.1]), ("fp32", [0.1, 0.2])):
