@@ -48,10 +48,12 @@ class Watch:
 def bytes_sent() -> int:
     """Return how many bytes all TCP connections of this process have sent, without the headers of their packets."""
     total = 0
-    for name in os.listdir("/proc/self/fd"):
-        with suppress(OSError), socket.socket(fileno=os.dup(int(name))) as connection:
-            answer = connection.getsockopt(socket.IPPROTO_TCP, TCP_INFO, 256)
-            total += struct.unpack_from("<Q", answer, BYTES_SENT)[0]
+    for file in Path("/proc/self/fd").iterdir():
+        with suppress(OSError):  # it is closed already, or not of TCP
+            if file.readlink().name.startswith("socket:"):
+                with socket.socket(fileno=os.dup(int(file.name))) as connection:
+                    answer = connection.getsockopt(socket.IPPROTO_TCP, TCP_INFO, 256)
+                total += struct.unpack_from("<Q", answer, BYTES_SENT)[0]
     return total
 
 
