@@ -108,7 +108,9 @@ def ranks(steps: int, batch_size: int, precision: str, counts: Sequence[int]) ->
         prior = f"train-prior {SMALL_PRIOR} {loop} --tokenizer {at}/t1 --out {at}"
         one = run(folder, "tokenizer-1", f"{tokenizer}/t1", states=states)
         one_prior = run(folder, "prior-1", f"{prior}/p1", states=states)  # which exports the codes
-        columns = [f"{what}, step {step}" for what in ("codebook", "weights", "loss") for step in states]
+        columns = [
+            f"{what}, step {step}" for what in ("code, median", "codes apart", "weights", "loss") for step in states
+        ]
         with table(["run", *columns]) as add:
             for count in counts:
                 found = run(folder, f"tokenizer-{count}", f"{tokenizer}/t{count}", processes=count, states=states)
@@ -122,24 +124,26 @@ def ranks(steps: int, batch_size: int, precision: str, counts: Sequence[int]) ->
 
 
 def _distances(one: Report, other: Report, steps: Sequence[int]) -> list[str]:
-    """Return how far two runs are apart after each step: the codebook, the worst tensor of weights, the worst loss."""
-    found = []
+    """Return how far two runs are apart after each step.
+
+    The median code; the share of codes that are apart by more than 1 %; the worst tensor of weights; the worst loss.
+    """
     pairs = [(one.state(step), other.state(step)) for step in steps]
-    for a, b in pairs:
-        found.append(f"{relative(a['quantizer.codebook'], b['quantizer.codebook']):.1e}" if _has_codebook(a) else "-")
-    for a, b in pairs:
-        found.append(f"{max(relative(a[name], b[name]) for name in a if not name.startswith('quantizer.')):.1e}")
+    codes = [_apart(a["quantizer.codebook"], b["quantizer.codebook"]) for a, b in pairs if "quantizer.codebook" in a]
+    weights = [
+        max(float(_apart(a[name][None], b[name][None])) for name in a if "quantizer" not in name) for a, b in pairs
+    ]
     gaps = [abs(a - b) / abs(a) for a, b in zip(one.losses(), other.losses(), strict=True)]
-    return [*found, *[f"{max(gaps[:step]):.1e}" for step in steps]]
+    medians = [f"{float(each.median()):.1e}" for each in codes] or ["-"] * len(steps)
+    shares = [f"{float((each > 0.01).float().mean()):.1%}" for each in codes] or ["-"] * len(steps)
+    worst = [max(gaps[:step]) for step in steps]
+    return [*medians, *shares, *[f"{number:.1e}" for number in [*weights, *worst]]]
 
 
-def _has_codebook(state: dict[str, Tensor]) -> bool:
-    return "quantizer.codebook" in state
-
-
-def relative(a: Tensor, b: Tensor) -> float:
-    """Return |a - b| / |a|, in the Euclidean norm."""
-    return float((a.double() - b.double()).norm() / a.double().norm().clamp_min(1e-12))
+def _apart(a: Tensor, b: Tensor) -> Tensor:
+    """Return |a - b| / |a| of each row of a and b, [rows,...], in the Euclidean norm."""
+    a, b = a.double().reshape(len(a), -1), b.double().reshape(len(b), -1)
+    return (a - b).norm(dim=1) / a.norm(dim=1).clamp_min(1e-12)
 
 
 @cli.command()
