@@ -11,6 +11,7 @@ share cores show bytes and rounding, but no speed-up. Linux only.
 """
 
 import math
+import shutil
 import statistics
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -94,33 +95,41 @@ def _shares(stage: Wire, processes: int, gigabits: float, seconds: float) -> str
 
 
 @cli.command()
-@click.option("--steps", default=50, show_default=True)
+@click.option("--after", default=300, show_default=True, help="Steps that one process trains first.")
+@click.option("--steps", default=50, show_default=True, help="Compared after 1, 10 and so many.")
 @click.option("--batch-size", default=64, show_default=True, help="Of all processes.")
 @click.option("--precision", default="fp32", show_default=True)
 @click.option("--processes", "counts", multiple=True, type=int, default=(2, 4, 8), show_default=True)
-def ranks(steps: int, batch_size: int, precision: str, counts: Sequence[int]) -> None:
-    """How far runs on several processes are from the run on one, and how far with a codebook of each process' own."""
-    states = sorted({1, 10, steps})
-    loop = f"--steps {steps} --batch-size {batch_size} --precision {precision}"
-    with tempfile.TemporaryDirectory() as at:
-        folder = Path(at)
-        tokenizer = f"train-tokenizer {SMALL_TOKENIZER} {loop} --out {at}"
-        prior = f"train-prior {SMALL_PRIOR} {loop} --tokenizer {at}/t1 --out {at}"
-        one = run(folder, "tokenizer-1", f"{tokenizer}/t1", states=states)
-        one_prior = run(folder, "prior-1", f"{prior}/p1", states=states)  # which exports the codes
-        columns = [
-            f"{what}, step {step}" for what in ("code, median", "codes apart", "weights", "loss") for step in states
-        ]
-        with table(["run", *columns]) as add:
+def ranks(after: int, steps: int, batch_size: int, precision: str, counts: Sequence[int]) -> None:
+    """How far runs on several processes are from the run on one, and how far with a codebook of each process' own.
+
+    All continue one run, for in its first steps a codebook collapses and comes alive again: any rounding changes that.
+    """
+    states = [after + 1, after + 10, after + steps]
+    loop = f"--batch-size {batch_size} --precision {precision}"
+    columns = [
+        f"{what}, {step - after}" for what in ("code, median", "codes apart", "weights", "loss") for step in states
+    ]
+    with tempfile.TemporaryDirectory() as at, table(["run, steps", *columns]) as add:
+        lines = {
+            "tokenizer": f"train-tokenizer {SMALL_TOKENIZER} {loop} --out {at}/tokenizer",
+            "prior": f"train-prior {SMALL_PRIOR} {loop} --tokenizer {at}/tokenizer --out {at}/prior",
+        }
+        for stage, line in lines.items():
+            run(Path(at), stage, f"{line} --steps {after}")
+
+            def continued(count: int, name: str, stage: str = stage, **watch: bool) -> Report:
+                copy = shutil.copytree(Path(at) / stage, Path(at) / name)
+                again = f"train-{stage} --out {copy} --resume --steps {after + steps}"
+                return run(Path(at), f"run-{name}", again, processes=count, states=states, **watch)
+
+            one = continued(1, f"{stage}-1")
             for count in counts:
-                found = run(folder, f"tokenizer-{count}", f"{tokenizer}/t{count}", processes=count, states=states)
-                add([f"tokenizer, {count} processes", *_distances(one, found, states)])
-            local = run(folder, "local", f"{tokenizer}/local", processes=2, states=states, local_codebook=True)
-            add(["tokenizer, 2 processes, each with its own codebook", *_distances(one, local, states)])
-            for count in counts:
-                line = f"{prior}/p{count} --codes {at}/p1/codes"
-                found = run(folder, f"prior-{count}", line, processes=count, states=states)
-                add([f"prior, {count} processes", *_distances(one_prior, found, states)])
+                found = continued(count, f"{stage}-{count}")
+                add([f"{stage}, {count} processes", *_distances(one, found, states)])
+            if stage == "tokenizer":
+                found = continued(2, "local", local_codebook=True)
+                add(["tokenizer, 2 processes, each with its own codebook", *_distances(one, found, states)])
 
 
 def _distances(one: Report, other: Report, steps: Sequence[int]) -> list[str]:
@@ -136,7 +145,7 @@ def _distances(one: Report, other: Report, steps: Sequence[int]) -> list[str]:
     gaps = [abs(a - b) / abs(a) for a, b in zip(one.losses(), other.losses(), strict=True)]
     medians = [f"{float(each.median()):.1e}" for each in codes] or ["-"] * len(steps)
     shares = [f"{float((each > 0.01).float().mean()):.1%}" for each in codes] or ["-"] * len(steps)
-    worst = [max(gaps[:step]) for step in steps]
+    worst = [max(gaps[: step - steps[0] + 1]) for step in steps]
     return [*medians, *shares, *[f"{number:.1e}" for number in [*weights, *worst]]]
 
 
