@@ -30,7 +30,7 @@ cli.main(sys.argv[1:])
 """
 TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(PROCESSES), "--max-restarts", "1"]
 LINE = [sys.executable, "-m", *TORCHRUN, "--no-python", "--", sys.executable, "-c", PROGRAM]
-EARLIEST, LATEST = 0.3, 0.95  # of an undisturbed run, the time of a kill: most of it is imports
+EARLIEST, LATEST = 0.3, 0.8  # of an undisturbed run, the time of a kill: much of it is imports
 HANG = 300.0  # seconds after which a run counts as one that never ends
 COMMANDS = tuple(
     longer(command, "--steps", "400") for command in (of.TRAIN_TOKENIZER, of.TRAIN_DECODER, of.TRAIN_PRIOR)
