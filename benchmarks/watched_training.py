@@ -83,7 +83,7 @@ def install(watch: Watch) -> None:
         save_of(self)
         write(saved=self.step, seconds=time.perf_counter() - began)
 
-    loop._Trainer._step, loop._Trainer.save = step, save  # type: ignore[method-assign, assignment]
+    loop._Trainer._step, loop._Trainer.save = step, save  # type: ignore[method-assign]
     if watch.local_codebook:
         _make_codebook_local()
     write(began=BEGAN)
