@@ -160,7 +160,9 @@ def _apart(a: Tensor, b: Tensor) -> Tensor:
 @click.option("--command", "name", default="train-tokenizer", show_default=True)
 def restart(rounds: int, name: str) -> None:
     """Seconds from the kill of one process of two to the first step of the next attempt."""
-    with table(["round", "kill to the new start", "kill to the end of its first step", "steps done twice"]) as add:
+    with table(
+        ["round", "from the kill to the end of the imports", "to the end of the first step", "steps done twice"]
+    ) as add:
         for number in range(1, rounds + 1):
             with tempfile.TemporaryDirectory() as at:
                 line = f"{name} --steps 60 --out {at}/out"
@@ -173,7 +175,7 @@ def restart(rounds: int, name: str) -> None:
 
 @cli.command()
 @click.option("--steps", default=12, show_default=True, help="Each of which is saved.")
-@click.option("--restart-seconds", default=15.0, show_default=True, help="As `restart` measured.")
+@click.option("--restart-seconds", default=8.0, show_default=True, help="As `restart` measured.")
 def cadence(steps: int, restart_seconds: float) -> None:
     """What a save costs, and the share of the time that is lost with a save every minute and at the best cadence."""
     saves = _seconds_of_saves(steps)
