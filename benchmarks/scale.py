@@ -157,15 +157,14 @@ def _apart(a: Tensor, b: Tensor) -> Tensor:
 
 @cli.command()
 @click.option("--rounds", default=3, show_default=True)
-@click.option("--command", "name", default="train-tokenizer", show_default=True)
-def restart(rounds: int, name: str) -> None:
+def restart(rounds: int) -> None:
     """Seconds from the kill of one process of two to the first step of the next attempt."""
     with table(
         ["round", "from the kill to the end of the imports", "to the end of the first step", "steps done twice"]
     ) as add:
         for number in range(1, rounds + 1):
             with tempfile.TemporaryDirectory() as at:
-                line = f"{name} --steps 60 --out {at}/out"
+                line = f"train-tokenizer --steps 60 --out {at}/out"
                 report = run(Path(at), "run", line, processes=2, restarts=1, kill_after=40, save_every=1.0)
             killed = next(each["time"] for each in report.lines[-1] if each.get("killed"))
             again = [each for each in report.lines[0] if each["attempt"] == 1]
