@@ -2,10 +2,13 @@
 
 import re
 import shlex
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.run import get_args_parser
 
 import cli
 from pipeline.codes.export import export_codes
@@ -20,6 +23,9 @@ PYTHON = re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
 INDENTED = [line.partition(" #")[0].strip() for line in README.splitlines() if line.startswith("    ")]
 INLINE = re.findall(r"`([^`\n]+)`", README)
 COMMANDS = [line for line in [*INDENTED, *INLINE] if line.startswith(PROGRAMS)]
+TORCHRUN = get_args_parser()
+LAUNCHES = [line for line in re.sub(r" *\\\n *", " ", README).splitlines() if re.match(r" *(srun )?torchrun ", line)]
+SCRIPTS = re.findall(r"^```bash\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
 IN_TABLES = [line for line in INLINE if line.split()[0] in cli.cli.commands]
 
 
@@ -47,6 +53,28 @@ def test_a_command_line_is_one_that_the_program_takes(line: str) -> None:
     command.make_context(arguments[0], arguments[1:])
 
 
+@pytest.mark.parametrize("line", LAUNCHES)
+def test_a_line_of_torchrun_is_one_that_it_and_the_program_take(line: str) -> None:
+    words = shlex.split(line.partition(" #")[0].rstrip(" &"))
+    launch = TORCHRUN.parse_args(words[words.index("torchrun") + 1 :])
+    if launch.no_python:
+        assert launch.training_script == "codegrid"
+    else:
+        assert (ROOT / launch.training_script).is_file()
+    name, *arguments = launch.training_script_args
+    cli.cli.commands[name].make_context(name, arguments)
+
+
+def test_there_are_lines_of_torchrun_for_one_machine_and_for_several() -> None:
+    assert {"--standalone" in line for line in LAUNCHES} == {True, False}
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_script_is_one_that_bash_takes(script: str) -> None:
+    assert subprocess.run(["bash", "-n"], input=script, text=True, stderr=subprocess.PIPE).stderr == ""
+
+
 @pytest.mark.parametrize("line", IN_TABLES)
 def test_an_option_in_a_table_is_one_that_the_command_has(line: str) -> None:
     name, *words = line.split()
@@ -58,7 +86,8 @@ def test_an_option_anywhere_is_one_that_some_command_has() -> None:
     known = {option for command in cli.cli.commands.values() for p in command.params for option in p.opts}
     named = {word for line in INLINE for word in re.findall(r"(?<!\S)--[a-z][a-z-]*", line)}
     assert len(named) > 10
-    assert named <= known | {"--help", "--debug", "--version", "--nproc-per-node"}  # the last is torchrun's
+    known |= {option for action in TORCHRUN._actions for option in action.option_strings}
+    assert named <= known | {"--help", "--debug", "--version"}
 
 
 def test_the_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

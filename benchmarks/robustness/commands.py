@@ -10,13 +10,14 @@ from pathlib import Path
 import click
 
 from ..timing import hardware
-from . import damage, full_disk, fuzz, kills, writers
+from . import damage, full_disk, fuzz, kills, process_kills, writers
 from .verdicts import Tally
 from .workspace import make_workspace
 
 Measure = Callable[..., None]
 PARTS: dict[str, tuple[Measure, int, str]] = {  # how it is measured, how often by default, and what is counted
     "kills": (kills.measure, 200, "SIGKILLs; a quarter as many signals, and some closed pipes, on top"),
+    "processes": (process_kills.measure, 12, "kills of one of two processes, which torchrun starts again"),
     "damage": (damage.measure, 500, "damaged files, each read by every command that reads it"),
     "fuzz": (fuzz.measure, 20_000, "fuzzed files"),
     "full-disk": (full_disk.measure, 60, "amounts of room for each command, in pages and in files, at most"),

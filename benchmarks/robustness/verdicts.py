@@ -20,7 +20,7 @@ EXAMPLES = 3  # of each kind of wrong outcome that are shown in full
 class Verdict:
     """What happened in one case."""
 
-    part: str  # kills, damage, fuzz, full-disk or writers
+    part: str  # kills, processes, damage, fuzz, full-disk or writers
     what: str  # the row of the table
     outcome: str  # in words
     wrong: bool = False
