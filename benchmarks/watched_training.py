@@ -24,7 +24,6 @@ from torch import Tensor
 
 import tokenizer.processes
 from cli import main
-from pipeline.runtime.restarts import restart_count
 from pipeline.training import loop
 from pipeline.training.shared_steps import SharedSteps
 from tokenizer.quantizer import VectorQuantizer
@@ -32,6 +31,7 @@ from tokenizer.quantizer import VectorQuantizer
 BEGAN = time.time()
 TCP_INFO, BYTES_SENT = 11, 200  # of Linux: the option of a socket, and where in its answer the bytes are that it sent
 RANK = int(os.environ.get("RANK", "0"))
+ATTEMPT = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +64,7 @@ def install(watch: Watch) -> None:
     step_of, save_of = loop._Trainer._step, loop._Trainer.save
 
     def write(**values: Any) -> None:
-        report.write(json.dumps({"attempt": restart_count(), "time": time.time(), **values}) + "\n")
+        report.write(json.dumps({"attempt": ATTEMPT, "time": time.time(), **values}) + "\n")
 
     def step(self: Any, rate: float) -> dict[str, Tensor]:
         before, began = bytes_sent(), time.perf_counter()
@@ -73,7 +73,7 @@ def install(watch: Watch) -> None:
         write(step=self.step, seconds=seconds, sent=bytes_sent() - before, loss=losses["loss"].item())
         if RANK == 0 and self.step in watch.states:
             _store(self.stage.model.state_dict(), Path(watch.folder) / f"after-{self.step}.safetensors")
-        if self.step == watch.kill_after and restart_count() == 0 and int(os.environ["WORLD_SIZE"]) - 1 == RANK:
+        if self.step == watch.kill_after and ATTEMPT == 0 and int(os.environ["WORLD_SIZE"]) - 1 == RANK:
             write(killed=True)
             os.kill(os.getpid(), signal.SIGKILL)
         return losses

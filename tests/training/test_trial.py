@@ -15,7 +15,7 @@ from pipeline.models.checkpoint import read_info
 from pipeline.runtime.optimizer import Optimizers
 from pipeline.runtime.process_group import ALONE, ProcessGroup
 from pipeline.training import fastest, loop, trial
-from pipeline.training.fastest import StepTime
+from pipeline.training.fastest import Candidate, StepTime
 from pipeline.training.loop import run_training
 from pipeline.training.recipes import DecoderSettings, PriorSettings, TokenizerSettings
 from pipeline.training.schedule import StepRandomness
@@ -191,7 +191,7 @@ def test_what_is_measured_to_be_fastest_is_taken_and_recorded(
     settings_class: Any = TokenizerSettings if kind == "tokenizer" else PriorSettings
     given = settings_class(steps=50_000, batch_size=4)
     before = state_of(measuring.stage)
-    found = with_fastest_way(measuring.stage, given, ALONE)
+    found = with_fastest_way(measuring.stage, given, ALONE, is_new=True)
     assert measuring.seen == [False, False, True]
     assert (found.precision, found.compile) == (precision, compiles)
     assert compiled(measuring.stage) == compiles
@@ -199,7 +199,7 @@ def test_what_is_measured_to_be_fastest_is_taken_and_recorded(
     assert state_of(measuring.stage) == before
     changed = {name for name, value in vars(found).items() if value != getattr(given, name)}
     assert changed == {"precision", "compile"}
-    again = with_fastest_way(measuring.stage, found, ALONE)  # a resumed run, which has them recorded
+    again = with_fastest_way(measuring.stage, found, ALONE, is_new=False)  # a resumed run, which has them recorded
     assert again == found
     assert len(measuring.seen) == 3
     assert compiled(measuring.stage) == compiles
@@ -222,7 +222,7 @@ def test_the_steps_that_are_measured_are_real_ones_and_leave_no_trace(
     stage.losses = losses  # type: ignore[method-assign]
     classes: dict[str, Any] = {"prior": PriorSettings, "decoder": DecoderSettings}
     settings = classes.get(kind, TokenizerSettings)(steps=50_000, batch_size=7, accumulate=2)
-    found = with_fastest_way(stage, settings, ALONE)
+    found = with_fastest_way(stage, settings, ALONE, is_new=True)
     assert sizes == [3, 4] * (2 if kind == "decoder" else 3)
     assert found.precision == "bf16"
     assert hasattr(found, "compile") == (kind != "decoder")
@@ -234,7 +234,9 @@ def test_a_short_run_measures_nothing_and_says_nothing(
     make_stage: MakeStage, measuring: Measuring, capsys: pytest.CaptureFixture[str]
 ) -> None:
     measuring.stage = make_stage("prior")
-    found = with_fastest_way(measuring.stage, PriorSettings(steps=fastest.WORTH_MEASURING - 1, batch_size=4), ALONE)
+    found = with_fastest_way(
+        measuring.stage, PriorSettings(steps=fastest.WORTH_MEASURING - 1, batch_size=4), ALONE, is_new=True
+    )
     assert (found.precision, found.compile) == ("bf16", False)
     assert measuring.seen == []
     assert capsys.readouterr().out == ""
@@ -243,24 +245,33 @@ def test_a_short_run_measures_nothing_and_says_nothing(
 def test_a_user_who_asks_for_one_way_gets_it(make_stage: MakeStage, measuring: Measuring) -> None:
     measuring.stage = make_stage("prior")
     given = PriorSettings(steps=50_000, batch_size=4, precision="fp32", compile=True)
-    assert with_fastest_way(measuring.stage, given, ALONE) == given
+    assert with_fastest_way(measuring.stage, given, ALONE, is_new=True) == given
     assert compiled(measuring.stage)
     assert measuring.seen == []
 
 
-def test_processes_that_measure_other_times_choose_alike(make_stage: MakeStage, measuring: Measuring) -> None:
-    """As the main one does: sums of gradients in two precisions would be those of no run."""
+@pytest.mark.parametrize("fails", [False, True])
+def test_processes_that_measure_other_times_choose_alike(
+    make_stage: MakeStage, measuring: Measuring, fails: bool
+) -> None:
+    """By the times of the slowest, or one would try what the other does not, and wait for it; so if one cannot."""
     stages = [make_stage("prior") for _ in range(2)]
-    times = [iter([0.10, 0.05, 0.03]), iter([0.05, 0.10, 0.20])]
+    times = [iter([0.02, 0.01, 0.001]), iter([0.20, 0.10, 0.05])]  # alone, the first would not try to compile
+
+    def time_of(candidate: Candidate, stage: Stage, settings: Any, group: ProcessGroup, bar: Any) -> StepTime:
+        if candidate.compiled and fails and group.rank == 1:
+            raise RuntimeError("no compiler")
+        return StepTime(seconds=next(times[group.rank]))
 
     def work(group: ProcessGroup) -> tuple[str, bool | None, bool]:
-        found = with_fastest_way(stages[group.rank], PriorSettings(steps=50_000, batch_size=4), group)
+        given = PriorSettings(steps=50_000, batch_size=4)
+        found = with_fastest_way(stages[group.rank], given, group, is_new=True)
         return found.precision, found.compile, compiled(stages[group.rank])
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trial, "_time_of", lambda _, stage, settings, group: StepTime(seconds=next(times[group.rank])))
+        patch.setattr(trial, "_time_of", time_of)
         outcomes = run_in_threads(2, work)
-    assert outcomes == [("bf16", True, True)] * 2
+    assert outcomes == [("bf16", not fails, not fails)] * 2
 
 
 def test_the_choice_is_recorded_and_a_resumed_run_continues_with_it(
