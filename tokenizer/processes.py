@@ -64,7 +64,8 @@ class Spread:
 def draw_distinct(vectors: Tensor, count: int, eligible: Tensor | None = None) -> Tensor:
     """Return up to `count` different vectors [m,D] of all processes at random, the same in each.
 
-    A picture's background gives the same vector many times over, so drawing rows alone would draw the same code twice.
+    Rows are drawn one after the other, and one whose vector is there already is left out: a picture's background gives
+    the same vector many times over.
     The choice depends on the vectors and on torch's generator of the first process, not on how they are divided.
 
     Args:
