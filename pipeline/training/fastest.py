@@ -16,7 +16,7 @@ from ..runtime.device import has_fast_bf16, synchronize
 WORTH_MEASURING = 1_000  # steps; a shorter run takes the usual way for its device
 CLEARLY_FASTER = 0.95  # of the time of a step: bf16 costs digits, so it has to be worth something
 WORTH_COMPILING = 1_500.0  # seconds; a try takes about 2 % of such a run, and has saved 3 to 10 % on a CPU
-BURN_IN, REPEATS = 3, 7  # steps
+BURN_IN, REPEATS = 2, 4  # steps
 STEPS_MEASURED = BURN_IN + REPEATS  # of each candidate
 
 
