@@ -87,7 +87,7 @@ class Heartbeat:
         return InputError(
             expected=f"all {len(self._hosts)} processes to continue",
             got=got,
-            do="run the same command again: what is written is kept",
+            do="run the same command again, a training with --resume: what is saved is kept",
         )
 
     def names(self, ranks: Sequence[int]) -> str:
