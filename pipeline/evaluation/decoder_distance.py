@@ -72,14 +72,13 @@ class DecoderDistance:
         features, errors = self._over_images(compute)
         if not bool(features.isfinite().all()):
             raise FloatingPointError("pixels that are NaN from the decoder")
+        # In one process, so that all decide alike: another machine may round otherwise.
+        return self.group.run_on_main(lambda: self._numbers(features, errors))
 
-        def numbers() -> (
-            DecoderNumbers
-        ):  # of one process, so that all decide alike: another machine may round otherwise
-            error = numbers_of(float(errors.double().mean()), tokenizer.config.data_variance)
-            return DecoderNumbers(distance=frechet_distance(self.real, features / self.scale), error=error)
-
-        return self.group.run_on_main(numbers)
+    def _numbers(self, features: Tensor, errors: Tensor) -> DecoderNumbers:
+        """Return the numbers of decoded images with these features [n,F] and squared errors [n,1]."""
+        error = numbers_of(float(errors.double().mean()), self.tokenizer.config.data_variance)
+        return DecoderNumbers(distance=frechet_distance(self.real, features / self.scale), error=error)
 
     def _over_images(self, compute: Callable[[Tensor], tuple[Tensor, ...]]) -> list[Tensor]:
         """Return what `compute` returns for the images [n,C,H',W'], each of its tensors [n,F,H,W] as rows [n*H*W,F]."""
