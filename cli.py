@@ -21,6 +21,7 @@ from pipeline.generation.guidance import DEFAULT_GUIDANCE
 from pipeline.runtime.console import (
     check_output,
     end_status,
+    exit_with,
     is_silent,
     note,
     prepare_console,
@@ -755,7 +756,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         if isinstance(error, InputError):
             fail(str(error), 1)
         fail(in_words(error), 1)
-    sys.exit(0)
+    exit_with(0)
 
 
 def run_command(arguments: list[str]) -> None:

@@ -12,7 +12,7 @@ import logging
 import os
 import sys
 from contextlib import suppress
-from typing import Protocol, TextIO
+from typing import NoReturn, Protocol, TextIO
 
 from ..errors import InputError, printable
 
@@ -39,6 +39,7 @@ class OutputClosed(SystemExit):
 
 _status_lines: list[StatusLine] = []  # on the terminal now
 _process = (0, 1)  # the rank of this process and how many there are, if a launcher started several
+_ends_at_once = False  # without what Python does at its end
 _lost: OSError | None = None  # why a line on standard output was not written
 
 
@@ -83,6 +84,31 @@ def report(line: str) -> None:
     """Print an error on standard error, if it can be written, in every process: with its name, if `note` is silent."""
     rank, count = _process
     _print(sys.stderr, (f"process {rank + 1} of {count}: {line}" if is_silent() else line,))
+
+
+def skip_the_end_of_python() -> None:
+    """Let `exit_with` end this process at once.
+
+    A process that has been in a group may hold threads of gloo which drop Python objects only now; where Python has
+    ended before them, they abort the process, now and then, after all work is done.
+    """
+    global _ends_at_once
+    _ends_at_once = True
+
+
+def exit_with(status: int) -> NoReturn:
+    """End the program with this status."""
+    if _ends_at_once:
+        exit_at_once(status)
+    sys.exit(status)
+
+
+def exit_at_once(status: int) -> NoReturn:
+    """End the process without what Python does at its end, but with all that was printed."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError, AttributeError):
+            stream.flush()
+    os._exit(status)
 
 
 def output_closed() -> bool:

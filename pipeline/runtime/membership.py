@@ -2,12 +2,10 @@
 
 import atexit
 import math
-import os
 import re
-import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +14,7 @@ import torch.distributed as dist
 
 from ..errors import InputError
 from . import heartbeat
+from .console import exit_at_once, skip_the_end_of_python
 from .heartbeat import ENDED, FAILED, STOPPED, Heartbeat
 from .meeting import (
     LOST,
@@ -82,6 +81,7 @@ class Membership:
 
     def leave(self) -> None:
         """End the group in order."""
+        skip_the_end_of_python()
         self._say(ENDED)
         dist.destroy_process_group()
         self._wait_for_others(math.inf)
@@ -99,7 +99,7 @@ class Membership:
         if isinstance(error, (InputError, OtherProcessError)) and not self.broken:
             dist.destroy_process_group()
         else:
-            atexit.register(_exit, status)
+            atexit.register(exit_at_once, status)
         self._wait_for_others(heartbeat.BEAT_EVERY + 1)  # in which they have read it
         self.heartbeat.stop()  # a program that handles the error may continue
 
@@ -178,11 +178,3 @@ def _status(error: BaseException) -> int:
     if isinstance(error, KeyboardInterrupt):
         return 130
     return error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1
-
-
-def _exit(status: int) -> None:
-    """End the process without waiting for its connections."""
-    for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError, ValueError, AttributeError):
-            stream.flush()
-    os._exit(status)

@@ -5,6 +5,7 @@ their gradients while they are computed. What one of them finds out (a loss that
 time to save) holds for all from the same step on.
 """
 
+import gc
 import hashlib
 import warnings
 from collections.abc import Callable, Iterator
@@ -70,7 +71,9 @@ class SharedSteps:
                 warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
                 yield
         finally:
-            stage.network = network  # what is wrapped holds on to the process group, which ends before the program
+            stage.network = network
+            if self.group.count > 1:
+                gc.collect()  # what was wrapped holds on to the process group, which ends before the program
 
     def backward(self, network: nn.Module, loss: Tensor, share: float, *, is_last: bool) -> None:
         """Add the gradients of part of a batch.
