@@ -496,8 +496,7 @@ def sample(
             lambda: ImagePipeline.from_pretrained(tokenizer, prior, group.device(device), decoder=decoder)
         )
         picture = sample_to_folder(images, SampleOptions.of(**chosen), out, force=force, group=group)
-        if group.is_main:
-            say(f"{chosen['n']} new images: {picture}")
+        say(f"{chosen['n']} new images: {picture}")
 
 
 @cli.command()

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from pipeline.runtime.device import synchronize
+
 
 def paired(
     steps: Mapping[str, Callable[[], object]], device: torch.device, *, burn_in: int = 5, rounds: int = 15
@@ -29,12 +31,6 @@ def paired(
 def ratio(times: list[float], reference: list[float]) -> float:
     """Return the median of the rounds' ratios."""
     return statistics.median(seconds / other for seconds, other in zip(times, reference, strict=True))
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait until the device has finished its work."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def peak_memory() -> float:

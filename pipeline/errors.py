@@ -1,6 +1,8 @@
 """The one error that is meant for the person at the keyboard, and what makes any text safe to print on one line."""
 
 import re
+from functools import partial
+from typing import Any
 
 # Control characters (C0, C1), line and paragraph separators, what turns the direction of writing, lone surrogates.
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -28,6 +30,10 @@ class InputError(Exception):
         shown = [_shortened(printable(part)) for part in (expected, got, do)]
         super().__init__("expected {}, got {}; {}".format(*shown))
         self.expected, self.got, self.do = expected, got, do
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Return what makes the same error elsewhere: processes of a group send theirs to one another."""
+        return partial(type(self), expected=self.expected, got=self.got, do=self.do), ()
 
 
 def _shortened(text: str) -> str:

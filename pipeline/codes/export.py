@@ -4,7 +4,7 @@ What can be refused is refused before images are prepared, which may take minute
 themselves (how many, their classes, their hash) is compared with an existing export afterwards.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
@@ -13,10 +13,10 @@ import torch
 
 from tokenizer import VQVAE
 
-from ..errors import InputError
 from ..images.image_set import ImageSet, ImageSplit, source_name, split_of
 from ..models.checkpoint import CheckpointInfo, library_versions
 from ..models.loading import images_of, load_trained_tokenizer, own_images
+from ..models.shares import check_same, of_process
 from ..runtime.console import note, say
 from ..runtime.device import choose_device
 from ..runtime.folder_lock import only_writer
@@ -82,8 +82,9 @@ def export_codes(
             image_set = group.main_first(lambda: images_of(info, data=data, data_root=data_root))
             images = group.run_on_all(lambda: split_of(image_set, split))
             requested = _request(known, image_set, images)
-            requests = group.gather(requested)
-            group.run_on_all(lambda: _check_same_requests(requests))
+            check_same(
+                group, _to_compare(requested), "give all machines the same tokenizer, images, devices and versions"
+            )
             group.run_on_all(lambda: check_table(to, requested))
             manifest = _encode(tokenizer, images, out, requested, group, batch_size=batch_size, force=force)
             if to is not None:
@@ -152,17 +153,9 @@ def _request(known: CodeManifest, image_set: ImageSet, images: ImageSplit) -> Co
     )
 
 
-def _check_same_requests(requests: Sequence[CodeManifest]) -> None:
-    """Raise InputError unless every process is about to write the same; only the paths of the images may differ."""
-    for name in (field.name for field in fields(CodeManifest) if field.name != "source"):
-        values = [getattr(request, name) for request in requests]
-        other = next((rank for rank, value in enumerate(values) if value != values[0]), None)
-        if other is not None:
-            raise InputError(
-                expected=f"the same {name.replace('_', ' ')} in every process",
-                got=f"{values[other]} in process {other}, {values[0]} in process 0",
-                do="give all machines the same tokenizer, images, devices and versions",
-            )
+def _to_compare(requested: CodeManifest) -> dict[str, object]:
+    """Return what every process has to be about to write; only the paths of the images may differ."""
+    return {each.name: getattr(requested, each.name) for each in fields(CodeManifest) if each.name != "source"}
 
 
 def _device_name(device: torch.device) -> str:
@@ -171,8 +164,7 @@ def _device_name(device: torch.device) -> str:
 
 def _progress(split: str, group: ProcessGroup) -> Progress:
     """Return the progress, which the main process alone shows."""
-    process = f" (process {group.rank + 1} of {group.count})" if group.count > 1 else ""
-    return Progress(0, f"encoding {split}{process}", shown=group.is_main)
+    return Progress(0, of_process(f"encoding {split}", group), shown=group.is_main)
 
 
 @contextmanager

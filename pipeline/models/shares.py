@@ -45,12 +45,12 @@ def check_same(
     everywhere = group.gather(values)
 
     def compare() -> None:
-        for rank, other in enumerate(everywhere):
-            for name, value in other.items():
-                if value != everywhere[0][name]:
+        for name, of_main in everywhere[0].items():
+            for rank, other in enumerate(everywhere):
+                if other[name] != of_main:
                     raise InputError(
                         expected=f"the same {name.replace('_', ' ')} in every process",
-                        got=f"{value} in process {rank}, {everywhere[0][name]} in process 0",
+                        got=f"{other[name]} in process {rank}, {of_main} in process 0",
                         do=do,
                     )
 

@@ -25,30 +25,6 @@ __all__ = ["OtherProcessError", "ProcessGroup", "process_group"]
 T = TypeVar("T")
 
 
-_INPUT, _FLOATING_POINT, _VALUE = range(3)  # kinds of errors, the most telling first
-
-
-@dataclass(frozen=True)
-class _Failure:
-    """An error of a process, as it is sent to the others."""
-
-    kind: int
-    words: tuple[str, ...]
-
-    @classmethod
-    def of(cls, error: Exception) -> "_Failure":
-        if isinstance(error, InputError):
-            return cls(_INPUT, (error.expected, error.got, error.do))
-        return cls(_FLOATING_POINT if isinstance(error, FloatingPointError) else _VALUE, (str(error),))
-
-    def error(self) -> Exception:
-        """Return an error that says the same."""
-        if self.kind == _INPUT:
-            expected, got, do = self.words
-            return InputError(expected=expected, got=got, do=do)
-        return (FloatingPointError if self.kind == _FLOATING_POINT else ValueError)(*self.words)
-
-
 @dataclass(frozen=True)
 class ProcessGroup:
     """This process among the `count` of the group; the one of rank 0 is the main process."""
@@ -72,19 +48,18 @@ class ProcessGroup:
             OtherProcessError: in the other processes in the first case, so that the line is printed once.
         """
         result: Any = None
-        failure: _Failure | None = None
+        own: Exception | None = None
         try:
             result = action()
         except (InputError, FloatingPointError, ValueError) as error:
             if self.count == 1:
                 raise
-            failure = _Failure.of(error)
-        failures = [found for found in self.gather(failure) if found is not None]
-        if failures:
-            first = min(failures, key=lambda found: found.kind)
-            if not self.is_main and first.kind != _FLOATING_POINT:
-                raise OtherProcessError
-            raise first.error()
+            own = _as_sent(error)
+        errors = [error for error in self.gather(own) if error is not None]
+        for kind in (InputError, FloatingPointError, ValueError):  # the most telling first
+            first = next((error for error in errors if isinstance(error, kind)), None)
+            if first is not None:
+                raise first if self.is_main or kind is FloatingPointError else OtherProcessError
         return result
 
     def run_on_main(self, action: Callable[[], T]) -> T:
@@ -187,6 +162,13 @@ class ProcessGroup:
             if self._member is None or not is_loss(error):
                 raise
             raise self._member.loss(error) from None
+
+
+def _as_sent(error: Exception) -> Exception:
+    """Return an error that says the same and can be sent to other processes, as an error of a library may not be."""
+    if isinstance(error, InputError):
+        return error
+    return (FloatingPointError if isinstance(error, FloatingPointError) else ValueError)(str(error))
 
 
 ALONE = ProcessGroup()

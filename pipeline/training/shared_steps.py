@@ -84,9 +84,10 @@ class SharedSteps:
             share: of the whole batch that the part is.
             is_last: whether it is the last part of this process, after which gradients are added up over all.
         """
-        waits = isinstance(network, DistributedDataParallel) and not is_last
-        context: AbstractContextManager[object] = network.no_sync() if waits else nullcontext()  # type: ignore[operator]
-        with context:
+        waits: AbstractContextManager[object] = nullcontext()
+        if isinstance(network, DistributedDataParallel) and not is_last:
+            waits = network.no_sync()
+        with waits:
             (loss * (share * self.group.count)).backward()  # of which DistributedDataParallel takes the mean
 
     def agree(self, error: DivergedError | None) -> None:
@@ -131,8 +132,7 @@ class SharedSteps:
 
     def _raise_first(self, error: DivergedError | None) -> None:
         """Raise the error of the first process that has one."""
-        own = None if error is None else {"expected": error.expected, "got": error.got, "do": error.do}
-        raise DivergedError(**next(each for each in self.group.gather(own) if each is not None))
+        raise next(each for each in self.group.gather(error) if each is not None)
 
 
 def digest(model: nn.Module) -> str:

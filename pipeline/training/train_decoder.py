@@ -25,7 +25,7 @@ from ..models.decoders import decoder_folder
 from ..models.loading import TrainedTokenizer, images_of, load_trained_tokenizer
 from ..models.shares import check_same
 from ..runtime.console import say
-from ..runtime.device import manual_seed, use_fast_layout
+from ..runtime.device import manual_seed
 from ..runtime.folder_lock import only_writer
 from ..runtime.output_paths import check_output_folder
 from ..runtime.process_group import ProcessGroup, process_group
@@ -108,7 +108,6 @@ def _train(run: RunFolder, overrides: Mapping[str, Any], tokenizer_folder: Path,
     group.run_on_main(lambda: _prepare_folders(run, decoder_run, saved, tokenizer))
     say(*_explanation(stage, images, tokenizer_folder, decoder_run.out))
     settings = with_fastest_way(stage, settings, group, is_new=saved is None)
-    use_fast_layout(stage.model, device, settings.precision)
     loop = LoopSettings.from_settings(settings, device, decays=False, keep_best=True, evaluate_first=True)
     return run_training(
         stage, _info(settings, tokenizer, images, measured), loop, decoder_run.out, resume=saved, group=group

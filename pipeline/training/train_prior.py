@@ -26,7 +26,7 @@ from ..models.loading import TrainedTokenizer, config_of_run, load_prior, load_t
 from ..models.shares import check_same
 from ..runtime.atomic_files import sha256
 from ..runtime.console import say
-from ..runtime.device import manual_seed, use_fast_layout
+from ..runtime.device import manual_seed
 from ..runtime.folder_lock import only_writer
 from ..runtime.process_group import ProcessGroup, process_group
 from ..runtime.schema import short
@@ -85,9 +85,7 @@ def _train(
     group.run_on_main(lambda: prepare_run_folder(run, saved))
     say(*explanation(stage, codes, run.out))
     settings = with_fastest_way(stage, settings, group, is_new=saved is None)
-    use_fast_layout(model, device, settings.precision)
-    info = _info(settings, config, codes, tokenizer_folder if required else None)
-    info = replace(info, training={**info.training, RECORDED: measured})
+    info = _info(settings, config, codes, tokenizer_folder if required else None, measured)
     loop = LoopSettings.from_settings(settings, device, keep_best=True)
     info = run_training(stage, info, loop, run.out, resume=saved, group=group)
     if config.label_dropout == 0 or MEASURED in info.metrics:
@@ -218,7 +216,9 @@ def _started_with(saved: SavedRun | None) -> dict[str, Any] | None:
     return None if saved is None else {"label_dropout": 0.0, "attention_every": 0, **saved.info.training}
 
 
-def _info(settings: PriorSettings, config: PriorConfig, codes: CodeDataset, tokenizer: Path | None) -> CheckpointInfo:
+def _info(
+    settings: PriorSettings, config: PriorConfig, codes: CodeDataset, tokenizer: Path | None, measured: int
+) -> CheckpointInfo:
     """Return what `config.json` says before the first step; `tokenizer` is the folder that a resumed run needs."""
     # the numbers themselves, which a resumed run keeps
     settings = replace(settings, label_dropout=config.label_dropout, attention_every=config.attention_every)
@@ -228,7 +228,11 @@ def _info(settings: PriorSettings, config: PriorConfig, codes: CodeDataset, toke
         step=0,
         class_names=list(codes.manifest.class_names) if config.num_classes else [],
         preprocessing=codes.manifest.image,
-        training={**recorded(settings), "tokenizer": None if tokenizer is None else str(tokenizer)},
+        training={
+            **recorded(settings),
+            "tokenizer": None if tokenizer is None else str(tokenizer),
+            RECORDED: measured,
+        },
         tokenizer_fingerprint=codes.manifest.tokenizer_fingerprint,
     )
 

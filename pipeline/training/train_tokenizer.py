@@ -17,7 +17,7 @@ from ..models.checkpoint import CheckpointInfo, SavedRun
 from ..models.loading import config_of_run
 from ..models.shares import check_same
 from ..runtime.console import say
-from ..runtime.device import manual_seed, use_fast_layout
+from ..runtime.device import manual_seed
 from ..runtime.folder_lock import only_writer
 from ..runtime.process_group import ProcessGroup, process_group
 from .loop import run_training
@@ -81,7 +81,6 @@ def _train(run: RunFolder, overrides: Mapping[str, Any], group: ProcessGroup) ->
     group.run_on_main(lambda: _prepare_folder(run, saved))
     say(*explanation(stage, images, run.out))
     settings = with_fastest_way(stage, settings, group, is_new=saved is None)
-    use_fast_layout(model, device, settings.precision)
     loop = LoopSettings.from_settings(settings, device)
     return run_training(stage, _info(settings, config, images, measured), loop, run.out, resume=saved, group=group)
 

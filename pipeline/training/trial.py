@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from ..runtime.console import say
-from ..runtime.device import autocast, compile_networks, product_dtype
+from ..runtime.device import autocast, compile_networks, product_dtype, use_fast_layout
 from ..runtime.optimizer import Optimizers
 from ..runtime.process_group import ProcessGroup
 from ..runtime.progress import Progress
@@ -36,7 +36,7 @@ def without_a_trace(stage: Stage) -> Iterator[None]:
 
 
 def with_fastest_way(stage: Stage, settings: Settings, group: ProcessGroup, *, is_new: bool) -> Settings:
-    """Choose how steps are computed, where the settings leave it open, by measuring some; compile if that is chosen.
+    """Choose how steps are computed, where the settings leave it open, by measuring some, and prepare the model for it.
 
     Args:
         stage: of a run at its beginning.
@@ -58,6 +58,7 @@ def with_fastest_way(stage: Stage, settings: Settings, group: ProcessGroup, *, i
     if choice.measured:
         say(f"each step: {choice.in_words}")
     _set_compiled(stage.compilable, choice.compiled)
+    use_fast_layout(stage.model, device, choice.precision)
     chosen: dict[str, Any] = {"precision": choice.precision}
     if stage.compilable:
         chosen["compile"] = choice.compiled
